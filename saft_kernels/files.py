@@ -1,0 +1,108 @@
+"""Writing files so that a crash, a full disk or an error never leaves half a file behind."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import secrets
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from saft_kernels.errors import FileWriteError
+
+_ADVICE = {
+    errno.ENOSPC: "free some space or write to another disk",
+    errno.EDQUOT: "free some space or write to another disk",
+    errno.EFBIG: "write to a disk that allows files of this size",
+    errno.EROFS: "choose a folder that can be written to",
+    errno.EACCES: "choose a folder that can be written to",
+    errno.EPERM: "choose a folder that can be written to",
+    errno.ENOENT: "create the folder first",
+    errno.ENOTDIR: "choose a path whose parents are folders",
+    errno.EISDIR: "choose a path that is not a folder",
+}
+
+
+@contextmanager
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Replace a file in one step: it holds either the old content or all of the new one, never a part.
+
+    Yields the path of an empty temporary file in the same folder; write the content to it inside the
+    block. On leaving the block it is flushed to the disk and renamed to ``path``. On any exception it is
+    removed and the old file stays as it was. A symbolic link is followed, and an existing file keeps its
+    permissions. A process that is killed leaves at most a hidden ``.<name>.<random>.tmp`` behind.
+
+    Args:
+        path: the file to write; its folder must exist.
+
+    Raises:
+        FileWriteError: if the folder cannot be written to, the disk is full, or anything else that the
+            operating system refuses inside the block; the message says what to do about it.
+    """
+    target = Path(os.path.realpath(path))
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        mode = _create(temporary, target)
+        yield temporary
+        _flush(temporary, mode)
+        os.replace(temporary, target)
+        _flush_folder(target.parent)
+    except FileWriteError:
+        raise
+    except (OSError, SafetensorError) as error:
+        raise _explain(error, path) from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _create(temporary: Path, target: Path) -> int:
+    """Make the temporary file and return the permissions that the final one shall have."""
+    if target.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+    try:
+        existing = target if target.exists() else temporary
+        return stat.S_IMODE(existing.stat().st_mode)
+    finally:
+        os.close(descriptor)
+
+
+def _flush(temporary: Path, mode: int) -> None:
+    # A writer may have put a file of its own, with other permissions, in place of the one made here.
+    os.chmod(temporary, mode)
+    descriptor = os.open(temporary, os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _flush_folder(folder: Path) -> None:
+    # The rename itself must survive a power cut; file systems that cannot flush a folder say so.
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _explain(error: OSError | SafetensorError, path: str | os.PathLike[str]) -> FileWriteError:
+    number = error.errno if isinstance(error, OSError) else _os_error(str(error))
+    reason = os.strerror(number) if number else str(error)
+    advice = _ADVICE.get(number or 0, "write to another place")
+    explained = FileWriteError(f"{os.fspath(path)} could not be written ({reason}): {advice}")
+    explained.errno = number
+    return explained
+
+
+def _os_error(message: str) -> int | None:
+    """The operating system's error number in a message of safetensors, which raises no OSError."""
+    found = re.search(r"\(os error (\d+)\)", message)
+    return int(found.group(1)) if found else None

@@ -1,0 +1,153 @@
+"""Writing a file is all or nothing."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from saft_kernels import files
+from saft_kernels.errors import FileWriteError, SaftError
+from saft_kernels.files import atomic_write
+
+
+def test_a_new_file_holds_what_was_written(tmp_path: Path) -> None:
+    with atomic_write(tmp_path / "a.txt") as temporary:
+        assert temporary.parent == tmp_path
+        temporary.write_text("new")
+    assert (tmp_path / "a.txt").read_text() == "new"
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_the_old_content_stays_until_the_block_ends(tmp_path: Path) -> None:
+    target = tmp_path / "a.txt"
+    target.write_text("old")
+    with atomic_write(target) as temporary:
+        temporary.write_text("new")
+        assert target.read_text() == "old"
+    assert target.read_text() == "new"
+
+
+@pytest.mark.parametrize("error", [ValueError("no"), KeyboardInterrupt()])
+def test_an_exception_in_the_block_keeps_the_old_file(
+    tmp_path: Path, error: BaseException
+) -> None:
+    target = tmp_path / "a.txt"
+    target.write_text("old")
+    with pytest.raises(type(error)), atomic_write(target) as temporary:
+        temporary.write_text("half")
+        raise error
+    assert target.read_text() == "old"
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_an_existing_file_keeps_its_permissions_and_a_new_one_follows_the_umask(
+    tmp_path: Path,
+) -> None:
+    old, new = tmp_path / "old", tmp_path / "new"
+    old.write_text("old")
+    old.chmod(0o640)
+    previous = os.umask(0o027)
+    try:
+        for target in (old, new):
+            with atomic_write(target) as temporary:
+                # safetensors replaces the file by one of its own, readable by its owner only
+                save_file({"x": torch.ones(3)}, temporary)
+    finally:
+        os.umask(previous)
+    assert stat.S_IMODE(old.stat().st_mode) == 0o640
+    assert stat.S_IMODE(new.stat().st_mode) == 0o640
+    assert load_file(new)["x"].sum() == 3
+
+
+def test_a_symbolic_link_is_followed(tmp_path: Path) -> None:
+    (tmp_path / "real").write_text("old")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    with atomic_write(tmp_path / "link") as temporary:
+        temporary.write_text("new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real").read_text() == "new"
+
+
+@pytest.mark.parametrize(
+    ("where", "number", "advice"),
+    [
+        ("missing/a", errno.ENOENT, "create the folder first"),
+        ("file/a", errno.ENOTDIR, "whose parents are folders"),
+        ("folder", errno.EISDIR, "not a folder"),
+    ],
+)
+def test_an_impossible_place_is_one_clear_sentence(
+    tmp_path: Path, where: str, number: int, advice: str
+) -> None:
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(FileWriteError, match=advice) as caught, atomic_write(tmp_path / where):
+        pass
+    assert str(tmp_path / where) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert caught.value.errno == number
+    assert isinstance(caught.value, SaftError)
+
+
+def test_a_read_only_folder_is_one_clear_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: object) -> int:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(files.os, "open", refuse)  # root may write to any folder
+    with pytest.raises(FileWriteError, match="choose a folder that can be written to"):
+        with atomic_write(tmp_path / "a"):
+            pass
+
+
+FULL_DISK = """
+import resource, sys
+from pathlib import Path
+import torch
+from safetensors.torch import save_file
+from saft_kernels.errors import FileWriteError
+from saft_kernels.files import atomic_write
+
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+def write_tensors(path): save_file({"x": torch.zeros(10_000)}, path)
+def write_bytes(path): path.write_bytes(bytes(10_000))
+for write in (write_tensors, write_bytes):
+    try:
+        with atomic_write(sys.argv[1]) as temporary:
+            write(temporary)
+    except FileWriteError as error:
+        assert "write to a disk that allows files of this size" in str(error), error
+    else:
+        raise SystemExit("the limit was not hit")
+"""
+
+
+def test_a_write_that_the_disk_refuses_keeps_the_old_file(tmp_path: Path) -> None:
+    target = tmp_path / "a.safetensors"
+    target.write_text("old")
+    subprocess.run([sys.executable, "-c", FULL_DISK, str(target)], check=True)
+    assert target.read_text() == "old"
+    assert os.listdir(tmp_path) == ["a.safetensors"]
+
+
+def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    target = tmp_path / "a"
+    target.write_text("old")
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(FileWriteError, match="No space left on device.*free some space"):
+        with atomic_write(target) as temporary:
+            temporary.write_text("new")
+    assert target.read_text() == "old"
+    assert os.listdir(tmp_path) == ["a"]
