@@ -1,0 +1,37 @@
+"""Every error the application raises on purpose: one clear sentence each, never a traceback for the user."""
+
+from __future__ import annotations
+
+from saft_kernels.errors import SaftError
+
+
+class ConfigError(SaftError, ValueError):
+    """A setting is out of range, contradicts another, or is not known."""
+
+
+class ModelError(SaftError, ValueError):
+    """A model cannot be had: unknown name or tag, no network, weights of another architecture."""
+
+
+class CheckpointError(SaftError, ValueError):
+    """A checkpoint file is broken, cut short, or belongs to another run or model."""
+
+
+class DataError(SaftError, ValueError):
+    """A data set is missing, empty, malformed, or too small for what was asked."""
+
+
+class UnreadableImageError(DataError):
+    """An image file cannot be read; ``path`` names it."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(f"cannot read the image {path}: {reason}")
+        self.path = path
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[type[UnreadableImageError], tuple[str, str]]:
+        return type(self), (self.path, self.reason)
+
+
+class InterruptedRunError(SaftError, RuntimeError):
+    """The user stopped a run (Ctrl-C); the message says what was saved and how to go on."""
