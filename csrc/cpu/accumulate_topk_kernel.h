@@ -1,0 +1,29 @@
+// The vectorised inner loop of accumulate_topk_. See ops/accumulate_topk.h for the operation.
+#pragma once
+
+#include <cstdint>
+
+#include "isa.h"
+
+namespace saft::cpu {
+
+enum class GradType { none, fp32, bf16, fp16 };
+
+struct Scan {
+  float* acc;        // [n], changed in place
+  const void* grad;  // [n] of `type`, or null
+  GradType type;
+  float scale;
+  bool square;
+  int64_t n;
+};
+
+struct AccumulateTopkKernels {
+  // For i in [begin, end):  acc[i] += scale * grad[i];  if not |acc[i]| < threshold, append i to `survivors`.
+  // NaN and infinity always survive. Returns the number of survivors; `survivors` has room for end - begin.
+  int64_t (*scan)(const Scan& scan, int64_t begin, int64_t end, float threshold, int64_t* survivors);
+};
+
+SAFT_DECLARE_KERNELS(AccumulateTopkKernels, accumulate_topk)
+
+}  // namespace saft::cpu

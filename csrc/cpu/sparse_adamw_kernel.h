@@ -1,0 +1,47 @@
+// The inner loop of sparse_adamw_. See ops/sparse_adamw.h for the operation.
+#pragma once
+
+#include <cstdint>
+
+#include "isa.h"
+#include "strided.h"
+
+namespace saft::cpu {
+
+enum class ParamType { fp32, bf16, fp16 };
+
+// Factors that all tensors of a step share, rounded to fp32 as torch rounds its scalars.
+struct AdamW {
+  float one_minus_beta1;
+  float beta2;
+  float one_minus_beta2;
+  float eps;
+  float keep;                // 1 - lr * weight_decay
+  float inverse_grad_scale;  // 1 without a scaler
+  float sign;                // -1 to maximize
+};
+
+// One tensor's selected entries. The vectors point at the tensor's first entry.
+struct AdamWSegment {
+  ParamType type;
+  void* param;
+  Strided param_layout;
+  const void* grad;          // dense, of `type`; null if compact_grad is given
+  Strided grad_layout;
+  Indices indices;
+  const float* compact_grad; // [n]
+  float* exp_avg;            // [n]
+  float* exp_avg_sq;         // [n]
+  float* master;             // [n], null for fp32
+  float step_size;           // lr / (1 - beta1^t)
+  float bias_correction2;    // sqrt(1 - beta2^t)
+};
+
+struct SparseAdamWKernels {
+  // One AdamW step for entries [begin, end) of the segment.
+  void (*step)(const AdamWSegment& segment, const AdamW& hyper, int64_t begin, int64_t end);
+};
+
+SAFT_DECLARE_KERNELS(SparseAdamWKernels, sparse_adamw)
+
+}  // namespace saft::cpu

@@ -1,0 +1,51 @@
+// From a flat index in logical row-major order to the element's place in memory.
+//
+// In an unnamed namespace on purpose: see isa.h on linkage.
+#pragma once
+
+#include <cstdint>
+
+namespace saft::cpu {
+
+constexpr int kMaxDims = 8;
+
+// A tensor's shape and strides, adjacent dimensions merged where memory allows; dims = 0 means contiguous.
+struct Strided {
+  int dims = 0;
+  int64_t sizes[kMaxDims] = {};
+  int64_t strides[kMaxDims] = {};
+};
+
+// Strictly increasing flat indices, 32 or 64 bits wide.
+struct Indices {
+  const void* data;
+  bool wide;
+  int64_t n;
+};
+
+namespace {
+
+inline int64_t place_of(const Strided& layout, int64_t index) {
+  int64_t place = 0;
+  for (int d = layout.dims - 1; d >= 0; --d) {
+    place += index % layout.sizes[d] * layout.strides[d];
+    index /= layout.sizes[d];
+  }
+  return place;
+}
+
+// places[i] = memory offset, in elements, of entry first + i.
+inline void load_places(const Indices& indices, const Strided& layout, int64_t first, int64_t n, int64_t* places) {
+  if (indices.wide) {
+    const int64_t* index = static_cast<const int64_t*>(indices.data) + first;
+    for (int64_t i = 0; i < n; ++i) places[i] = index[i];
+  } else {
+    const int32_t* index = static_cast<const int32_t*>(indices.data) + first;
+    for (int64_t i = 0; i < n; ++i) places[i] = index[i];
+  }
+  if (layout.dims == 0) return;
+  for (int64_t i = 0; i < n; ++i) places[i] = place_of(layout, places[i]);
+}
+
+}  // namespace
+}  // namespace saft::cpu

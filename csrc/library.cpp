@@ -1,0 +1,31 @@
+// Every operation of the compiled library: its schema, in data-path order.
+//
+// Implementations are registered next to their argument checks, in ops/<operation>.cpp. Documentation and
+// fake implementations are in saft_kernels/ops.py, the specification in saft_kernels/reference.py.
+
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(saft_kernels, m) {
+  // 1 accumulate_topk
+  m.def(
+      "accumulate_topk_(Tensor(a!) acc, Tensor? grad, float scale, bool square, int key, int offset, int k, "
+      "Tensor(b!) values, Tensor(c!) positions, Tensor(d!) state) -> ()");
+  m.def("compact_topk_(int k, Tensor(a!) values, Tensor(b!) positions, Tensor(c!) state) -> ()");
+
+  // 2 gather, scatter
+  m.def("gather(Tensor dense, Tensor indices) -> Tensor");
+  m.def("scatter_(Tensor(a!) dense, Tensor indices, Tensor values) -> ()");
+
+  // 3 sparse_adamw
+  m.def(
+      "sparse_adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor? compact_grad, Tensor[] indices, "
+      "Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!)? master, Tensor(e!) step, Tensor lr, "
+      "float beta1, float beta2, float eps, float weight_decay, bool maximize, "
+      "Tensor? grad_scale, Tensor? found_inf) -> ()");
+
+  // What was built and what is in use (backends.py)
+  m.def("build_info() -> str");
+  m.def("cpu_isas() -> str");
+  m.def("cpu_isa() -> str");
+  m.def("set_cpu_isa(str name) -> ()");
+}

@@ -1,0 +1,34 @@
+// accumulate_topk: acc += scale * grad, and the k largest |acc| seen so far, in one pass over memory.
+//
+// accumulate_topk_(acc fp32 [n]!, grad [n]?, scale, square, key, offset, k, values fp32 [c]!, positions int64 [c]!,
+//                  state int64 [4]!)
+// compact_topk_(k, values!, positions!, state!)
+//
+// Contract
+// - acc and grad are contiguous; grad is fp32, bf16 or fp16, or absent. acc must not overlap grad.
+// - acc[i] + round(scale * grad[i]), rounded: no fused multiply-add, hence the same bits on every backend.
+// - A candidate is a pair (value = |acc[i]|, position = key << 40 | offset + i). Candidates are ordered by larger
+//   value, then lower position; positions are unique, so the order is total and so is the result: after
+//   compact_topk_ the buffer holds exactly the k best of all candidates offered, for any order of calls and any
+//   number of threads. Which losers the buffer holds in between is unspecified.
+// - c > k. A full buffer is compacted to its k best; the threshold is then the worst of them, and only rises.
+// - NaN and infinite entries are never candidates; state[NONFINITE] keeps the lowest position of one.
+// - k = 0: accumulate and look for non-finite entries only; values and positions are not touched.
+#pragma once
+
+#include <cstdint>
+#include <limits>
+
+namespace saft {
+
+// Mirrors saft_kernels/layout.py.
+constexpr int kPositionBits = 40;
+constexpr int64_t kMaxElements = int64_t{1} << kPositionBits;
+constexpr int64_t kMaxKeys = int64_t{1} << (63 - kPositionBits);
+
+enum StateSlot : int { kCount, kThreshold, kTie, kNonFinite, kStateSize };
+
+constexpr int64_t kNoThreshold = -1;
+constexpr int64_t kNoPosition = std::numeric_limits<int64_t>::max();
+
+}  // namespace saft

@@ -1,0 +1,12 @@
+// gather and scatter_: dense tensor <-> compact values at sorted flat indices.
+//
+// gather(dense, indices [n]) -> [n]
+// scatter_(dense!, indices [n], values [n])
+//
+// Contract
+// - dense: any floating type of 2, 4 or 8 bytes, any strides; flat indices count in logical row-major order, so a
+//   channels_last weight and its contiguous copy share their indices. scatter_ refuses overlapping elements.
+// - indices: int32 or int64, strictly increasing, in range; checked before anything is read or written.
+// - values: contiguous, the dtype of dense. Bits are moved, never converted.
+// - Every entry of dense that is not indexed keeps its bits. Deterministic for any number of threads.
+#pragma once

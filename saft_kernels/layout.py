@@ -1,0 +1,27 @@
+"""Layout of the streaming top-k state, shared by the specification, the wrappers and the kernels.
+
+``csrc/ops/accumulate_topk.h`` holds the same numbers for the compiled kernels.
+"""
+
+from __future__ import annotations
+
+#: A candidate's position is ``key << POSITION_BITS | flat index``: ordering positions orders candidates by
+#: parameter first and by flat index second, which is the tie rule. 2**23 parameters of 2**40 elements fit.
+POSITION_BITS = 40
+MAX_KEYS = 1 << (63 - POSITION_BITS)
+MAX_ELEMENTS = 1 << POSITION_BITS
+
+# Slots of the int64 state tensor.
+COUNT = 0  #: candidates now in the buffer
+THRESHOLD = 1  #: bits of the k-th largest score so far (fp32, not negative); NO_THRESHOLD: nothing excluded
+TIE = 2  #: position of that k-th candidate: an equal score counts only at a lower position
+NONFINITE = 3  #: lowest position of a NaN or infinite accumulator; NO_POSITION: none
+STATE_SIZE = 4
+
+NO_THRESHOLD = -1
+NO_POSITION = (1 << 63) - 1
+
+
+def split_position(position: int) -> tuple[int, int]:
+    """The (key, flat index) that a packed position stands for."""
+    return position >> POSITION_BITS, position & (MAX_ELEMENTS - 1)

@@ -1,0 +1,215 @@
+"""The operations of the data path, in its order: one function per stage.
+
+Each function checks what only Python can know, picks the backend (:mod:`saft_kernels.backends`) and calls
+it; the compiled operations check shapes, dtypes and index ranges in front of their kernels
+(``csrc/ops``). :mod:`saft_kernels.reference` defines every result. The schemas are in ``csrc/library.cpp``,
+their fake implementations at the end of this file.
+
+All operations change their first arguments in place or return compact vectors; none is differentiable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saft_kernels import backends, reference
+
+FLOATING = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _implementation(name: str, device: torch.device) -> Any:
+    if backends.resolve(device) == "reference":
+        return getattr(reference, name)
+    return getattr(backends.kernels(), name)
+
+
+def _changed(tensors: Iterable[Tensor]) -> None:
+    """Tell autograd that these tensors were written, so that a stale backward raises."""
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version(tensors)
+
+
+# 1 ----------------------------------------------------------------------------- accumulate_topk
+
+
+def accumulate_topk_(
+    acc: Tensor,
+    grad: Tensor | None,
+    scale: float,
+    *,
+    square: bool,
+    key: int,
+    offset: int,
+    k: int,
+    values: Tensor,
+    positions: Tensor,
+    state: Tensor,
+) -> None:
+    """Accumulate a gradient and keep the k largest magnitudes of the result, in one pass.
+
+    ``acc += scale * grad`` (``scale * grad**2`` if ``square``), both roundings kept, so the result is
+    bit-identical on every backend. Every finite ``|acc|`` that ranks before the k-th best so far is appended
+    to the candidate buffer; when the buffer is full it is compacted to the k best and the threshold
+    rises. After any sequence of calls that offers each position once, :func:`compact_topk_` leaves exactly
+    the k best under the order (larger ``|acc|``, then lower position), whatever the order of the calls and
+    the number of threads.
+
+    Args:
+        acc: fp32 [n], contiguous, changed in place.
+        grad: n elements, fp32, bf16 or fp16, contiguous; None offers ``acc`` as it is.
+        scale: factor of the gradient, rounded to fp32.
+        square: accumulate the squared gradient.
+        key: rank of the parameter, 0 <= key < 2**23: ties go to the lower.
+        offset: flat index of ``acc[0]`` within the parameter.
+        k: how many to keep; 0 accumulates only (and still looks for non-finite values).
+        values: fp32 [capacity], the candidates' ``|acc|``; capacity > k.
+        positions: int64 [capacity], the candidates' packed positions (:mod:`saft_kernels.layout`).
+        state: int64 [4], changed in place (:mod:`saft_kernels.layout`).
+
+    Raises:
+        RuntimeError: if a shape, dtype or device does not fit.
+    """
+    run = _implementation("accumulate_topk_", acc.device)
+    run(acc, grad, scale, square, key, offset, k, values, positions, state)
+    _changed((acc, values, positions, state))
+
+
+def compact_topk_(k: int, values: Tensor, positions: Tensor, state: Tensor) -> None:
+    """Reduce the candidate buffer to its k best, in no particular order, and raise the threshold.
+
+    Args and errors: see :func:`accumulate_topk_`.
+    """
+    _implementation("compact_topk_", values.device)(k, values, positions, state)
+    _changed((values, positions, state))
+
+
+# 2 ----------------------------------------------------------------------------- gather, scatter_
+
+
+def gather(dense: Tensor, indices: Tensor) -> Tensor:
+    """The entries of ``dense`` at flat indices into its logical row-major order.
+
+    Args:
+        dense: any floating dtype, shape and strides (channels_last included).
+        indices: int32 or int64 [nnz], strictly increasing, within ``dense``.
+
+    Returns:
+        [nnz], the dtype of ``dense``.
+
+    Raises:
+        RuntimeError: if an index is out of range or they do not increase strictly.
+    """
+    result: Tensor = _implementation("gather", dense.device)(dense.detach(), indices)
+    return result
+
+
+def scatter_(dense: Tensor, indices: Tensor, values: Tensor) -> None:
+    """Write ``values`` to ``dense`` at flat indices into its logical row-major order, in place.
+
+    Args:
+        dense: any floating dtype, shape and non-overlapping strides; every other entry keeps its bits.
+        indices: int32 or int64 [nnz], strictly increasing, within ``dense``.
+        values: [nnz], the dtype of ``dense``.
+
+    Raises:
+        RuntimeError: if an index is out of range or they do not increase strictly; nothing is written.
+    """
+    _implementation("scatter_", dense.device)(dense.detach(), indices, values)
+    _changed((dense,))
+
+
+# 3 ----------------------------------------------------------------------------- sparse_adamw_
+
+
+def sparse_adamw_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor] | Tensor,
+    indices: Sequence[Tensor],
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: Tensor,
+    *,
+    lr: float | Tensor,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 1e-2,
+    maximize: bool = False,
+    master: Tensor | None = None,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> None:
+    """One AdamW step over the selected entries of all ``params``, in one call.
+
+    For every selected entry, with t the step count of its parameter after this call (Loshchilov & Hutter
+    2019, Algorithm 2, decoupled weight decay, in the order of operations of ``torch.optim.AdamW``)::
+
+        m <- lerp(m, g, 1 - beta1)          v <- beta2 v + (1 - beta2) g^2
+        w <- w (1 - lr weight_decay) - lr / (1 - beta1^t) m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
+
+    Weight decay acts on the selected entries only: every other entry of ``params`` keeps its bits.
+
+    Args:
+        params: T tensors of one dtype (fp32, bf16 or fp16) and device, changed in place.
+        grads: either T dense tensors (shapes of ``params``; the selected entries are gathered on the way),
+            or one compact vector, fp32 [nnz], in the order of ``indices``.
+        indices: T vectors, int32 or int64, strictly increasing flat indices; nnz is their total length.
+        exp_avg: fp32 [nnz], changed in place.
+        exp_avg_sq: fp32 [nnz], changed in place.
+        step: fp32 [T], the number of steps each parameter has taken; incremented.
+        lr: learning rate, a float or a one-element tensor read when the step runs.
+        betas: decay rates of the two moments, each in [0, 1).
+        eps: added to the denominator.
+        weight_decay: decoupled decay factor.
+        maximize: ascend instead of descend.
+        master: fp32 [nnz], exact values of the selected entries; required for bf16 and fp16 params, whose
+            entries become its rounded copy; None for fp32.
+        grad_scale: one-element fp32 tensor that the gradients are divided by.
+        found_inf: one-element fp32 tensor; not zero: nothing is changed, ``step`` included.
+
+    Raises:
+        RuntimeError: if a shape, dtype, device or index does not fit; nothing is written.
+    """
+    dense, compact = ((), grads) if isinstance(grads, Tensor) else (grads, None)
+    if not torch.is_tensor(lr):
+        lr = torch.tensor(lr, dtype=torch.float64)
+    with torch.no_grad():
+        _implementation("sparse_adamw_", exp_avg.device)(
+            list(params), list(dense), compact, list(indices),
+            exp_avg, exp_avg_sq, master, step, lr, *betas, eps, weight_decay, maximize,
+            grad_scale, found_inf,
+        )  # fmt: skip
+    state = (exp_avg, exp_avg_sq, step) if master is None else (exp_avg, exp_avg_sq, step, master)
+    _changed((*params, *state))
+
+
+# Fake implementations: what torch.compile and opcheck need to know of each compiled operation.
+
+
+def _register_fakes() -> None:
+    @torch.library.register_fake("saft_kernels::accumulate_topk_")
+    def _(*args: Any) -> None:
+        return None
+
+    @torch.library.register_fake("saft_kernels::compact_topk_")
+    def _(*args: Any) -> None:
+        return None
+
+    @torch.library.register_fake("saft_kernels::gather")
+    def _(dense: Tensor, indices: Tensor) -> Tensor:
+        return dense.new_empty(indices.shape)
+
+    @torch.library.register_fake("saft_kernels::scatter_")
+    def _(*args: Any) -> None:
+        return None
+
+    @torch.library.register_fake("saft_kernels::sparse_adamw_")
+    def _(*args: Any) -> None:
+        return None
+
+
+if backends.library_error() is None:
+    _register_fakes()

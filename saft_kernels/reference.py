@@ -1,0 +1,141 @@
+"""The executable specification: every operation of :mod:`saft_kernels.ops` in plain torch.
+
+Each function has the signature of its namesake in ``ops`` and defines its result. Kernels are tested
+against this module, benchmarks check their results against it, and ``SAFT_BACKEND=reference`` runs it. It
+is written to be read: clarity first, no attention to speed or memory.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from saft_kernels.layout import COUNT, NONFINITE, POSITION_BITS, THRESHOLD, TIE
+
+
+def accumulate_topk_(
+    acc: Tensor,
+    grad: Tensor | None,
+    scale: float,
+    square: bool,
+    key: int,
+    offset: int,
+    k: int,
+    values: Tensor,
+    positions: Tensor,
+    state: Tensor,
+) -> None:
+    """``acc += scale * grad`` (two roundings, no fused multiply-add), then keep the k best candidates."""
+    flat = acc.view(-1)
+    if grad is not None:
+        term = grad.reshape(-1).float()
+        if square:
+            term = term * term
+        flat.add_(term * scale)
+    if flat.numel() == 0:
+        return
+    position = (key << POSITION_BITS) + offset + torch.arange(flat.numel(), device=acc.device)
+    broken = ~flat.isfinite()
+    if broken.any():
+        state[NONFINITE] = min(int(state[NONFINITE]), int(position[broken].min()))
+    if k == 0:
+        return
+    count = int(state[COUNT])
+    fresh = ~broken & _beats_threshold(flat.abs(), position, state)
+    score = torch.cat([values[:count], flat.abs()[fresh]])
+    where = torch.cat([positions[:count], position[fresh]])
+    _keep_best(k, score, where, values, positions, state)
+
+
+def compact_topk_(k: int, values: Tensor, positions: Tensor, state: Tensor) -> None:
+    """Keep the k best of the buffered candidates and raise the threshold to the worst of them."""
+    count = int(state[COUNT])
+    _keep_best(k, values[:count].clone(), positions[:count].clone(), values, positions, state)
+
+
+def _beats_threshold(score: Tensor, position: Tensor, state: Tensor) -> Tensor:
+    """True where (score, position) ranks before the k-th best so far; ties go to the lower position."""
+    threshold = state[THRESHOLD : THRESHOLD + 1].to(torch.int32).view(torch.float32)
+    if int(state[THRESHOLD]) < 0:  # nothing is excluded yet
+        return torch.ones_like(score, dtype=torch.bool)
+    return (score > threshold) | ((score == threshold) & (position < state[TIE]))
+
+
+def _keep_best(
+    k: int, score: Tensor, where: Tensor, values: Tensor, positions: Tensor, state: Tensor
+) -> None:
+    by_position = where.argsort()
+    order = by_position[score[by_position].argsort(descending=True, stable=True)][:k]
+    n = order.numel()
+    values[:n] = score[order]
+    positions[:n] = where[order]
+    state[COUNT] = n
+    if n == k and k > 0:
+        state[THRESHOLD] = values[n - 1].view(torch.int32)
+        state[TIE] = positions[n - 1]
+
+
+def gather(dense: Tensor, indices: Tensor) -> Tensor:
+    """``dense.flatten()[indices]`` in logical row-major order, whatever the memory layout."""
+    return dense.reshape(-1)[indices.long()]
+
+
+def scatter_(dense: Tensor, indices: Tensor, values: Tensor) -> None:
+    """``dense.flatten()[indices] = values`` in logical row-major order, whatever the memory layout."""
+    if indices.numel():
+        dense[_unravel(indices, dense.shape)] = values
+
+
+def _unravel(indices: Tensor, shape: torch.Size) -> tuple[Tensor, ...]:
+    if not shape:
+        return (torch.zeros((), dtype=torch.int64, device=indices.device),)
+    return torch.unravel_index(indices.long(), shape)
+
+
+def sparse_adamw_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    compact_grad: Tensor | None,
+    indices: Sequence[Tensor],
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    master: Tensor | None,
+    step: Tensor,
+    lr: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    maximize: bool,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+) -> None:
+    """One AdamW step (Loshchilov & Hutter 2019, Algorithm 2) over the selected entries only."""
+    if found_inf is not None and found_inf.item() != 0:
+        return
+    step.add_(1)
+    rate = float(lr)
+    inverse = 1.0 if grad_scale is None else 1.0 / float(grad_scale)
+    begin = 0
+    for tensor, (param, index) in enumerate(zip(params, indices, strict=True)):
+        end = begin + index.numel()
+        if compact_grad is not None:
+            g = compact_grad[begin:end].float()
+        else:
+            g = gather(grads[tensor], index).float()
+        g = g * inverse if grad_scale is not None else g
+        g = -g if maximize else g
+        w = master[begin:end] if master is not None else gather(param, index).float()
+        m, v = exp_avg[begin:end], exp_avg_sq[begin:end]
+        t = float(step[tensor])
+        m.lerp_(g, 1 - beta1)
+        v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+        denominator = (v.sqrt() / math.sqrt(1 - beta2**t)).add_(eps)
+        w = (w * (1 - rate * weight_decay)).addcdiv_(m, denominator, value=-rate / (1 - beta1**t))
+        if master is not None:
+            master[begin:end] = w
+        scatter_(param, index, w.to(param.dtype))
+        begin = end
