@@ -1,0 +1,114 @@
+"""Labelled images: what a user names (``spec``) becomes an :class:`ImageDataset`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saft_clip.data import coop, folder
+from saft_clip.data.dataset import ImageDataset, drop_unreadable, few_shot, say_skipped
+from saft_clip.domains import DOMAINS, load_domain
+from saft_clip.errors import DataError
+from saft_clip.prompts import DEFAULT_TEMPLATES, resolve_templates
+
+__all__ = [
+    "SPLITS",
+    "ImageDataset",
+    "available_splits",
+    "drop_unreadable",
+    "few_shot",
+    "load_dataset",
+    "say_skipped",
+]
+
+SPLITS = ("train", "val", "test")
+
+BUILTIN = "builtin:"
+
+
+def load_dataset(
+    spec: str,
+    split: str,
+    transform: Callable[[Any], Tensor],
+    *,
+    templates: str | Sequence[str] | None = None,
+) -> ImageDataset:
+    """List the labelled images of one split; no image is decoded yet.
+
+    Args:
+        spec: one of
+
+            - a folder of class folders, ``<class name>/xxx.jpg``, or of ``train``, ``val`` and ``test`` folders
+              of those;
+            - a split file in CoOp's format, ``split_zhou_OxfordPets.json``, its images beside it or in one
+              folder beside it; ``SPLIT.json::FOLDER`` names any other folder of images;
+            - ``builtin:<domain>``, images that ship with this package or are rendered by it.
+        split: ``train``, ``val`` or ``test``. A folder without split folders gives all its images for each:
+            :func:`available_splits` tells.
+        transform: PIL image -> tensor, a model's ``preprocess_train`` or ``preprocess_val``.
+        templates: prompt templates, see :func:`saft_clip.prompts.resolve_templates`; None for the data
+            set's own, ``a photo of a {}.`` if it has none.
+
+    Raises:
+        DataError: if there is no such data, no such split, or it is malformed or empty.
+    """
+    if split not in SPLITS:
+        raise DataError(f"there is no split {split!r}; choose one of {', '.join(SPLITS)}")
+    own_templates: tuple[str, ...] = DEFAULT_TEMPLATES
+    images: Any
+    if spec.startswith(BUILTIN):
+        domain = load_domain(_domain(spec), split)
+        name, images, labels = domain.name, domain.images, domain.labels
+        class_names, own_templates = domain.class_names, domain.templates
+    elif _is_split_file(spec):
+        name, images, labels, class_names = coop.list_images(spec, split)
+    else:
+        name, images, labels, class_names = folder.list_images(_folder(spec), split)
+    return ImageDataset(
+        name=name,
+        images=images,
+        labels=torch.as_tensor(labels, dtype=torch.int64),
+        class_names=tuple(class_names),
+        templates=own_templates if templates is None else resolve_templates(templates),
+        transform=transform,
+    )
+
+
+def available_splits(spec: str) -> tuple[str, ...]:
+    """The splits that the data itself makes; empty for a folder of class folders alone.
+
+    Raises:
+        DataError: if there is no such data or it is malformed.
+    """
+    if spec.startswith(BUILTIN):
+        _domain(spec)
+        return SPLITS
+    if _is_split_file(spec):
+        return tuple(split for split in SPLITS if split in coop.read_split_file(spec))
+    return folder.split_folders(_folder(spec))
+
+
+def _domain(spec: str) -> str:
+    name = spec.removeprefix(BUILTIN)
+    if name not in DOMAINS:
+        raise DataError(f"there is no built-in domain {name!r}; choose one of {', '.join(DOMAINS)}")
+    return name
+
+
+def _is_split_file(spec: str) -> bool:
+    return coop.ROOT_SEPARATOR in spec or spec.endswith(".json")
+
+
+def _folder(spec: str) -> Path:
+    path = Path(spec).expanduser()
+    if not path.exists():
+        raise DataError(f"there is no folder {spec}; give a folder of class folders or a split file")
+    if not path.is_dir():
+        raise DataError(
+            f"{spec} is neither a folder of class folders nor a .json split file in CoOp's format"
+        )
+    return path

@@ -1,0 +1,195 @@
+"""Labelled images, unreadable ones, and few-shot samples."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from saft_clip.console import progress, warn
+from saft_clip.errors import DataError, UnreadableImageError
+
+
+@dataclass
+class ImageDataset(Dataset[tuple[Tensor, int]]):
+    """N labelled images of C classes.
+
+    Attributes:
+        name: what tables call it.
+        images: N file paths, or uint8 arrays [H, W] or [H, W, 3].
+        labels: int64 [N], each in [0, C).
+        class_names: C names as they appear in prompts.
+        templates: prompt templates with ``{}`` for the class name.
+        transform: PIL image (RGB) -> tensor.
+        skipped: images that could not be read and were left out, each as ``path: reason``.
+    """
+
+    name: str
+    images: Sequence[Any]
+    labels: Tensor
+    class_names: tuple[str, ...]
+    templates: tuple[str, ...]
+    transform: Callable[[Any], Tensor]
+    skipped: list[str] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        """The transformed image and its label.
+
+        Raises:
+            UnreadableImageError: if the file cannot be decoded.
+        """
+        return self.transform(self.open(index)), int(self.labels[index])
+
+    def open(self, index: int) -> Image.Image:
+        """The image as it is stored, in RGB.
+
+        Raises:
+            UnreadableImageError: if the file cannot be decoded.
+        """
+        image = self.images[index]
+        if isinstance(image, str):
+            return _decode(image)
+        return Image.fromarray(np.asarray(image)).convert("RGB")
+
+    def subset(self, indices: Sequence[int]) -> ImageDataset:
+        """The images at these positions, in this order, with the same classes."""
+        return replace(
+            self, images=[self.images[i] for i in indices], labels=self.labels[list(indices)]
+        )
+
+
+def drop_unreadable(dataset: ImageDataset, *, show_progress: bool = True) -> ImageDataset:
+    """Decode every image once and leave out those that cannot be read; warn of them by name.
+
+    Call it before training on all images of a data set, so that no epoch meets a surprise. It costs
+    about as much time as one epoch of image loading. :func:`few_shot` needs it not: it checks the
+    images it draws.
+
+    Raises:
+        DataError: if no image can be read.
+    """
+    bad = _find_unreadable(dataset, range(len(dataset)), show_progress)
+    if not bad:
+        return dataset
+    good = [index for index in range(len(dataset)) if index not in bad]
+    if not good:
+        raise DataError(f"none of the {len(dataset)} images of {dataset.name} can be read")
+    kept = dataset.subset(good)
+    kept.skipped = [*dataset.skipped, *bad.values()]
+    say_skipped(kept)
+    return kept
+
+
+def say_skipped(dataset: ImageDataset, limit: int = 5) -> None:
+    """Warn of the unreadable images of a data set, if there are any: their number and the first names."""
+    if dataset.skipped:
+        more = len(dataset.skipped) - limit
+        tail = f"; and {more} more" if more > 0 else ""
+        warn(
+            f"{len(dataset.skipped)} unreadable image(s) of {dataset.name} skipped: "
+            f"{'; '.join(dataset.skipped[:limit])}{tail}"
+        )
+
+
+def few_shot(dataset: ImageDataset, shots: int, seed: int) -> ImageDataset:
+    """Draw the same number of images of every class, as CoOp does.
+
+    One ``random.Random(seed)`` draws ``sample(images, shots)`` for each class, in the order in which classes
+    first appear and from their images in data set order: with a CoOp split file this is CoOp's own
+    training set for that seed. The drawn images are then decoded once; unreadable ones are named,
+    skipped, and replaced by further draws of the same generator from the rest of their class. Unlike
+    CoOp, which repeats images of a class that has too few, this is an error here.
+
+    Args:
+        dataset: where to draw from.
+        shots: images per class, at least 1.
+        seed: of the generator.
+
+    Returns:
+        ``shots`` images of each class, class by class.
+
+    Raises:
+        DataError: if a class has fewer readable images than that.
+    """
+    if shots < 1:
+        raise DataError(f"--shots must be at least 1, not {shots}")
+    pools: dict[int, list[int]] = {}
+    for index, label in enumerate(dataset.labels.tolist()):
+        pools.setdefault(label, []).append(index)
+    for label in range(len(dataset.class_names)):
+        _check_enough(dataset, label, len(pools.get(label, ())), shots)
+    generator = random.Random(seed)
+    drawn = {label: generator.sample(pool, shots) for label, pool in pools.items()}
+    skipped: dict[int, str] = {}
+    fresh = [index for indices in drawn.values() for index in indices]
+    while bad := _find_unreadable(dataset, fresh, show_progress=True):
+        skipped |= bad
+        fresh = []
+        for label, indices in drawn.items():
+            good = [index for index in indices if index not in bad]
+            if len(good) < shots:
+                rest = [i for i in pools[label] if i not in skipped and i not in good]
+                _check_enough(dataset, label, len(good) + len(rest), shots)
+                new = generator.sample(rest, shots - len(good))
+                drawn[label] = good + new
+                fresh += new
+    sample = dataset.subset([index for indices in drawn.values() for index in indices])
+    sample.skipped = [*dataset.skipped, *skipped.values()]
+    say_skipped(sample)
+    return sample
+
+
+def _check_enough(dataset: ImageDataset, label: int, found: int, shots: int) -> None:
+    if found < shots:
+        raise DataError(
+            f"class {dataset.class_names[label]!r} of {dataset.name} has {found} readable image(s), "
+            f"fewer than --shots {shots}; add images or take fewer shots"
+        )
+
+
+def _find_unreadable(
+    dataset: ImageDataset, indices: Iterable[int], show_progress: bool
+) -> dict[int, str]:
+    """Which of these images cannot be decoded: index -> ``path: reason``."""
+    files = [index for index in indices if isinstance(dataset.images[index], str)]
+    bad = {}
+    # Threads suffice: PIL releases the interpreter lock while it decodes.
+    with (
+        ThreadPoolExecutor(os.cpu_count()) as pool,
+        progress(f"checking {dataset.name}", len(files), show=show_progress) as advance,
+    ):
+        reasons = pool.map(lambda index: _why_unreadable(dataset.images[index]), files)
+        for index, reason in zip(files, reasons, strict=True):
+            advance()
+            if reason is not None:
+                bad[index] = f"{dataset.images[index]}: {reason}"
+    return bad
+
+
+def _why_unreadable(path: str) -> str | None:
+    try:
+        _decode(path)
+    except UnreadableImageError as error:
+        return error.reason
+    return None
+
+
+def _decode(path: str) -> Image.Image:
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    # Decoders raise whatever a broken file makes them raise: OSError, SyntaxError, struct.error, ...
+    except Exception as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise UnreadableImageError(path, reason.splitlines()[0] if reason else "broken") from error

@@ -1,0 +1,201 @@
+"""Zero-shot classification: a class is what its prompts say."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from math import sqrt
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+
+from saft_clip.console import progress
+from saft_clip.data import ImageDataset
+from saft_clip.errors import DataError, UnreadableImageError
+from saft_clip.models import ClipModel, autocast
+from saft_clip.prompts import PROMPT_BATCH, class_prompts, encode_prompts
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a model gets right on one data set; accuracies are fractions of 1.
+
+    Attributes:
+        dataset: its name.
+        n: images evaluated.
+        top1: share of images whose class ranks first.
+        top5: share of images whose class is among the first five (all classes, if there are fewer).
+        mean_per_class: mean of the classes' accuracies, over classes that have images.
+        top1_stderr: sqrt(p (1 - p) / n), the binomial standard error of ``top1``.
+        mean_per_class_stderr: the same for ``mean_per_class``: sqrt(sum_c p_c (1 - p_c) / n_c) / C.
+        per_class: class name -> accuracy (None for a class without images).
+        per_class_n: class name -> number of images.
+        skipped: images that could not be read, as ``path: reason``; they are not in ``n``.
+    """
+
+    dataset: str
+    n: int
+    top1: float
+    top5: float
+    mean_per_class: float
+    top1_stderr: float
+    mean_per_class_stderr: float
+    per_class: dict[str, float | None]
+    per_class_n: dict[str, int]
+    skipped: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it, for JSON."""
+        return asdict(self)
+
+
+def evaluate_zero_shot(
+    clip: ClipModel,
+    dataset: ImageDataset,
+    *,
+    batch_size: int = 64,
+    device: str | torch.device = "cpu",
+    precision: str = "fp32",
+    workers: int = 0,
+    show_progress: bool = True,
+) -> Evaluation:
+    """Classify every image by its most similar class embedding.
+
+    Unreadable images are left out and named in the result. The model ends in the mode (train or eval) it
+    came in.
+
+    Args:
+        clip: the model, on ``device``.
+        dataset: transformed with the model's ``preprocess_val``.
+        batch_size: images per forward pass.
+        device: where the model is.
+        precision: ``fp32`` or ``amp_bf16``.
+        workers: processes that load images; 0 loads them in this one.
+        show_progress: show bars with images per second and time left.
+
+    Raises:
+        DataError: if not one image can be read.
+    """
+    modes = {module: module.training for module in clip.model.modules()}
+    clip.model.eval()
+    try:
+        with torch.inference_mode(), autocast(precision, device):
+            tokens = class_prompts(dataset.class_names, dataset.templates, clip.tokenizer)
+            classes = embed_classes(clip.model, tokens.to(device), show_progress=show_progress)
+            ranks, labels, skipped = _rank_images(
+                clip.model, classes, dataset, batch_size, device, workers, show_progress
+            )
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    if not len(ranks):
+        raise DataError(f"none of the {len(dataset)} images of {dataset.name} can be read")
+    return _summarize(dataset, ranks, labels, skipped)
+
+
+def embed_classes(model: nn.Module, tokens: Tensor, *, show_progress: bool = False) -> Tensor:
+    """Class embeddings: the normalised mean of the normalised embeddings of a class's prompts.
+
+    Args:
+        model: an open_clip model.
+        tokens: int64 [C, T, L], T prompts for each of C classes, on the model's device.
+
+    Returns:
+        float32 [C, E], unit length.
+    """
+    embeddings = []
+    with progress("encoding prompts", tokens[..., 0].numel(), unit="prompts", show=show_progress) as advance:
+        for batch in tokens.flatten(0, 1).split(PROMPT_BATCH):
+            embeddings.append(encode_prompts(model, batch))
+            advance(len(batch))
+    return F.normalize(torch.cat(embeddings).unflatten(0, tokens.shape[:2]).mean(dim=1), dim=-1)
+
+
+class _Tolerant(Dataset[Any]):
+    """A data set whose unreadable images come as the error that names them."""
+
+    def __init__(self, dataset: ImageDataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int] | UnreadableImageError:
+        try:
+            return self.dataset[index]
+        except UnreadableImageError as error:
+            return error
+
+
+def _collate(items: Sequence[Any]) -> tuple[list[Tensor], list[int], list[str]]:
+    good = [item for item in items if not isinstance(item, UnreadableImageError)]
+    bad = [f"{error.path}: {error.reason}" for error in items if error not in good]
+    return [image for image, _ in good], [label for _, label in good], bad
+
+
+def _rank_images(
+    model: nn.Module,
+    classes: Tensor,
+    dataset: ImageDataset,
+    batch_size: int,
+    device: str | torch.device,
+    workers: int,
+    show_progress: bool,
+) -> tuple[Tensor, Tensor, list[str]]:
+    """How many classes score higher than the true one, for every readable image; labels; unreadable images."""
+    loader = DataLoader(
+        _Tolerant(dataset), batch_size=batch_size, num_workers=workers, collate_fn=_collate
+    )
+    ranks, labels, skipped = [], [], list(dataset.skipped)
+    with progress(f"evaluating {dataset.name}", len(dataset), show=show_progress) as advance:
+        for images, truth, bad in loader:
+            skipped += bad
+            if images:
+                features = model.encode_image(torch.stack(images).to(device)).float()
+                scores = (F.normalize(features, dim=-1) @ classes.T).cpu()
+                ranks.append(_rank(scores, torch.tensor(truth)))
+                labels += truth
+            advance(len(images) + len(bad))
+    return torch.cat(ranks) if ranks else torch.empty(0), torch.tensor(labels), skipped
+
+
+def _rank(scores: Tensor, labels: Tensor) -> Tensor:
+    """The rank of the true class, 0 for the best: int64 [B] from scores [B, C] and labels [B].
+
+    A tie counts against the true class, and so does a score that is not a number: a broken model must
+    not look good.
+    """
+    true = scores.gather(1, labels[:, None])
+    return (~(scores < true)).sum(dim=1) - (true == true).squeeze(1).long()
+
+
+def _summarize(
+    dataset: ImageDataset, ranks: Tensor, labels: Tensor, skipped: list[str]
+) -> Evaluation:
+    right = (ranks == 0).double()
+    counts = torch.bincount(labels, minlength=len(dataset.class_names)).double()
+    hits = torch.bincount(labels, weights=right, minlength=len(dataset.class_names))
+    seen = counts > 0
+    accuracy = hits[seen] / counts[seen]
+    variance = (accuracy * (1 - accuracy) / counts[seen]).sum().item()
+    top1 = right.mean().item()
+    return Evaluation(
+        dataset=dataset.name,
+        n=len(ranks),
+        top1=top1,
+        top5=(ranks < 5).double().mean().item(),
+        mean_per_class=accuracy.mean().item(),
+        top1_stderr=sqrt(top1 * (1 - top1) / len(ranks)),
+        mean_per_class_stderr=sqrt(variance) / len(accuracy),
+        per_class={
+            name: hit / count if count else None
+            for name, hit, count in zip(
+                dataset.class_names, hits.tolist(), counts.tolist(), strict=True
+            )
+        },
+        per_class_n=dict(zip(dataset.class_names, counts.long().tolist(), strict=True)),
+        skipped=skipped,
+    )

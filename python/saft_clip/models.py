@@ -1,0 +1,215 @@
+"""Pretrained CLIP models: any of open_clip's, from a tag, a local file, or the built-in tiny one."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from open_clip.factory import load_state_dict
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from saft_clip.errors import CheckpointError, ModelError
+from saft_clip.tiny import TINY_NAME, TINY_WEIGHTS, register_tiny
+
+#: open_clip's ``--precision`` names that are supported: weights are fp32 in both.
+PRECISIONS = ("fp32", "amp_bf16")
+
+#: Asks for random weights by name, so that nobody trains from scratch by leaving out ``pretrained``.
+RANDOM = "random"
+
+
+@dataclass
+class ClipModel:
+    """A model with all that belongs to it.
+
+    Attributes:
+        model: the open_clip model, in eval mode.
+        preprocess_train: PIL image -> float32 [3, H, W], with random crops.
+        preprocess_val: PIL image -> float32 [3, H, W], deterministic.
+        tokenizer: list of P texts -> int64 [P, L].
+        name: the open_clip name.
+        pretrained: tag or file that the weights came from; ``builtin`` for the tiny model's.
+    """
+
+    model: nn.Module
+    preprocess_train: Callable[[Any], Tensor]
+    preprocess_val: Callable[[Any], Tensor]
+    tokenizer: Callable[[list[str]], Tensor]
+    name: str
+    pretrained: str | None
+
+
+def load_model(
+    name: str,
+    pretrained: str | None = None,
+    *,
+    device: str | torch.device = "cpu",
+    precision: str = "fp32",
+    force_quick_gelu: bool = False,
+) -> ClipModel:
+    """Load a pretrained model.
+
+    Args:
+        name: a model name of open_clip (``ViT-B-16``), or ``saft-tiny``.
+        pretrained: a tag of that model (``openai``; downloaded once, then cached); a checkpoint file
+            (``.safetensors``, or ``.pt``/``.bin`` holding tensors only: nothing else in a pickle is ever read);
+            None or ``builtin`` for the weights of ``saft-tiny``; ``random`` for random ones.
+        device: where the model goes.
+        precision: ``fp32`` or ``amp_bf16``; the weights are fp32 in both, see :func:`autocast`.
+        force_quick_gelu: build the model with QuickGELU, for a file of weights trained with it (OpenAI's
+            are); a tag brings this with it.
+
+    Raises:
+        ModelError: if there is no such model or tag, the weights cannot be downloaded, or belong to
+            another architecture.
+        CheckpointError: if the checkpoint file is broken or cut short.
+    """
+    check_precision(precision)
+    register_tiny()
+    name = name.replace("/", "-")
+    _check_name(name)
+    file, tag_config = _find_weights(name, pretrained)
+    if tag_config.get("quick_gelu") and not open_clip.get_model_config(name).get("quick_gelu"):
+        force_quick_gelu = True
+    with _quiet():
+        model, preprocess_train, preprocess_val = open_clip.create_model_and_transforms(
+            name,
+            device=device,
+            force_quick_gelu=force_quick_gelu,
+            image_mean=tag_config.get("mean"),
+            image_std=tag_config.get("std"),
+            image_interpolation=tag_config.get("interpolation"),
+            image_resize_mode=tag_config.get("resize_mode"),
+            pretrained_text=False,
+        )
+        tokenizer = open_clip.get_tokenizer(name)
+    if file is not None:
+        _load_weights(model, name, file)
+    source = pretrained or "builtin"
+    return ClipModel(model.eval(), preprocess_train, preprocess_val, tokenizer, name, source)
+
+
+def check_precision(precision: str) -> None:
+    """Raise a :class:`ModelError` unless the precision is supported."""
+    if precision not in PRECISIONS:
+        raise ModelError(f"precision {precision!r} is not one of {', '.join(PRECISIONS)}")
+
+
+def autocast(precision: str, device: str | torch.device) -> AbstractContextManager[Any]:
+    """The context in which a model's forward pass runs at this precision: ``fp32`` or ``amp_bf16``."""
+    check_precision(precision)
+    if precision == "fp32":
+        return nullcontext()
+    return torch.autocast(torch.device(device).type, dtype=torch.bfloat16)
+
+
+def train_mode(model: nn.Module) -> None:
+    """Put a model into training mode, but leave BatchNorm in eval mode.
+
+    Fine-tuning on a few images must not move the running statistics: they are no parameters, so neither
+    a mask nor a delta would know of it.
+    """
+    model.train()
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            module.eval()
+
+
+def _check_name(name: str) -> None:
+    names = open_clip.list_models()
+    if name in names:
+        return
+    folded = {known.lower(): known for known in names}
+    near = [folded[match] for match in difflib.get_close_matches(name.lower(), folded, n=3)]
+    hint = f"did you mean {' or '.join(near)}?" if near else "open_clip.list_models() lists them all"
+    raise ModelError(f"there is no model {name!r} in open_clip; {hint}")
+
+
+def _find_weights(name: str, pretrained: str | None) -> tuple[Path | None, dict[str, Any]]:
+    """The checkpoint file to load (None: keep random weights), and open_clip's facts about its tag."""
+    if pretrained == RANDOM:
+        return None, {}
+    if name == TINY_NAME and pretrained in (None, "builtin"):
+        return TINY_WEIGHTS, {}
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    known = f"its tags are {', '.join(tags)}" if tags else "it has no tags"
+    if pretrained is None:
+        raise ModelError(
+            f"no weights were named for {name}: give --pretrained a tag ({known}), a checkpoint file, "
+            f"or {RANDOM}"
+        )
+    config = open_clip.get_pretrained_cfg(name, pretrained)
+    if config:
+        return _download(name, pretrained, config), config
+    if not Path(pretrained).is_file():
+        raise ModelError(
+            f"{name} has no pretrained tag {pretrained!r}, and there is no file of that name; {known}"
+        )
+    return Path(pretrained), {}
+
+
+def _download(name: str, tag: str, config: dict[str, Any]) -> Path:
+    try:
+        return Path(open_clip.download_pretrained(config))
+    # Whatever the network, the cache folder or the hub's client may raise, the advice is the same.
+    except Exception as error:
+        source = config.get("hf_hub") or config.get("url")
+        raise ModelError(
+            f"the weights {tag!r} of {name} could not be downloaded from {source} "
+            f"({_first_line(error)}); check the network, or give --pretrained a local checkpoint file"
+        ) from error
+
+
+def _load_weights(model: nn.Module, name: str, file: Path) -> None:
+    try:
+        with _quiet():
+            open_clip.load_checkpoint(model, str(file), weights_only=True)
+    # open_clip reshapes and converts before it compares, so that foreign weights fail in many ways.
+    except Exception as error:
+        _check_readable(file)
+        raise ModelError(
+            f"the checkpoint {file} does not fit {name} ({_first_difference(error)}); "
+            "give the --model it was made for"
+        ) from error
+
+
+def _check_readable(file: Path) -> None:
+    try:
+        load_state_dict(str(file), weights_only=True)
+    except Exception as error:
+        raise CheckpointError(
+            f"the checkpoint {file} cannot be read: it is broken, cut short, or holds more than tensors "
+            f"({_first_line(error)}); give a whole .safetensors file, or a .pt file of tensors only"
+        ) from error
+
+
+def _first_difference(error: Exception) -> str:
+    """The first parameter that differs, if the error is that of ``load_state_dict``; else its first line."""
+    lines = str(error).strip().splitlines()
+    if len(lines) > 1 and "loading state_dict" in lines[0]:
+        return lines[1].strip().rstrip(".")[:300]
+    return _first_line(error)
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0].rstrip(".")[:300]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep open_clip from logging that there are no weights, which are loaded just afterwards."""
+    previous = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(previous)

@@ -1,0 +1,97 @@
+"""Class prompts: templates, tokens and text embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from saft_clip.errors import DataError
+
+DEFAULT_TEMPLATES = ("a photo of a {}.",)
+
+#: Prompts per call of the text encoder: bounds the memory of evaluating many templates.
+PROMPT_BATCH = 256
+
+
+def resolve_templates(spec: str | Sequence[str]) -> tuple[str, ...]:
+    """Turn what a user names into prompt templates; every one holds ``{}`` for the class name.
+
+    Args:
+        spec: ``openai`` (the 80 templates of Radford et al. 2021 for ImageNet) or ``simple`` (their 7 best),
+            both as open_clip ships them; a template such as ``"a sketch of a {}."``; a text file with
+            one template per line (empty lines and lines starting with ``#`` are skipped); or a sequence
+            of templates.
+
+    Raises:
+        DataError: if nothing of that name exists, a file holds no template, or a template has no ``{}``.
+    """
+    if not isinstance(spec, str):
+        return _checked(spec, "the list of templates")
+    if spec in ("openai", "simple"):
+        return _shipped(spec)
+    if "{" in spec:
+        return _checked([spec], "the template")
+    try:
+        lines = Path(spec).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        raise DataError(
+            f"there are no prompt templates {spec!r}: give openai, simple, a template that holds {{}}, "
+            "or a text file with one template per line"
+        ) from None
+    stripped = (line.strip() for line in lines)
+    return _checked([line for line in stripped if line and not line.startswith("#")], spec)
+
+
+def _shipped(name: str) -> tuple[str, ...]:
+    from open_clip import OPENAI_IMAGENET_TEMPLATES, SIMPLE_IMAGENET_TEMPLATES
+
+    templates = OPENAI_IMAGENET_TEMPLATES if name == "openai" else SIMPLE_IMAGENET_TEMPLATES
+    return tuple(template("{}") for template in templates)
+
+
+def _checked(templates: Sequence[str], source: str) -> tuple[str, ...]:
+    if not templates:
+        raise DataError(f"{source} holds no prompt template; write one per line, {{}} for the class")
+    for template in templates:
+        if "{}" not in template:
+            raise DataError(
+                f"the prompt template {template!r} has no {{}} where the class name goes ({source})"
+            )
+    return tuple(templates)
+
+
+def class_prompts(
+    class_names: Sequence[str],
+    templates: Sequence[str],
+    tokenizer: Callable[[list[str]], Tensor],
+) -> Tensor:
+    """Tokenize every template for every class.
+
+    Args:
+        class_names: C names, as they shall appear in the text.
+        templates: T templates with ``{}`` for the name.
+        tokenizer: of the model: a list of P texts -> int64 [P, L].
+
+    Returns:
+        int64 [C, T, L].
+    """
+    texts = [template.replace("{}", name) for name in class_names for template in templates]
+    return tokenizer(texts).view(len(class_names), len(templates), -1)
+
+
+def encode_prompts(model: nn.Module, tokens: Tensor) -> Tensor:
+    """Normalised text embeddings of tokenized prompts; differentiable.
+
+    Args:
+        model: an open_clip model.
+        tokens: int64 [P, L], on the model's device.
+
+    Returns:
+        [P, E], unit length; float32, whatever autocast is in force.
+    """
+    batches = [model.encode_text(batch) for batch in tokens.split(PROMPT_BATCH)]
+    return F.normalize(torch.cat(batches).float(), dim=-1)
