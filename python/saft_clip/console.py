@@ -45,7 +45,8 @@ def progress(
         show: False hides the bar.
 
     Yields:
-        ``advance(n=1, note=None)``: call it after every n units; ``note`` replaces the text behind the bar.
+        ``advance(n=1, note=None)``: call it after every n units; ``note`` replaces the text behind
+        the bar.
     """
     bar = Progress(
         TextColumn("{task.description}"),

@@ -1,4 +1,4 @@
-"""Every error the application raises on purpose: one clear sentence each, never a traceback for the user."""
+"""Every error the application raises on purpose: one clear sentence each, never a traceback."""
 
 from __future__ import annotations
 
@@ -25,11 +25,13 @@ class UnreadableImageError(DataError):
     """An image file cannot be read; ``path`` names it."""
 
     def __init__(self, path: str, reason: str) -> None:
+        """Name the file and say why it cannot be read."""
         super().__init__(f"cannot read the image {path}: {reason}")
         self.path = path
         self.reason = reason
 
     def __reduce__(self) -> tuple[type[UnreadableImageError], tuple[str, str]]:
+        """Data loading processes send it to the main one."""
         return type(self), (self.path, self.reason)
 
 

@@ -64,8 +64,8 @@ def evaluate_zero_shot(
 ) -> Evaluation:
     """Classify every image by its most similar class embedding.
 
-    Unreadable images are left out and named in the result. The model ends in the mode (train or eval) it
-    came in.
+    Unreadable images are left out and named in the result. The model ends in the mode (train or
+    eval) it came in.
 
     Args:
         clip: the model, on ``device``.
@@ -107,7 +107,9 @@ def embed_classes(model: nn.Module, tokens: Tensor, *, show_progress: bool = Fal
         float32 [C, E], unit length.
     """
     embeddings = []
-    with progress("encoding prompts", tokens[..., 0].numel(), unit="prompts", show=show_progress) as advance:
+    with progress(
+        "encoding prompts", tokens[..., 0].numel(), unit="prompts", show=show_progress
+    ) as advance:
         for batch in tokens.flatten(0, 1).split(PROMPT_BATCH):
             embeddings.append(encode_prompts(model, batch))
             advance(len(batch))
@@ -131,8 +133,10 @@ class _Tolerant(Dataset[Any]):
 
 
 def _collate(items: Sequence[Any]) -> tuple[list[Tensor], list[int], list[str]]:
+    bad = [
+        f"{item.path}: {item.reason}" for item in items if isinstance(item, UnreadableImageError)
+    ]
     good = [item for item in items if not isinstance(item, UnreadableImageError)]
-    bad = [f"{error.path}: {error.reason}" for error in items if error not in good]
     return [image for image, _ in good], [label for _, label in good], bad
 
 
@@ -145,7 +149,8 @@ def _rank_images(
     workers: int,
     show_progress: bool,
 ) -> tuple[Tensor, Tensor, list[str]]:
-    """How many classes score higher than the true one, for every readable image; labels; unreadable images."""
+    """For every readable image the rank of its true class and its label; the unreadable images."""
+    encode_image: Any = model.encode_image
     loader = DataLoader(
         _Tolerant(dataset), batch_size=batch_size, num_workers=workers, collate_fn=_collate
     )
@@ -154,7 +159,7 @@ def _rank_images(
         for images, truth, bad in loader:
             skipped += bad
             if images:
-                features = model.encode_image(torch.stack(images).to(device)).float()
+                features = encode_image(torch.stack(images).to(device)).float()
                 scores = (F.normalize(features, dim=-1) @ classes.T).cpu()
                 ranks.append(_rank(scores, torch.tensor(truth)))
                 labels += truth
@@ -165,11 +170,11 @@ def _rank_images(
 def _rank(scores: Tensor, labels: Tensor) -> Tensor:
     """The rank of the true class, 0 for the best: int64 [B] from scores [B, C] and labels [B].
 
-    A tie counts against the true class, and so does a score that is not a number: a broken model must
-    not look good.
+    A tie counts against the true class, and so does a score that is not a number: a broken model
+    must not look good.
     """
     true = scores.gather(1, labels[:, None])
-    return (~(scores < true)).sum(dim=1) - (true == true).squeeze(1).long()
+    return (~(scores < true)).sum(dim=1) - (~true.isnan()).squeeze(1).long()
 
 
 def _summarize(

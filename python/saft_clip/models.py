@@ -1,4 +1,4 @@
-"""Pretrained CLIP models: any of open_clip's, from a tag, a local file, or the built-in tiny one."""
+"""Pretrained CLIP models: any of open_clip's by tag or local file, and the built-in tiny one."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ from saft_clip.tiny import TINY_NAME, TINY_WEIGHTS, register_tiny
 #: open_clip's ``--precision`` names that are supported: weights are fp32 in both.
 PRECISIONS = ("fp32", "amp_bf16")
 
-#: Asks for random weights by name, so that nobody trains from scratch by leaving out ``pretrained``.
+#: Asks for random weights by name, so that nobody trains from scratch by leaving out
+#: ``pretrained``.
 RANDOM = "random"
 
 
@@ -59,13 +60,14 @@ def load_model(
 
     Args:
         name: a model name of open_clip (``ViT-B-16``), or ``saft-tiny``.
-        pretrained: a tag of that model (``openai``; downloaded once, then cached); a checkpoint file
-            (``.safetensors``, or ``.pt``/``.bin`` holding tensors only: nothing else in a pickle is ever read);
-            None or ``builtin`` for the weights of ``saft-tiny``; ``random`` for random ones.
+        pretrained: a tag of that model (``openai``; downloaded once, then cached); a checkpoint
+            file (``.safetensors``, or ``.pt``/``.bin`` holding tensors only: nothing else in a
+            pickle is ever read); None or ``builtin`` for the weights of ``saft-tiny``; ``random``
+            for random ones.
         device: where the model goes.
         precision: ``fp32`` or ``amp_bf16``; the weights are fp32 in both, see :func:`autocast`.
-        force_quick_gelu: build the model with QuickGELU, for a file of weights trained with it (OpenAI's
-            are); a tag brings this with it.
+        force_quick_gelu: build the model with QuickGELU, for a file of weights trained with it
+            (OpenAI's are); a tag brings this with it.
 
     Raises:
         ModelError: if there is no such model or tag, the weights cannot be downloaded, or belong to
@@ -104,7 +106,7 @@ def check_precision(precision: str) -> None:
 
 
 def autocast(precision: str, device: str | torch.device) -> AbstractContextManager[Any]:
-    """The context in which a model's forward pass runs at this precision: ``fp32`` or ``amp_bf16``."""
+    """The context in which a forward pass runs at this precision: ``fp32`` or ``amp_bf16``."""
     check_precision(precision)
     if precision == "fp32":
         return nullcontext()
@@ -114,8 +116,8 @@ def autocast(precision: str, device: str | torch.device) -> AbstractContextManag
 def train_mode(model: nn.Module) -> None:
     """Put a model into training mode, but leave BatchNorm in eval mode.
 
-    Fine-tuning on a few images must not move the running statistics: they are no parameters, so neither
-    a mask nor a delta would know of it.
+    Fine-tuning on a few images must not move the running statistics: they are no parameters, so
+    neither a mask nor a delta would know of it.
     """
     model.train()
     for module in model.modules():
@@ -129,12 +131,14 @@ def _check_name(name: str) -> None:
         return
     folded = {known.lower(): known for known in names}
     near = [folded[match] for match in difflib.get_close_matches(name.lower(), folded, n=3)]
-    hint = f"did you mean {' or '.join(near)}?" if near else "open_clip.list_models() lists them all"
+    hint = (
+        f"did you mean {' or '.join(near)}?" if near else "open_clip.list_models() lists them all"
+    )
     raise ModelError(f"there is no model {name!r} in open_clip; {hint}")
 
 
 def _find_weights(name: str, pretrained: str | None) -> tuple[Path | None, dict[str, Any]]:
-    """The checkpoint file to load (None: keep random weights), and open_clip's facts about its tag."""
+    """The file to load (None: keep random weights), and what open_clip knows of its tag."""
     if pretrained == RANDOM:
         return None, {}
     if name == TINY_NAME and pretrained in (None, "builtin"):
@@ -143,15 +147,15 @@ def _find_weights(name: str, pretrained: str | None) -> tuple[Path | None, dict[
     known = f"its tags are {', '.join(tags)}" if tags else "it has no tags"
     if pretrained is None:
         raise ModelError(
-            f"no weights were named for {name}: give --pretrained a tag ({known}), a checkpoint file, "
-            f"or {RANDOM}"
+            f"no weights were named for {name}: give --pretrained a tag ({known}), "
+            f"a checkpoint file, or {RANDOM}"
         )
     config = open_clip.get_pretrained_cfg(name, pretrained)
     if config:
         return _download(name, pretrained, config), config
     if not Path(pretrained).is_file():
         raise ModelError(
-            f"{name} has no pretrained tag {pretrained!r}, and there is no file of that name; {known}"
+            f"{name} has no pretrained tag {pretrained!r}, and no file has that name; {known}"
         )
     return Path(pretrained), {}
 
@@ -164,7 +168,7 @@ def _download(name: str, tag: str, config: dict[str, Any]) -> Path:
         source = config.get("hf_hub") or config.get("url")
         raise ModelError(
             f"the weights {tag!r} of {name} could not be downloaded from {source} "
-            f"({_first_line(error)}); check the network, or give --pretrained a local checkpoint file"
+            f"({_first_line(error)}); check the network, or give --pretrained a local file"
         ) from error
 
 
@@ -186,13 +190,14 @@ def _check_readable(file: Path) -> None:
         load_state_dict(str(file), weights_only=True)
     except Exception as error:
         raise CheckpointError(
-            f"the checkpoint {file} cannot be read: it is broken, cut short, or holds more than tensors "
-            f"({_first_line(error)}); give a whole .safetensors file, or a .pt file of tensors only"
+            f"the checkpoint {file} cannot be read: it is broken, cut short, or holds more than "
+            f"tensors ({_first_line(error)}); give a whole .safetensors file, or a .pt file of "
+            "tensors only"
         ) from error
 
 
 def _first_difference(error: Exception) -> str:
-    """The first parameter that differs, if the error is that of ``load_state_dict``; else its first line."""
+    """The first parameter that differs, if ``load_state_dict`` says so; else the first line."""
     lines = str(error).strip().splitlines()
     if len(lines) > 1 and "loading state_dict" in lines[0]:
         return lines[1].strip().rstrip(".")[:300]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,13 +22,14 @@ def resolve_templates(spec: str | Sequence[str]) -> tuple[str, ...]:
     """Turn what a user names into prompt templates; every one holds ``{}`` for the class name.
 
     Args:
-        spec: ``openai`` (the 80 templates of Radford et al. 2021 for ImageNet) or ``simple`` (their 7 best),
-            both as open_clip ships them; a template such as ``"a sketch of a {}."``; a text file with
-            one template per line (empty lines and lines starting with ``#`` are skipped); or a sequence
-            of templates.
+        spec: ``openai`` (the 80 templates of Radford et al. 2021 for ImageNet) or ``simple`` (their
+            7 best), both as open_clip ships them; a template such as ``"a sketch of a {}."``; a
+            text file with one template per line (empty lines and lines starting with ``#`` are
+            skipped); or a sequence of templates.
 
     Raises:
-        DataError: if nothing of that name exists, a file holds no template, or a template has no ``{}``.
+        DataError: if nothing of that name exists, a file holds no template, or a template has no
+            ``{}``.
     """
     if not isinstance(spec, str):
         return _checked(spec, "the list of templates")
@@ -39,8 +41,8 @@ def resolve_templates(spec: str | Sequence[str]) -> tuple[str, ...]:
         lines = Path(spec).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError):
         raise DataError(
-            f"there are no prompt templates {spec!r}: give openai, simple, a template that holds {{}}, "
-            "or a text file with one template per line"
+            f"there are no prompt templates {spec!r}: give openai, simple, a template that holds "
+            "{}, or a text file with one template per line"
         ) from None
     stripped = (line.strip() for line in lines)
     return _checked([line for line in stripped if line and not line.startswith("#")], spec)
@@ -55,7 +57,9 @@ def _shipped(name: str) -> tuple[str, ...]:
 
 def _checked(templates: Sequence[str], source: str) -> tuple[str, ...]:
     if not templates:
-        raise DataError(f"{source} holds no prompt template; write one per line, {{}} for the class")
+        raise DataError(
+            f"{source} holds no prompt template; write one per line, {{}} for the class"
+        )
     for template in templates:
         if "{}" not in template:
             raise DataError(
@@ -93,5 +97,6 @@ def encode_prompts(model: nn.Module, tokens: Tensor) -> Tensor:
     Returns:
         [P, E], unit length; float32, whatever autocast is in force.
     """
-    batches = [model.encode_text(batch) for batch in tokens.split(PROMPT_BATCH)]
+    encode_text: Any = model.encode_text
+    batches = [encode_text(batch) for batch in tokens.split(PROMPT_BATCH)]
     return F.normalize(torch.cat(batches).float(), dim=-1)

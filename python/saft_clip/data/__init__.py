@@ -11,7 +11,7 @@ from torch import Tensor
 
 from saft_clip.data import coop, folder
 from saft_clip.data.dataset import ImageDataset, drop_unreadable, few_shot, say_skipped
-from saft_clip.domains import DOMAINS, load_domain
+from saft_clip.domains import domain_splits, load_domain
 from saft_clip.errors import DataError
 from saft_clip.prompts import DEFAULT_TEMPLATES, resolve_templates
 
@@ -42,39 +42,41 @@ def load_dataset(
     Args:
         spec: one of
 
-            - a folder of class folders, ``<class name>/xxx.jpg``, or of ``train``, ``val`` and ``test`` folders
-              of those;
-            - a split file in CoOp's format, ``split_zhou_OxfordPets.json``, its images beside it or in one
-              folder beside it; ``SPLIT.json::FOLDER`` names any other folder of images;
+            - a folder of class folders, ``<class name>/xxx.jpg``, or of ``train``, ``val`` and
+              ``test`` folders of those;
+            - a split file in CoOp's format, ``split_zhou_OxfordPets.json``, its images beside it or
+              in one folder beside it; ``SPLIT.json::FOLDER`` names any other folder of images;
             - ``builtin:<domain>``, images that ship with this package or are rendered by it.
-        split: ``train``, ``val`` or ``test``. A folder without split folders gives all its images for each:
-            :func:`available_splits` tells.
+        split: ``train``, ``val`` or ``test``. A folder without split folders gives all its images
+            for each: :func:`available_splits` tells.
         transform: PIL image -> tensor, a model's ``preprocess_train`` or ``preprocess_val``.
-        templates: prompt templates, see :func:`saft_clip.prompts.resolve_templates`; None for the data
-            set's own, ``a photo of a {}.`` if it has none.
+        templates: prompt templates, see :func:`saft_clip.prompts.resolve_templates`; None for the
+            data set's own, ``a photo of a {}.`` if it has none.
 
     Raises:
         DataError: if there is no such data, no such split, or it is malformed or empty.
+        DomainError: if there is no such built-in domain or it has no such split.
     """
     if split not in SPLITS:
         raise DataError(f"there is no split {split!r}; choose one of {', '.join(SPLITS)}")
-    own_templates: tuple[str, ...] = DEFAULT_TEMPLATES
-    images: Any
+    chosen = None if templates is None else resolve_templates(templates)
     if spec.startswith(BUILTIN):
-        domain = load_domain(_domain(spec), split)
-        name, images, labels = domain.name, domain.images, domain.labels
-        class_names, own_templates = domain.class_names, domain.templates
-    elif _is_split_file(spec):
-        name, images, labels, class_names = coop.list_images(spec, split)
+        domain = load_domain(spec.removeprefix(BUILTIN), split)
+        return ImageDataset(
+            domain.name,
+            list(domain.images.permute(0, 2, 3, 1).numpy()),
+            domain.labels,
+            domain.class_names,
+            chosen or domain.templates,
+            transform,
+        )
+    if _is_split_file(spec):
+        listing = coop.list_images(spec, split)
     else:
-        name, images, labels, class_names = folder.list_images(_folder(spec), split)
+        listing = folder.list_images(_folder(spec), split)
+    name, paths, labels, class_names = listing
     return ImageDataset(
-        name=name,
-        images=images,
-        labels=torch.as_tensor(labels, dtype=torch.int64),
-        class_names=tuple(class_names),
-        templates=own_templates if templates is None else resolve_templates(templates),
-        transform=transform,
+        name, paths, torch.tensor(labels), class_names, chosen or DEFAULT_TEMPLATES, transform
     )
 
 
@@ -83,20 +85,14 @@ def available_splits(spec: str) -> tuple[str, ...]:
 
     Raises:
         DataError: if there is no such data or it is malformed.
+        DomainError: if there is no such built-in domain.
     """
     if spec.startswith(BUILTIN):
-        _domain(spec)
-        return SPLITS
+        own = domain_splits(spec.removeprefix(BUILTIN))
+        return tuple(split for split in SPLITS if split in own)
     if _is_split_file(spec):
         return tuple(split for split in SPLITS if split in coop.read_split_file(spec))
     return folder.split_folders(_folder(spec))
-
-
-def _domain(spec: str) -> str:
-    name = spec.removeprefix(BUILTIN)
-    if name not in DOMAINS:
-        raise DataError(f"there is no built-in domain {name!r}; choose one of {', '.join(DOMAINS)}")
-    return name
 
 
 def _is_split_file(spec: str) -> bool:
@@ -106,7 +102,9 @@ def _is_split_file(spec: str) -> bool:
 def _folder(spec: str) -> Path:
     path = Path(spec).expanduser()
     if not path.exists():
-        raise DataError(f"there is no folder {spec}; give a folder of class folders or a split file")
+        raise DataError(
+            f"there is no folder {spec}; give a folder of class folders or a split file"
+        )
     if not path.is_dir():
         raise DataError(
             f"{spec} is neither a folder of class folders nor a .json split file in CoOp's format"

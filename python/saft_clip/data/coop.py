@@ -1,7 +1,7 @@
-"""Split files in CoOp's format: ``{"train": [[path, label, class name], ...], "val": ..., "test": ...}``.
+"""Split files in CoOp's format: for each split, a list of ``[path, label, class name]``.
 
-Zhou et al. 2022 ("Learning to Prompt for Vision-Language Models") published one for each of their data
-sets, named ``split_zhou_<data set>.json``; most few-shot work on CLIP uses them.
+Zhou et al. 2022 ("Learning to Prompt for Vision-Language Models") published one for each of their
+data sets, named ``split_zhou_<data set>.json``; most few-shot work on CLIP uses them.
 """
 
 from __future__ import annotations
@@ -18,22 +18,23 @@ ROOT_SEPARATOR = "::"
 _FORMAT = 'expected {"train": [[path, label, class name], ...], "val": ..., "test": ...}'
 
 
-def list_images(spec: str, split: str) -> tuple[str, list[str], list[int], list[str]]:
+def list_images(spec: str, split: str) -> tuple[str, list[str], list[int], tuple[str, ...]]:
     """List the images of one split in the file's order.
 
-    Labels and class names are taken from all splits together. Underscores become spaces in class names, as
-    in CoOp.
+    Labels and class names are taken from all splits together. Underscores become spaces in class
+    names, as in CoOp.
 
     Args:
-        spec: ``SPLIT.json`` or ``SPLIT.json::FOLDER``; without a folder, the images are looked for beside
-            the file and in each folder beside it.
+        spec: ``SPLIT.json`` or ``SPLIT.json::FOLDER``; without a folder, the images are looked for
+            beside the file and in each folder beside it.
         split: ``train``, ``val`` or ``test``.
 
     Returns:
         Name of the data set, image paths, labels, class names.
 
     Raises:
-        DataError: if the file is missing or malformed, has no such split, or its images are not found.
+        DataError: if the file is missing or malformed, has no such split, or its images are not
+            found.
     """
     content = read_split_file(spec)
     file, _, root = spec.partition(ROOT_SEPARATOR)
@@ -64,9 +65,9 @@ def read_split_file(spec: str) -> dict[str, list[tuple[str, int, str]]]:
         raise DataError(f"the split file {file} cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise DataError(f"the split file {file} is not JSON ({error}); {_FORMAT}") from error
-    if not isinstance(content, dict) or not content.get("train") and not content.get("test"):
+    if not isinstance(content, dict) or not content:
         raise DataError(f"the split file {file} holds no split; {_FORMAT}")
-    return {split: _entries(file, split, content[split]) for split in content}
+    return {split: _entries(file, split, entries) for split, entries in content.items()}
 
 
 def _entries(file: str, split: str, entries: Any) -> list[tuple[str, int, str]]:
@@ -79,7 +80,9 @@ def _entries(file: str, split: str, entries: Any) -> list[tuple[str, int, str]]:
 def _image_root(file: Path, root: str, first: str) -> Path:
     if root:
         if not (Path(root).expanduser() / first).is_file():
-            raise DataError(f"the first image of {file}, {first}, is not in {root}; check the folder")
+            raise DataError(
+                f"the first image of {file}, {first}, is not in {root}; check the folder"
+            )
         return Path(root).expanduser()
     beside = sorted(entry for entry in file.parent.iterdir() if entry.is_dir())
     found = [folder for folder in (file.parent, *beside) if (folder / first).is_file()]
@@ -92,12 +95,14 @@ def _image_root(file: Path, root: str, first: str) -> Path:
     return found[0]
 
 
-def _class_names(file: str, content: dict[str, list[tuple[str, int, str]]]) -> list[str]:
+def _class_names(file: str, content: dict[str, list[tuple[str, int, str]]]) -> tuple[str, ...]:
     names: dict[int, str] = {}
     for entries in content.values():
         for _, label, name in entries:
             if names.setdefault(label, name) != name:
-                raise DataError(f"label {label} of {file} stands for both {names[label]!r} and {name!r}")
+                raise DataError(
+                    f"label {label} of {file} stands for both {names[label]!r} and {name!r}"
+                )
     if sorted(names) != list(range(len(names))):
         raise DataError(f"the labels of {file} must be 0 to {len(names) - 1} without a gap")
-    return [names[label].replace("_", " ") for label in range(len(names))]
+    return tuple(names[label].replace("_", " ") for label in range(len(names)))

@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -24,7 +23,7 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
 
     Attributes:
         name: what tables call it.
-        images: N file paths, or uint8 arrays [H, W] or [H, W, 3].
+        images: N file paths, or uint8 arrays [H, W, 3].
         labels: int64 [N], each in [0, C).
         class_names: C names as they appear in prompts.
         templates: prompt templates with ``{}`` for the class name.
@@ -41,6 +40,7 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
     skipped: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
+        """N."""
         return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
@@ -60,7 +60,7 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         image = self.images[index]
         if isinstance(image, str):
             return _decode(image)
-        return Image.fromarray(np.asarray(image)).convert("RGB")
+        return Image.fromarray(image)
 
     def subset(self, indices: Sequence[int]) -> ImageDataset:
         """The images at these positions, in this order, with the same classes."""
@@ -92,7 +92,7 @@ def drop_unreadable(dataset: ImageDataset, *, show_progress: bool = True) -> Ima
 
 
 def say_skipped(dataset: ImageDataset, limit: int = 5) -> None:
-    """Warn of the unreadable images of a data set, if there are any: their number and the first names."""
+    """Warn of a data set's unreadable images, if there are any: how many, and the first names."""
     if dataset.skipped:
         more = len(dataset.skipped) - limit
         tail = f"; and {more} more" if more > 0 else ""
@@ -105,11 +105,12 @@ def say_skipped(dataset: ImageDataset, limit: int = 5) -> None:
 def few_shot(dataset: ImageDataset, shots: int, seed: int) -> ImageDataset:
     """Draw the same number of images of every class, as CoOp does.
 
-    One ``random.Random(seed)`` draws ``sample(images, shots)`` for each class, in the order in which classes
-    first appear and from their images in data set order: with a CoOp split file this is CoOp's own
-    training set for that seed. The drawn images are then decoded once; unreadable ones are named,
-    skipped, and replaced by further draws of the same generator from the rest of their class. Unlike
-    CoOp, which repeats images of a class that has too few, this is an error here.
+    One ``random.Random(seed)`` draws ``sample(images, shots)`` for each class, in the order in
+    which classes first appear and from their images in data set order: with a CoOp split file this
+    is CoOp's own training set for that seed. The drawn images are then decoded once; unreadable
+    ones are named, skipped, and replaced by further draws of the same generator from the rest of
+    their class. Unlike CoOp, which repeats images of a class that has too few, this is an error
+    here.
 
     Args:
         dataset: where to draw from.
@@ -132,18 +133,17 @@ def few_shot(dataset: ImageDataset, shots: int, seed: int) -> ImageDataset:
     generator = random.Random(seed)
     drawn = {label: generator.sample(pool, shots) for label, pool in pools.items()}
     skipped: dict[int, str] = {}
-    fresh = [index for indices in drawn.values() for index in indices]
-    while bad := _find_unreadable(dataset, fresh, show_progress=True):
+    new = [index for indices in drawn.values() for index in indices]
+    while bad := _find_unreadable(dataset, new):
         skipped |= bad
-        fresh = []
-        for label, indices in drawn.items():
-            good = [index for index in indices if index not in bad]
-            if len(good) < shots:
-                rest = [i for i in pools[label] if i not in skipped and i not in good]
-                _check_enough(dataset, label, len(good) + len(rest), shots)
-                new = generator.sample(rest, shots - len(good))
-                drawn[label] = good + new
-                fresh += new
+        new = []
+        for label in sorted({int(dataset.labels[index]) for index in bad}):
+            good = [index for index in drawn[label] if index not in bad]
+            rest = sorted({*pools[label]} - {*good, *skipped})
+            _check_enough(dataset, label, len(good) + len(rest), shots)
+            redrawn = generator.sample(rest, shots - len(good))
+            drawn[label] = good + redrawn
+            new += redrawn
     sample = dataset.subset([index for indices in drawn.values() for index in indices])
     sample.skipped = [*dataset.skipped, *skipped.values()]
     say_skipped(sample)
@@ -153,13 +153,13 @@ def few_shot(dataset: ImageDataset, shots: int, seed: int) -> ImageDataset:
 def _check_enough(dataset: ImageDataset, label: int, found: int, shots: int) -> None:
     if found < shots:
         raise DataError(
-            f"class {dataset.class_names[label]!r} of {dataset.name} has {found} readable image(s), "
-            f"fewer than --shots {shots}; add images or take fewer shots"
+            f"class {dataset.class_names[label]!r} of {dataset.name} has {found} readable "
+            f"image(s), fewer than --shots {shots}; add images or take fewer shots"
         )
 
 
 def _find_unreadable(
-    dataset: ImageDataset, indices: Iterable[int], show_progress: bool
+    dataset: ImageDataset, indices: Iterable[int], show_progress: bool = True
 ) -> dict[int, str]:
     """Which of these images cannot be decoded: index -> ``path: reason``."""
     files = [index for index in indices if isinstance(dataset.images[index], str)]
@@ -189,7 +189,7 @@ def _decode(path: str) -> Image.Image:
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
-    # Decoders raise whatever a broken file makes them raise: OSError, SyntaxError, struct.error, ...
+    # A broken file makes the decoders raise anything: OSError, SyntaxError, struct.error and more.
     except Exception as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise UnreadableImageError(path, reason.splitlines()[0] if reason else "broken") from error

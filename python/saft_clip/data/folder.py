@@ -1,4 +1,4 @@
-"""Image folders: ``<class name>/xxx.jpg``, optionally inside ``train``, ``val`` and ``test`` folders."""
+"""Image folders: ``<class name>/xxx.jpg``, optionally in ``train``, ``val``, ``test`` folders."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ IMAGE_SUFFIXES = frozenset(
 )
 
 
-def list_images(root: Path, split: str) -> tuple[str, list[str], list[int], list[str]]:
+def list_images(root: Path, split: str) -> tuple[str, list[str], list[int], tuple[str, ...]]:
     """List a folder's images, sorted by class folder and then by path.
 
     The classes are the class folders of all splits together, sorted by folder name, so that a label
@@ -22,8 +22,8 @@ def list_images(root: Path, split: str) -> tuple[str, list[str], list[int], list
         Name of the data set, image paths, labels, class names.
 
     Raises:
-        DataError: if there is no class folder or no such split, a class folder is empty, or two stand for
-            the same class.
+        DataError: if there is no class folder or no such split, a class folder is empty, or two
+            stand for the same class.
     """
     splits = split_folders(root)
     if splits and split not in splits:
@@ -32,7 +32,7 @@ def list_images(root: Path, split: str) -> tuple[str, list[str], list[int], list
     folders = sorted({name for part in splits or (".",) for name in _subfolders(root / part)})
     if not folders:
         raise DataError(
-            f"{root} holds no class folders; put the images of each class into a folder with its name"
+            f"{root} holds no class folders; put the images of each class in a folder of its name"
         )
     paths: list[str] = []
     labels: list[int] = []
@@ -40,8 +40,8 @@ def list_images(root: Path, split: str) -> tuple[str, list[str], list[int], list
         found = _images_below(base / name)
         if not found and (base / name).is_dir():
             raise DataError(
-                f"the class folder {base / name} holds no image ({' '.join(sorted(IMAGE_SUFFIXES))}); "
-                "add some or remove it"
+                f"the class folder {base / name} holds no image "
+                f"({' '.join(sorted(IMAGE_SUFFIXES))}); add some or remove it"
             )
         paths += found
         labels += [label] * len(found)
@@ -49,7 +49,7 @@ def list_images(root: Path, split: str) -> tuple[str, list[str], list[int], list
 
 
 def split_folders(root: Path) -> tuple[str, ...]:
-    """Which of ``train``, ``val`` and ``test`` are folders of class folders, rather than classes themselves."""
+    """Which of ``train``, ``val`` and ``test`` hold class folders, rather than being classes."""
     return tuple(name for name in ("train", "val", "test") if _subfolders(root / name))
 
 
@@ -68,8 +68,8 @@ def _images_below(folder: Path) -> list[str]:
     )
 
 
-def _class_names(root: Path, folders: list[str]) -> list[str]:
-    names = [folder.replace("_", " ") for folder in folders]
+def _class_names(root: Path, folders: list[str]) -> tuple[str, ...]:
+    names = tuple(folder.replace("_", " ") for folder in folders)
     for name in names:
         if names.count(name) > 1:
             raise DataError(f"two class folders of {root} stand for the class {name!r}; rename one")

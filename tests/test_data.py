@@ -1,0 +1,316 @@
+"""Image folders, CoOp split files, built-in domains, few-shot samples and unreadable images."""
+
+import pickle
+import random
+from collections import defaultdict
+
+import numpy as np
+import pytest
+import torch
+from clip_helpers import cut_short, write_folder, write_image, write_split_file
+from PIL import Image
+from saft_clip.data import (
+    available_splits,
+    drop_unreadable,
+    few_shot,
+    load_dataset,
+)
+from saft_clip.errors import DataError, UnreadableImageError
+from saft_clip.prompts import DEFAULT_TEMPLATES
+
+from saft_kernels.errors import SaftError
+
+
+def pixels(image):
+    return torch.from_numpy(np.array(image))
+
+
+def load(spec, split="train", **options):
+    return load_dataset(str(spec), split, pixels, **options)
+
+
+# Image folders
+
+
+def test_folder_lists_sorted_classes_and_images(tmp_path):
+    root = write_folder(tmp_path / "pets", {"tabby_cat": 2, "Dog": 3})
+    write_image(root / "Dog" / "more" / "999.JPG")
+    write_image(root / "Dog" / ".hidden.png")
+    write_image(root / ".git" / "x.png")
+    (root / "Dog" / "notes.txt").write_text("no image")
+    dataset = load(root)
+    assert dataset.name == "pets"
+    assert dataset.class_names == ("Dog", "tabby cat")
+    assert dataset.templates == DEFAULT_TEMPLATES
+    assert dataset.labels.tolist() == [0, 0, 0, 0, 1, 1]
+    assert dataset.images == sorted(dataset.images)
+    image, label = dataset[4]
+    assert torch.equal(image, pixels(Image.open(root / "tabby_cat" / "000.png")))
+    assert label == 1
+    assert isinstance(label, int)
+
+
+def test_split_folders_share_their_classes(tmp_path):
+    write_folder(tmp_path / "train", {"a": 2, "b": 2, "c": 1})
+    write_folder(tmp_path / "test", {"a": 1, "c": 3})
+    assert available_splits(str(tmp_path)) == ("train", "test")
+    test = load(tmp_path, "test")
+    assert test.class_names == ("a", "b", "c")
+    assert test.labels.tolist() == [0, 2, 2, 2]
+    with pytest.raises(DataError, match="has no val folder, only train, test"):
+        load(tmp_path, "val")
+
+
+def test_a_class_may_be_called_train(tmp_path):
+    write_folder(tmp_path, {"bus": 1, "train": 1})
+    assert available_splits(str(tmp_path)) == ()
+    assert load(tmp_path, "test").class_names == ("bus", "train")
+
+
+def test_templates_are_resolved(tmp_path):
+    root = write_folder(tmp_path, {"a": 1})
+    assert load(root, templates="simple").templates[0] == "itap of a {}."
+    with pytest.raises(DataError, match="no prompt templates"):
+        load(root, templates="nonsense")
+
+
+def test_every_image_mode_becomes_rgb(tmp_path):
+    for mode in ("L", "P", "RGBA", "1", "CMYK"):
+        suffix = "jpg" if mode == "CMYK" else "png"
+        (tmp_path / "x").mkdir(exist_ok=True)
+        Image.new(mode, (5, 4)).save(tmp_path / "x" / f"{mode}.{suffix}")
+    dataset = load(tmp_path)
+    assert [tuple(dataset[i][0].shape) for i in range(5)] == [(4, 5, 3)] * 5
+
+
+def test_bad_folders(tmp_path):
+    with pytest.raises(DataError, match=r"there is no folder .*nowhere"):
+        load(tmp_path / "nowhere")
+    file = write_image(tmp_path / "one.png")
+    with pytest.raises(DataError, match=r"one.png is neither a folder"):
+        load(file)
+    with pytest.raises(DataError, match="holds no class folders"):
+        load(tmp_path)
+    (tmp_path / "empty class").mkdir()
+    with pytest.raises(DataError, match=r"class folder .*empty class holds no image"):
+        load(tmp_path)
+    with pytest.raises(DataError, match="no split 'training'"):
+        load(tmp_path, "training")
+
+
+def test_two_folders_of_one_class(tmp_path):
+    write_folder(tmp_path, {"big cat": 1, "big_cat": 1})
+    with pytest.raises(DataError, match="stand for the class 'big cat'"):
+        load(tmp_path)
+
+
+# CoOp split files
+
+ROWS = {
+    "train": [("b/1.jpg", 1, "big_cat"), ("a/1.jpg", 0, "ant")],
+    "val": [("a/2.jpg", 0, "ant")],
+    "test": [("b/2.jpg", 1, "big_cat"), ("c/1.jpg", 2, "cow")],
+}
+
+
+def write_rows(root, splits=ROWS):
+    for rows in splits.values():
+        for path, _, _ in rows:
+            write_image(root / path)
+
+
+@pytest.mark.parametrize("folder", [".", "images"])
+def test_split_file_finds_images_beside_it(tmp_path, folder):
+    file = write_split_file(tmp_path / "split_zhou_Zoo.json", ROWS)
+    write_rows(tmp_path / folder)
+    dataset = load(file)
+    assert dataset.name == "Zoo"
+    assert dataset.class_names == ("ant", "big cat", "cow")
+    assert dataset.labels.tolist() == [1, 0]
+    assert dataset[0][0].shape == (20, 24, 3)
+    assert load(file, "test").labels.tolist() == [1, 2]
+    assert available_splits(str(file)) == ("train", "val", "test")
+
+
+def test_split_file_with_a_folder_elsewhere(tmp_path):
+    file = write_split_file(tmp_path / "lists" / "zoo.json", ROWS)
+    write_rows(tmp_path / "photos")
+    with pytest.raises(DataError, match=r"is nowhere beside it; name the folder.*json::FOLDER"):
+        load(file)
+    assert len(load(f"{file}::{tmp_path / 'photos'}")) == 2
+    with pytest.raises(DataError, match=r"is not in .*lists"):
+        load(f"{file}::{tmp_path / 'lists'}")
+
+
+def test_split_file_with_two_candidate_folders(tmp_path):
+    file = write_split_file(tmp_path / "zoo.json", ROWS)
+    write_rows(tmp_path / "one")
+    write_rows(tmp_path / "two")
+    with pytest.raises(DataError, match="in more than one folder beside it"):
+        load(file)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "holds no split"),
+        ("{}", "holds no split"),
+        ('{"train": [["x.jpg", 0]]}', "'train' of .* is malformed; expected"),
+        ('{"train": [["x.jpg", "one", "a"]]}', "malformed"),
+        ('{"train": 3}', "malformed"),
+        ('{"test": [["x.jpg", 0, "a"]]}', "has no split 'train', only test"),
+        ('{"train": []}', "'train' of .* is empty"),
+        ('{"train": [["x.jpg", 0, "a"], ["x.jpg", 0, "b"]]}', "label 0 of .* both 'a' and 'b'"),
+        ('{"train": [["x.jpg", 0, "a"], ["x.jpg", 2, "b"]]}', "must be 0 to 1 without a gap"),
+    ],
+)
+def test_malformed_split_files(tmp_path, content, message):
+    write_image(tmp_path / "x.jpg")
+    file = tmp_path / "split.json"
+    file.write_text(content)
+    with pytest.raises(DataError, match=message):
+        load(file)
+
+
+def test_missing_split_file(tmp_path):
+    with pytest.raises(DataError, match=r"split file .*none.json cannot be read: No such file"):
+        load(tmp_path / "none.json")
+
+
+# Built-in domains
+
+
+def test_builtin_domain():
+    dataset = load("builtin:mnist", "test")
+    assert dataset.class_names == tuple("0123456789")
+    assert len(dataset) == len(dataset.labels) == 2000
+    assert dataset[0][0].shape == (32, 32, 3)
+    assert all("{}" in template for template in dataset.templates)
+    assert load("builtin:mnist", "test", templates="digit {}").templates == ("digit {}",)
+    assert available_splits("builtin:mnist") == ("train", "val", "test")
+    assert available_splits("builtin:uci") == ("test",)
+
+
+def test_builtin_domain_errors():
+    with pytest.raises(SaftError, match="no built-in domain 'mnits'"):
+        load("builtin:mnits")
+    with pytest.raises(SaftError, match="has no split 'train'"):
+        load("builtin:uci", "train")
+
+
+# Few-shot samples
+
+
+def coop_sample(items, shots, seed):
+    """What CoOp does with a split file: seed the global generator, then sample class by class."""
+    random.seed(seed)
+    by_class = defaultdict(list)
+    for path, label in items:
+        by_class[label].append(path)
+    return [path for paths in by_class.values() for path in random.sample(paths, shots)]
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_few_shot_is_coops_sample(tmp_path, seed):
+    order = random.Random(0)
+    rows = [(f"{label}/{i}.png", label, f"c{label}") for label in range(3) for i in range(8)]
+    order.shuffle(rows)
+    write_rows(tmp_path, {"train": rows})
+    dataset = load(write_split_file(tmp_path / "split.json", {"train": rows}))
+    sample = few_shot(dataset, 4, seed)
+    expected = coop_sample([(path, label) for path, label, _ in rows], 4, seed)
+    assert [path.removeprefix(f"{tmp_path}/") for path in sample.images] == expected
+    assert torch.bincount(sample.labels).tolist() == [4, 4, 4]
+    assert sample.class_names == dataset.class_names
+    assert few_shot(dataset, 4, seed).images == sample.images
+    assert few_shot(dataset, 4, seed + 10).images != sample.images
+
+
+def test_few_shot_of_arrays():
+    sample = few_shot(load("builtin:mnist"), 16, 1)
+    assert torch.bincount(sample.labels).tolist() == [16] * 10
+    assert sample.skipped == []
+
+
+def test_few_shot_replaces_unreadable_images(tmp_path, capsys):
+    dataset = load(write_folder(tmp_path, {"a": 6, "b": 6, "c": 6}))
+    before = few_shot(dataset, 3, 1)
+    broken = [before.images[3], before.images[5]]
+    for path in broken:
+        cut_short(tmp_path / path)
+    after = few_shot(dataset, 3, 1)
+    assert after.images[:3] == before.images[:3]
+    assert after.images[6:] == before.images[6:]
+    assert torch.bincount(after.labels).tolist() == [3, 3, 3]
+    assert len(set(after.images)) == 9
+    assert not set(broken) & set(after.images)
+    assert [line.split(": ")[0] for line in after.skipped] == broken
+    warning = capsys.readouterr().err
+    assert "2 unreadable image(s)" in warning
+    assert all(path in warning for path in broken)
+
+
+def test_few_shot_names_the_class_that_is_too_small(tmp_path):
+    dataset = load(write_folder(tmp_path, {"ant": 3, "big_cat": 2}))
+    with pytest.raises(DataError, match=r"'big cat' of .* has 2 readable .* fewer than --shots 3"):
+        few_shot(dataset, 3, 1)
+    with pytest.raises(DataError, match="at least 1"):
+        few_shot(dataset, 0, 1)
+
+
+def test_few_shot_counts_readable_images_only(tmp_path):
+    dataset = load(write_folder(tmp_path, {"ant": 3, "bee": 3}))
+    cut_short(tmp_path / "ant" / "001.png")
+    with pytest.raises(DataError, match=r"'ant' of .* has 2 readable"):
+        few_shot(dataset, 3, 1)
+
+
+# Unreadable images
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".gif", ".bmp"])
+def test_images_cut_short_are_found_named_and_skipped(tmp_path, suffix, capsys):
+    dataset = load(write_folder(tmp_path, {"a": 3, "b": 3}, suffix))
+    cut_short(tmp_path / "a" / f"001{suffix}", 0.7)
+    cut_short(tmp_path / "b" / f"002{suffix}", 0.0)
+    kept = drop_unreadable(dataset)
+    names = [f"{tmp_path}/a/001{suffix}", f"{tmp_path}/b/002{suffix}"]
+    assert kept.images == [path for path in dataset.images if path not in names]
+    assert kept.labels.tolist() == [0, 0, 1, 1]
+    assert [line.split(": ")[0] for line in kept.skipped] == names
+    assert "2 unreadable image(s)" in capsys.readouterr().err
+
+
+def test_readable_data_is_left_alone(tmp_path, capsys):
+    dataset = load(write_folder(tmp_path, {"a": 2}))
+    assert drop_unreadable(dataset) is dataset
+    assert capsys.readouterr().err == ""
+
+
+def test_long_lists_of_skipped_images_are_shortened(tmp_path, capsys):
+    dataset = load(write_folder(tmp_path, {"a": 9}))
+    for index in range(8):
+        (tmp_path / "a" / f"{index:03d}.png").unlink()
+    assert len(drop_unreadable(dataset)) == 1
+    warning = capsys.readouterr().err
+    assert "8 unreadable image(s)" in warning
+    assert "000.png: No such file or directory" in warning
+    assert "and 3 more" in warning
+
+
+def test_no_readable_image(tmp_path):
+    dataset = load(write_folder(tmp_path, {"a": 1}))
+    cut_short(tmp_path / "a" / "000.png")
+    with pytest.raises(DataError, match="none of the 1 images"):
+        drop_unreadable(dataset)
+
+
+def test_opening_an_unreadable_image_names_it(tmp_path):
+    dataset = load(write_folder(tmp_path, {"a": 1}))
+    (tmp_path / "a" / "000.png").write_text("this is no image")
+    with pytest.raises(UnreadableImageError, match=r"000.png: cannot identify") as caught:
+        dataset[0]
+    copy = pickle.loads(pickle.dumps(caught.value))
+    assert str(copy) == str(caught.value)
+    assert copy.path == caught.value.path
