@@ -1,0 +1,274 @@
+"""Every setting of a fine-tuning run, its default, and whether that default is the paper's.
+
+From the paper (SAFT, arXiv 2407.03036): ViT-B/16 with OpenAI's weights, 16 images per class,
+density 1e-3, AdamW with learning rate 5e-6 and weight decay 0.1, a cosine schedule with warm-up,
+bf16 autocast. Ours, because the paper's values are not known to us: batch size, epochs, length of
+the warm-up, augmentation, gradient clipping, the seed. AdamW's betas and eps are torch's.
+"""
+
+from __future__ import annotations
+
+import difflib
+import shlex
+from contextlib import suppress
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
+
+import yaml
+
+from saft_clip.errors import ConfigError
+from saft_kernels.files import atomic_write
+
+GRADIENTS = ("dense", "streamed")
+PRECISIONS = ("fp32", "amp_bf16")
+
+#: Weights that stand in for ``pretrained=None``; ``saft-tiny`` knows its own.
+DEFAULT_PRETRAINED = {"ViT-B-16": "openai"}
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+    choices: tuple[str, ...] | None = None,
+    may_change: bool = False,
+) -> Any:
+    """A dataclass field that knows its help text and its limits.
+
+    ``may_change`` marks a setting that does not influence the result, so that a resumed run may
+    have another value of it.
+    """
+    limits = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
+    return field(
+        default=default,
+        metadata={"help": help, "limits": limits, "choices": choices, "may_change": may_change},
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig:
+    """The settings of ``saft finetune``: the flag of a field is its name with dashes.
+
+    Raises:
+        ConfigError: if a value is out of its range or of another type; the message names the flag.
+    """
+
+    train_data: str = field(
+        metadata={"help": "image folder, CoOp split file (.json) or builtin:<domain> to train on"}
+    )
+    val_data: str | None = option(
+        None,
+        "data for the validation curve [default: the training data's val split, if it has one]",
+    )
+    eval_data: tuple[str, ...] = option(
+        (),
+        "data sets whose test splits are evaluated before and after; the training data's own is in "
+        "distribution, all others are shifted [default: the training data's test split]",
+    )
+    output: str = option("saft-run", "folder for everything the run writes", may_change=True)
+    resume: bool = option(
+        False, "continue the run in the output folder after an interruption", may_change=True
+    )
+
+    model: str = option("ViT-B-16", "open_clip model name, or saft-tiny")
+    pretrained: str | None = option(
+        None,
+        "open_clip tag or checkpoint file [default: openai for ViT-B-16, built in for saft-tiny]",
+    )
+    force_quick_gelu: bool = option(False, "build the model with QuickGELU, for such a checkpoint")
+    template: tuple[str, ...] = option(
+        (), "prompt template with {} for the class name [default: the data set's own]"
+    )
+
+    method: str = option(
+        "saft", "what is trained: saft (the selected entries) or full (everything)"
+    )
+    density: float = option(1e-3, "share of the parameters that saft selects", above=0, at_most=1)
+    gradients: str = option(
+        "streamed",
+        "how saft obtains gradients: streamed frees each dense one at once, dense keeps them",
+        choices=GRADIENTS,
+    )
+    shots: int = option(16, "training images per class; 0 takes all", at_least=0)
+    seed: int = option(1, "seed of the few-shot sample, the order and the augmentation", at_least=0)
+    augment: bool = option(True, "random crops, as open_clip trains with")
+
+    epochs: int = option(10, "passes over the training data", at_least=1)
+    batch_size: int = option(32, "images per forward pass", at_least=1)
+    accum_freq: int = option(1, "forward passes per optimizer step", at_least=1)
+    lr: float = option(5e-6, "peak learning rate", above=0)
+    wd: float = option(0.1, "weight decay", at_least=0)
+    beta1: float = option(0.9, "AdamW's beta 1", at_least=0, below=1)
+    beta2: float = option(0.999, "AdamW's beta 2", at_least=0, below=1)
+    eps: float = option(1e-8, "AdamW's epsilon", above=0)
+    warmup: int | None = option(None, "warm-up steps [default: a tenth of all]", at_least=0)
+    grad_clip_norm: float | None = option(None, "largest norm of the trained gradient", above=0)
+    precision: str = option("amp_bf16", "arithmetic of the forward pass", choices=PRECISIONS)
+    device: str = option("cpu", "cpu or cuda")
+
+    val_frequency: int = option(1, "epochs between validations; 0 for none", at_least=0)
+    save_frequency: int = option(1, "epochs between checkpoints", at_least=1, may_change=True)
+    log_every_n_steps: int = option(1, "steps between lines of metrics.jsonl", at_least=1)
+    workers: int = option(0, "processes that load images", at_least=0, may_change=True)
+    tensorboard: bool = option(False, "also log for TensorBoard", may_change=True)
+
+    def __post_init__(self) -> None:
+        """Check every value."""
+        hints = get_type_hints(type(self))
+        for item in fields(self):
+            value = getattr(self, item.name)
+            _check_type(item.name, value, hints[item.name])
+            _check_limits(item.name, value, item.metadata.get("limits", {}))
+            _check_choices(item.name, value, item.metadata.get("choices"))
+
+    @property
+    def weights(self) -> str | None:
+        """What to load: ``pretrained``, or the model's default."""
+        return self.pretrained or DEFAULT_PRETRAINED.get(self.model)
+
+    def changed(self, **values: Any) -> FinetuneConfig:
+        """A copy with other values, checked like new."""
+        return replace(self, **values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Field name -> value, in types that YAML and JSON know."""
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+    @classmethod
+    def from_dict(cls, values: Any, source: str = "the configuration") -> FinetuneConfig:
+        """The inverse of :meth:`to_dict`.
+
+        Raises:
+            ConfigError: if a setting is unknown (near matches are named), missing or wrong.
+        """
+        if not isinstance(values, dict):
+            raise ConfigError(f"{source} is not a list of settings (name: value)")
+        known = [item.name for item in fields(cls)]
+        for name in values:
+            if name not in known:
+                near = difflib.get_close_matches(str(name), known, n=1)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                raise ConfigError(f"{source} has an unknown setting {name!r}{hint}")
+        if "train_data" not in values:
+            raise ConfigError(f"{source} does not say what to train on (train_data)")
+        hints = get_type_hints(cls)
+        return cls(**{name: _from_yaml(value, hints[name]) for name, value in values.items()})
+
+    def save(self, path: str | Path) -> None:
+        """Write a YAML file, atomically.
+
+        Raises:
+            FileWriteError: if it cannot be written.
+        """
+        with atomic_write(path) as temporary:
+            temporary.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> FinetuneConfig:
+        """Read a YAML file.
+
+        Raises:
+            ConfigError: if it cannot be read, is no YAML, or a setting is unknown or wrong.
+        """
+        try:
+            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(
+                f"the configuration {path} cannot be read: {error.strerror}"
+            ) from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ConfigError(f"the configuration {path} is not valid YAML") from error
+        return cls.from_dict(values, f"the configuration {path}")
+
+    def command(self) -> str:
+        """The shell command that runs with these settings: only what differs from the defaults."""
+        words = ["saft", "finetune"]
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if value != item.default:
+                words += _flag(item.name, value)
+        return shlex.join(words)
+
+    def differences(self, other: FinetuneConfig) -> list[str]:
+        """Settings that influence the result and differ, as ``--flag: ours, not theirs``."""
+        return [
+            f"--{dashed(item.name)} is {getattr(self, item.name)}, not {getattr(other, item.name)}"
+            for item in fields(self)
+            if not item.metadata.get("may_change")
+            and getattr(self, item.name) != getattr(other, item.name)
+        ]
+
+
+def dashed(name: str) -> str:
+    """The flag of a field, without the leading dashes."""
+    return name.replace("_", "-")
+
+
+def _flag(name: str, value: Any) -> list[str]:
+    if isinstance(value, bool):
+        return [f"--{dashed(name)}" if value else f"--no-{dashed(name)}"]
+    if isinstance(value, tuple):
+        return [word for one in value for word in (f"--{dashed(name)}", one)]
+    return [f"--{dashed(name)}", str(value)]
+
+
+def _from_yaml(value: Any, hint: Any) -> Any:
+    """Lists become tuples; ``5e-6``, which YAML takes for text, becomes a number."""
+    if isinstance(value, list):
+        return tuple(value)
+    if isinstance(value, str) and (hint is float or float in get_args(hint)):
+        with suppress(ValueError):
+            return float(value)
+    return value
+
+
+def _check_type(name: str, value: Any, hint: Any) -> None:
+    if not _is_a(value, hint):
+        raise ConfigError(f"--{dashed(name)} cannot be {value!r}: it must be {_describe(hint)}")
+
+
+def _is_a(value: Any, hint: Any) -> bool:
+    if isinstance(hint, UnionType):
+        return any(_is_a(value, one) for one in get_args(hint))
+    if get_origin(hint) is tuple:
+        return isinstance(value, tuple) and all(isinstance(one, str) for one in value)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def _describe(hint: Any) -> str:
+    names = {float: "a number", int: "a whole number", bool: "true or false", str: "text"}
+    if isinstance(hint, UnionType):
+        return " or ".join(_describe(one) for one in get_args(hint) if one is not type(None))
+    return names.get(hint, "a list of texts")
+
+
+def _check_limits(name: str, value: Any, limits: dict[str, float | None]) -> None:
+    if value is None:
+        return
+    tests = {
+        "at_least": lambda limit: value >= limit,
+        "above": lambda limit: value > limit,
+        "at_most": lambda limit: value <= limit,
+        "below": lambda limit: value < limit,
+    }
+    given = {kind: limit for kind, limit in limits.items() if limit is not None}
+    if all(tests[kind](limit) for kind, limit in given.items()):
+        return
+    allowed = " and ".join(f"{kind.replace('_', ' ')} {limit:g}" for kind, limit in given.items())
+    raise ConfigError(f"--{dashed(name)} must be {allowed}, not {value}")
+
+
+def _check_choices(name: str, value: Any, choices: tuple[str, ...] | None) -> None:
+    if choices is not None and value not in choices:
+        raise ConfigError(f"--{dashed(name)} must be {' or '.join(choices)}, not {value!r}")
