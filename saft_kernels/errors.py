@@ -46,3 +46,11 @@ class OptimizerStateError(SaftError, ValueError):
 
 class FileWriteError(SaftError, OSError):
     """A file could not be written; whatever was there before is untouched."""
+
+
+class OptimizerError(SaftError, ValueError):
+    """An optimizer was set up or used in a way that it cannot serve."""
+
+
+class SelectedGradientError(SaftError, RuntimeError):
+    """Something needs a whole gradient of which only the selected entries were kept."""

@@ -30,19 +30,20 @@ _ADVICE = {
 
 @contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Replace a file in one step: it holds either the old content or all of the new one, never a part.
+    """Replace a file in one step: it holds the old content or all of the new one, never a part.
 
-    Yields the path of an empty temporary file in the same folder; write the content to it inside the
-    block. On leaving the block it is flushed to the disk and renamed to ``path``. On any exception it is
-    removed and the old file stays as it was. A symbolic link is followed, and an existing file keeps its
-    permissions. A process that is killed leaves at most a hidden ``.<name>.<random>.tmp`` behind.
+    Yields the path of an empty temporary file in the same folder; write the content to it inside
+    the block. On leaving the block it is flushed to the disk and renamed to ``path``. On any
+    exception it is removed and the old file stays as it was. A symbolic link is followed, and an
+    existing file keeps its permissions. A process that is killed leaves at most a hidden
+    ``.<name>.<random>.tmp`` behind.
 
     Args:
         path: the file to write; its folder must exist.
 
     Raises:
-        FileWriteError: if the folder cannot be written to, the disk is full, or anything else that the
-            operating system refuses inside the block; the message says what to do about it.
+        FileWriteError: if the folder cannot be written to, the disk is full, or anything else that
+            the operating system refuses inside the block; the message says what to do about it.
     """
     target = Path(os.path.realpath(path))
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
@@ -74,7 +75,8 @@ def _create(temporary: Path, target: Path) -> int:
 
 
 def _flush(temporary: Path, mode: int) -> None:
-    # A writer may have put a file of its own, with other permissions, in place of the one made here.
+    # A writer may have put a file of its own, with other permissions, in place of the one made
+    # here.
     os.chmod(temporary, mode)
     descriptor = os.open(temporary, os.O_RDWR)
     try:

@@ -36,9 +36,7 @@ def test_the_old_content_stays_until_the_block_ends(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [ValueError("no"), KeyboardInterrupt()])
-def test_an_exception_in_the_block_keeps_the_old_file(
-    tmp_path: Path, error: BaseException
-) -> None:
+def test_an_exception_in_the_block_keeps_the_old_file(tmp_path: Path, error: BaseException) -> None:
     target = tmp_path / "a.txt"
     target.write_text("old")
     with pytest.raises(type(error)), atomic_write(target) as temporary:

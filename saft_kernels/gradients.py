@@ -1,0 +1,184 @@
+"""Where SparseAdamW takes the gradients of the selected entries from: one class per mode."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from saft_kernels import ops
+from saft_kernels.errors import OptimizerError
+from saft_kernels.flat_state import FlatState
+from saft_kernels.selected_grad import SelectedGrad
+
+
+class GradientSource(Protocol):
+    """What the optimizer asks of a mode."""
+
+    def attach(self, states: Sequence[FlatState]) -> None:
+        """Begin to serve these states."""
+
+    def detach(self) -> None:
+        """Leave the model as it was found."""
+
+    def gradients(self, state: FlatState, begin: int, end: int) -> Sequence[Tensor] | Tensor:
+        """The gradients of parameters ``begin`` to ``end``, which all have one, for the kernel."""
+
+    def compact(self, state: FlatState, begin: int, end: int) -> Tensor:
+        """The same at the selected entries: fp32, one vector."""
+
+    def scale_(self, state: FlatState, begin: int, end: int, factor: Tensor) -> None:
+        """Multiply the selected entries by ``factor``, a tensor without dimensions."""
+
+
+class DenseGradients:
+    """Reads ``param.grad``, whose selected entries the kernel gathers on the way."""
+
+    def attach(self, states: Sequence[FlatState]) -> None:
+        """Nothing to do."""
+
+    def detach(self) -> None:
+        """Nothing to do."""
+
+    def gradients(self, state: FlatState, begin: int, end: int) -> Sequence[Tensor]:
+        """See :class:`GradientSource`."""
+        return [_dense_grad(state, i) for i in range(begin, end)]
+
+    def compact(self, state: FlatState, begin: int, end: int) -> Tensor:
+        """See :class:`GradientSource`."""
+        grads = self.gradients(state, begin, end)
+        pieces = zip(grads, state.indices[begin:end], strict=True)
+        return torch.cat([ops.gather(grad, index) for grad, index in pieces]).float()
+
+    def scale_(self, state: FlatState, begin: int, end: int, factor: Tensor) -> None:
+        """See :class:`GradientSource`; entries that are not selected keep their bits."""
+        for i in range(begin, end):
+            grad, index = _dense_grad(state, i), state.indices[i]
+            scaled = ops.gather(grad, index).float().mul_(factor)
+            ops.scatter_(grad, index, scaled.to(grad.dtype))
+
+
+def _dense_grad(state: FlatState, i: int) -> Tensor:
+    grad = state.params[i].grad
+    assert grad is not None
+    if grad.layout != torch.strided:
+        raise OptimizerError(
+            f"parameter {state.names[i]!r} has a sparse gradient ({grad.layout}); SparseAdamW "
+            "needs a strided one: build the layer without sparse=True"
+        )
+    return grad
+
+
+#: The parameters whose gradients are streamed: two sources would take them from each other.
+_streamed: Any = WeakTensorKeyDictionary()
+
+
+class StreamedGradients:
+    """Takes the selected entries of each gradient once autograd has made it, and frees the rest.
+
+    A post-accumulate-grad hook on every selected parameter gathers into the flat compact gradient
+    and leaves a :class:`SelectedGrad`, a view of it, in ``param.grad``.
+    """
+
+    def __init__(self) -> None:
+        self._handles: list[Any] = []
+        self._params: list[Tensor] = []
+
+    def attach(self, states: Sequence[FlatState]) -> None:
+        """Put the hooks on.
+
+        Raises:
+            OptimizerError: if another optimizer streams one of these parameters.
+        """
+        for state in states:
+            _refuse_second_source(state)
+        for state in states:
+            grad = state.allocate_grad()
+            for i, param in enumerate(state.params):
+                hook = _gather_and_free(state.piece(grad, i, i + 1), state.indices[i])
+                self._handles.append(param.register_post_accumulate_grad_hook(hook))
+                self._params.append(param)
+                _streamed[param] = True
+
+    def detach(self) -> None:
+        """Take the hooks off; gradients that were gathered stay."""
+        for handle in self._handles:
+            handle.remove()
+        for param in self._params:
+            _streamed.pop(param, None)
+        self._handles.clear()
+        self._params.clear()
+
+    def __del__(self) -> None:
+        self.detach()
+
+    def gradients(self, state: FlatState, begin: int, end: int) -> Tensor:
+        """See :class:`GradientSource`."""
+        return self.compact(state, begin, end)
+
+    def compact(self, state: FlatState, begin: int, end: int) -> Tensor:
+        """See :class:`GradientSource`; a view of the flat gradient, no copy."""
+        assert state.grad is not None
+        for i in range(begin, end):
+            _bring_home(state, i, state.piece(state.grad, i, i + 1))
+        return state.piece(state.grad, begin, end)
+
+    def scale_(self, state: FlatState, begin: int, end: int, factor: Tensor) -> None:
+        """See :class:`GradientSource`."""
+        self.compact(state, begin, end).mul_(factor)
+
+
+def _refuse_second_source(state: FlatState) -> None:
+    for name, param in zip(state.names, state.params, strict=True):
+        if param in _streamed:
+            raise OptimizerError(
+                f"parameter {name!r} is already streamed by another SparseAdamW; "
+                "call detach() on that one first"
+            )
+
+
+def _gather_and_free(values: Tensor, indices: Tensor) -> Callable[[Tensor], None]:
+    """The hook of one parameter. It must not refer to the optimizer, or neither would be freed."""
+
+    def hook(param: Tensor) -> None:
+        grad = param.grad
+        if grad is None or isinstance(grad, SelectedGrad):
+            return  # accumulated into the values already
+        values.copy_(ops.gather(grad, indices))
+        param.grad = SelectedGrad(param, values, indices)
+
+    return hook
+
+
+def _bring_home(state: FlatState, i: int, home: Tensor) -> None:
+    """Copy a gradient that the user put in place of ours (a clone, a dense one) into the vector."""
+    grad = state.params[i].grad
+    if isinstance(grad, SelectedGrad):
+        if grad.values().data_ptr() != home.data_ptr():
+            home.copy_(grad.values_at(state.indices[i]))
+    else:
+        home.copy_(ops.gather(_dense_grad(state, i), state.indices[i]))
+
+
+#: The modes of SparseAdamW.
+SOURCES: dict[str, type[GradientSource]] = {
+    "dense": DenseGradients,
+    "streamed": StreamedGradients,
+}
+
+
+def gradient_source(mode: str) -> GradientSource:
+    """The source of a mode.
+
+    Raises:
+        OptimizerError: if there is no such mode.
+    """
+    if mode not in SOURCES:
+        raise OptimizerError(
+            f"gradients={mode!r} is not available in this release; choose one of "
+            f"{', '.join(map(repr, SOURCES))}"
+        )
+    return SOURCES[mode]()

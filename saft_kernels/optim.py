@@ -1,0 +1,409 @@
+"""AdamW over the selected entries of a model."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._compile import _disable_dynamo  # lazy, where torch.compiler.disable imports it all
+from torch.optim import Optimizer
+
+from saft_kernels.errors import NonFiniteGradientError, OptimizerError, OptimizerStateError
+from saft_kernels.flat_state import FlatState
+from saft_kernels.gradients import gradient_source
+from saft_kernels.mask import CooMask
+from saft_kernels.ops import FLOATING
+
+
+class SparseAdamW(Optimizer):
+    """AdamW (Loshchilov & Hutter 2019) that trains the selected entries of a model, nothing else.
+
+    The selected entries follow ``torch.optim.AdamW`` run on gradients that are zero elsewhere;
+    every other entry keeps its bits, also under weight decay, which acts on the selected entries
+    only. The state takes 12 bytes per selected entry (indices and two moments), 4 more for bf16 and
+    fp16 weights, whose exact values are kept in fp32, and 4 more in streamed mode, plus 4 per
+    parameter tensor.
+
+    It is a ``torch.optim.Optimizer``: learning-rate schedulers, ``GradScaler``, closures, hooks,
+    ``deepcopy``, pickling and ``state_dict`` work as for any other. Under ``torch.compile`` the
+    step itself runs eagerly. A parameter whose ``grad`` is None is skipped, as in
+    ``torch.optim.AdamW``.
+
+    Gradient modes:
+
+    - ``"dense"`` reads ``param.grad``. The dense gradients exist, only the selected entries are
+      read.
+    - ``"streamed"`` gathers the selected entries of each gradient as soon as autograd has made it
+      and frees the rest, so that no more than a layer's gradient exists at a time; ``param.grad``
+      is then a :class:`~saft_kernels.selected_grad.SelectedGrad`. Parameters without selected
+      entries are set to ``requires_grad=False``, since nothing would free their gradients.
+      :meth:`detach` undoes both.
+
+    Gradient clipping by norm means the norm of the *selected* gradient: :meth:`clip_grad_norm_` in
+    every mode. ``torch.nn.utils.clip_grad_norm_`` is the same in streamed mode; in dense mode it
+    sees the whole gradient, whose norm is larger.
+
+    Weights are the truth: a selected weight that is changed between two steps (by
+    ``load_state_dict``, say) is where the next step starts from, in low precision too. Only writes
+    through ``param.data`` to bf16 and fp16 weights need :meth:`refresh_master_`.
+
+    Args:
+        model: the model whose weights are changed in place; fp32, bf16 or fp16, already on its
+            device. All selected parameters must require gradients.
+        mask: the entries to train.
+        lr: learning rate, a float or a one-element tensor, read at each step.
+        betas: decay rates of the two moments.
+        eps: added to the denominator.
+        weight_decay: decoupled weight decay.
+        maximize: ascend instead of descend.
+        capturable: accepted for compatibility; the state always lies on the parameters' device.
+        gradients: "dense" or "streamed", see above.
+        param_groups: options for parts of the model, as ``[{"params": model.visual.parameters(),
+            "lr": 1e-5}]``. Parameters without selected entries may be listed and are left out;
+            selected ones that no group lists form one more group, at the end, with the options
+            above.
+
+    Raises:
+        MaskError: if the mask does not fit the model.
+        OptimizerError: if an option, a dtype or a group cannot be served, naming it; or, in
+            streamed mode, if another optimizer streams one of the parameters.
+    """
+
+    _step_supports_amp_scaling = True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        mask: CooMask,
+        lr: float | Tensor = 5e-6,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.1,
+        *,
+        maximize: bool = False,
+        capturable: bool = False,
+        gradients: str = "dense",
+        param_groups: Iterable[Mapping[str, Any]] | None = None,
+    ) -> None:
+        source = gradient_source(gradients)
+        selected = mask.parameters(model)
+        for name, param, _ in selected:
+            _require_trainable(name, param)
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "maximize": maximize,
+            "capturable": capturable,
+        }
+        groups = _groups(model, selected, param_groups or ())
+        for group in groups:
+            _check_options({**defaults, **group})
+        self._complete = False
+        super().__init__(groups, defaults)
+        self._complete = True
+        indices = {param: index.to(param.device) for _, param, index in selected}
+        self._states = [_flat_states(group, indices) for group in self.param_groups]
+        self._bind_views()
+        self._mode, self._source = gradients, source
+        self._frozen: list[nn.Parameter] = []
+        source.attach(self._all_states())
+        if gradients == "streamed":
+            self._freeze(p for p in model.parameters() if p not in indices)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refuse: the mask fixes what is trained. Give ``param_groups`` when making the optimizer.
+
+        Raises:
+            OptimizerError: always, once the optimizer is made.
+        """
+        if self._complete:
+            raise OptimizerError(
+                "every selected parameter is in a group already, and a mask does not change; "
+                "give param_groups=... when making the optimizer"
+            )
+        super().add_param_group(param_group)
+
+    # Stepping -----------------------------------------------------------------------------------
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one step over the selected entries.
+
+        Args:
+            closure: evaluates the model again and returns the loss.
+
+        Returns:
+            What ``closure`` returned, or None.
+
+        Raises:
+            OptimizerError: if a parameter was cast or moved since the optimizer was made, or has a
+                sparse gradient; nothing is written.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._update()
+        return loss
+
+    @_disable_dynamo
+    @torch.no_grad()
+    def _update(self) -> None:
+        grad_scale = getattr(self, "grad_scale", None)  # set by GradScaler around the call
+        found_inf = getattr(self, "found_inf", None)
+        for state in self._all_states():
+            state.require_unmoved()
+            state.follow_weights_()
+        for group, states in zip(self.param_groups, self._states, strict=True):
+            options = {
+                "lr": group["lr"],
+                "betas": tuple(group["betas"]),
+                "eps": group["eps"],
+                "weight_decay": group["weight_decay"],
+                "maximize": group["maximize"],
+            }
+            for state in states:
+                scale, skip = _on(grad_scale, state.device), _on(found_inf, state.device)
+                for begin, end in state.runs():
+                    grads = self._source.gradients(state, begin, end)
+                    state.adamw_(begin, end, grads, **options, grad_scale=scale, found_inf=skip)
+
+    @torch.no_grad()
+    def clip_grad_norm_(
+        self,
+        max_norm: float,
+        norm_type: float = 2.0,
+        error_if_nonfinite: bool = False,
+    ) -> Tensor:
+        """Scale the selected gradient down so that its norm is at most ``max_norm``.
+
+        As ``torch.nn.utils.clip_grad_norm_`` on gradients that are zero outside the mask, in every
+        gradient mode. With a ``GradScaler``, call its ``unscale_(optimizer)`` first. In dense mode
+        only the selected entries of ``param.grad`` are scaled.
+
+        Args:
+            max_norm: the largest norm allowed.
+            norm_type: order of the norm; may be ``float("inf")``.
+            error_if_nonfinite: raise if the norm is NaN or infinite.
+
+        Returns:
+            The norm before clipping, of all groups together, fp32, without dimensions.
+
+        Raises:
+            NonFiniteGradientError: naming the first parameter with such a value, if asked for.
+        """
+        runs = [(state, *run) for state in self._all_states() for run in state.runs()]
+        if not runs:
+            return torch.tensor(0.0)
+        norms = [torch.linalg.vector_norm(self._source.compact(*run), norm_type) for run in runs]
+        total = torch.linalg.vector_norm(
+            torch.stack([norm.to(norms[0].device) for norm in norms]), norm_type
+        )
+        if error_if_nonfinite and not total.isfinite():
+            self._raise_nonfinite(runs)
+        factor = (max_norm / (total + 1e-6)).clamp(max=1.0)
+        for state, begin, end in runs:
+            self._source.scale_(state, begin, end, factor.to(state.device))
+        return total
+
+    def _raise_nonfinite(self, runs: list[tuple[FlatState, int, int]]) -> None:
+        for state, begin, end in runs:
+            for i in range(begin, end):
+                if not self._source.compact(state, i, i + 1).isfinite().all():
+                    raise NonFiniteGradientError(
+                        f"the selected gradient of {state.names[i]!r} holds NaN or infinity, so it "
+                        "cannot be clipped; lower the learning rate or skip this step",
+                        state.names[i],
+                    )
+        raise NonFiniteGradientError("the norm of the selected gradient overflows float32")
+
+    def refresh_master_(self) -> None:
+        """Let the fp32 master values follow bf16 or fp16 weights written through ``.data``.
+
+        Entries whose weight is still the rounding of its master value keep that value. Any other
+        way of changing weights (``load_state_dict``, in-place operations) is noticed without this
+        call.
+        """
+        for state in self._all_states():
+            state.follow_weights_(everywhere=True)
+
+    def detach(self) -> None:
+        """Take the hooks off the model and unfreeze what this optimizer has frozen.
+
+        Steps can still be taken afterwards, from dense gradients.
+        """
+        self._source.detach()
+        for param in self._frozen:
+            param.requires_grad_(True)
+        self._frozen.clear()
+
+    def _freeze(self, params: Iterable[nn.Parameter]) -> None:
+        for param in params:
+            if param.requires_grad:
+                param.requires_grad_(False)
+                self._frozen.append(param)
+
+    # State --------------------------------------------------------------------------------------
+
+    def _all_states(self) -> list[FlatState]:
+        return [state for states in self._states for state in states]
+
+    def _bind_views(self) -> None:
+        self.state: defaultdict[Tensor, Any] = defaultdict(dict)
+        for state in self._all_states():
+            for i, param in enumerate(state.params):
+                self.state[param] = state.view(i)
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what ``state_dict()`` of an optimizer with the same mask and groups returned.
+
+        Everything is checked before anything is changed, and no value is cast: training continues
+        bit for bit, if the model's weights were loaded too, before or after.
+
+        Raises:
+            OptimizerStateError: if the state belongs to another mask or model, or was damaged,
+                naming the parameter.
+        """
+        state_dict = state_dict.copy()
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            replaced = pre_hook(self, state_dict)
+            state_dict = state_dict if replaced is None else replaced
+        groups = deepcopy(state_dict["param_groups"])
+        self._check_groups(groups)
+        saved = self._saved_states(groups, state_dict["state"])
+        for state, i, entry in saved:
+            state.check(i, entry)
+        for state, i, entry in saved:
+            state.load(i, entry)
+        self.param_groups = [
+            {**self.defaults, **new, "params": own["params"], "param_names": own["param_names"]}
+            for own, new in zip(self.param_groups, groups, strict=True)
+        ]
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def _check_groups(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        own, saved = ([len(g["params"]) for g in some] for some in (self.param_groups, groups))
+        if own != saved:
+            raise OptimizerStateError(
+                f"the saved optimizer state has groups of {saved} parameters, this optimizer has "
+                f"{own}; it was saved with another mask, model or param_groups"
+            )
+
+    def _saved_states(
+        self, groups: Sequence[Mapping[str, Any]], saved: Mapping[Any, Any]
+    ) -> list[tuple[FlatState, int, Any]]:
+        """(flat state, position in it, saved state) of every parameter."""
+        key_of = {
+            param: key
+            for own, group in zip(self.param_groups, groups, strict=True)
+            for param, key in zip(own["params"], group["params"], strict=True)
+        }
+        return [
+            (state, i, saved.get(key_of[param]))
+            for state in self._all_states()
+            for i, param in enumerate(state.params)
+        ]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_mode": self._mode, "_frozen": self._frozen}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({**state, "_complete": True})
+        pieces = self.state
+        indices = {param: piece["indices"] for param, piece in pieces.items()}
+        self._states = [_flat_states(group, indices) for group in self.param_groups]
+        for flat in self._all_states():
+            for i, param in enumerate(flat.params):
+                flat.load(i, pieces[param])
+        self._bind_views()
+        self._source = gradient_source(self._mode)
+        self._source.attach(self._all_states())
+
+
+def _on(scalar: Tensor | None, device: torch.device) -> Tensor | None:
+    return None if scalar is None else scalar.to(device)
+
+
+def _require_trainable(name: str, param: nn.Parameter) -> None:
+    if param.dtype not in FLOATING:
+        raise OptimizerError(
+            f"parameter {name!r} is {param.dtype}; SparseAdamW trains float32, bfloat16 and float16"
+        )
+    if not param.requires_grad:
+        raise OptimizerError(
+            f"parameter {name!r} has selected entries but requires_grad is False, so it would "
+            "never train; call requires_grad_(True) on it or leave it out of the mask"
+        )
+
+
+def _check_options(group: Mapping[str, Any]) -> None:
+    lr, (beta1, beta2) = group["lr"], group["betas"]
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise OptimizerError(f"a tensor lr must have one element, not {lr.numel()}")
+    allowed = {
+        f"lr={lr} must not be negative": float(lr) >= 0,
+        f"betas={group['betas']} must lie in [0, 1)": 0 <= beta1 < 1 and 0 <= beta2 < 1,
+        f"eps={group['eps']} must not be negative": group["eps"] >= 0,
+        f"weight_decay={group['weight_decay']} must not be negative": group["weight_decay"] >= 0,
+    }
+    for sentence, holds in allowed.items():
+        if not holds:
+            raise OptimizerError(sentence)
+
+
+Selected = Sequence[tuple[str, nn.Parameter, Tensor]]
+
+
+def _groups(
+    model: nn.Module, selected: Selected, given: Iterable[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """The parameter groups: the given ones without unselected parameters, and one for the rest."""
+    known = set(model.parameters())
+    left = {param: name for name, param, _ in selected}
+    names = dict(left)
+    groups: list[dict[str, Any]] = []
+    for group in given:
+        params = list(_listed(group["params"]))
+        for param in params:
+            if param not in known:
+                raise OptimizerError(
+                    f"group {len(groups)} of param_groups lists a tensor of shape "
+                    f"{list(param.shape)} that is no parameter of the model"
+                )
+            if param in names and left.pop(param, None) is None:
+                raise OptimizerError(f"parameter {names[param]!r} is listed twice in param_groups")
+        groups.append(_group([p for p in params if p in names], names, group))
+    if left or not groups:
+        groups.append(_group(list(left), names, {}))
+    return groups
+
+
+def _listed(params: Any) -> Iterator[nn.Parameter]:
+    """The parameters of a group, alone or with names as from ``named_parameters()``."""
+    entries: Iterable[Any] = [params] if isinstance(params, Tensor) else params
+    for entry in entries:
+        yield entry[1] if isinstance(entry, tuple) else entry
+
+
+def _group(
+    params: list[nn.Parameter], names: Mapping[nn.Parameter, str], options: Mapping[str, Any]
+) -> dict[str, Any]:
+    return {**options, "params": params, "param_names": [names[param] for param in params]}
+
+
+def _flat_states(group: Mapping[str, Any], indices: Mapping[Any, Tensor]) -> list[FlatState]:
+    """One state for each dtype and device among a group's parameters."""
+    parts: defaultdict[tuple[Any, Any], list[tuple[str, Tensor]]] = defaultdict(list)
+    for name, param in zip(group["param_names"], group["params"], strict=True):
+        parts[param.dtype, param.device].append((name, param))
+    return [
+        FlatState([n for n, _ in part], [p for _, p in part], [indices[p] for _, p in part])
+        for part in parts.values()
+    ]
