@@ -16,7 +16,9 @@ COUNT = 0  #: candidates now in the buffer
 THRESHOLD = 1  #: bits of the k-th largest score so far (fp32, not negative); NO_THRESHOLD: nothing excluded
 TIE = 2  #: position of that k-th candidate: an equal score counts only at a lower position
 NONFINITE = 3  #: lowest position of a NaN or infinite accumulator; NO_POSITION: none
-STATE_SIZE = 4
+# The rest belongs to the compiled kernels and starts as zeros: a histogram of all candidates' values, from
+# which the threshold rises between two compactions (``csrc/ops/accumulate_topk.h``).
+STATE_SIZE = 6 + (1 << 14)
 
 NO_THRESHOLD = -1
 NO_POSITION = (1 << 63) - 1

@@ -68,7 +68,7 @@ def accumulate_topk_(
         k: how many to keep; 0 accumulates only (and still looks for non-finite values).
         values: fp32 [capacity], the candidates' ``|acc|``; capacity > k.
         positions: int64 [capacity], the candidates' packed positions (:mod:`saft_kernels.layout`).
-        state: int64 [4], changed in place (:mod:`saft_kernels.layout`).
+        state: int64 [STATE_SIZE], changed in place (:mod:`saft_kernels.layout`).
 
     Raises:
         RuntimeError: if a shape, dtype or device does not fit.

@@ -2,6 +2,10 @@
 // handed to the shared buffer under a lock; a full buffer is compacted, which raises the threshold, which the
 // threads pick up at their next chunk. A thread that works with an old, lower threshold only hands over more
 // candidates than needed: the result does not depend on when it notices.
+//
+// Of D values in random order about k (1 + ln(D / k)) beat the k best before them: eight times k for a thousandth of
+// D. That holds only if the threshold follows closely, hence the histogram: it raises the threshold with every
+// batch, while compactions only make room.
 
 #include "accumulate_topk.h"
 
@@ -91,34 +95,65 @@ int64_t last_kept_tie(const TopkBuffer& b, int64_t n, uint32_t bits, int64_t kee
   return ties[static_cast<size_t>(keep - 1)];
 }
 
-}  // namespace
-
-void compact_topk(const TopkBuffer& b) {
-  const int64_t n = b.state[kCount];
-  if (b.k == 0) b.state[kCount] = 0;
-  if (b.k == 0 || n < b.k) return;
-  int64_t above = 0;
-  const uint32_t bits = kth_largest(b.values, n, b.k, above);
-  const Bar bar{float_of(bits), last_kept_tie(b, n, bits, b.k - above)};
-  int64_t kept = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    const float value = b.values[i];
-    const int64_t position = b.positions[i];
-    b.values[kept] = value;
-    b.positions[kept] = position;
-    kept += value > bar.value || (value == bar.value && position <= bar.tie);
-  }
-  b.state[kCount] = kept;
-  b.state[kThreshold] = bits;
-  b.state[kTie] = bar.tie;
-}
-
-namespace {
-
 struct Candidate {
   float value;
   int64_t position;
 };
+
+// Moves the bin up while k candidates lie above its lower edge; that edge then bounds the k-th best from below.
+// Candidates dropped from the buffer still count: they were offered, once each.
+void raise_to_bin(const TopkBuffer& b) {
+  int64_t& bin = b.state[kBin];
+  while (bin + 1 < kBins && b.state[kAbove] - b.state[kHistogram + bin] >= b.k) b.state[kAbove] -= b.state[kHistogram + bin++];
+  const int64_t edge = bin << kBinShift;
+  if (b.state[kAbove] >= b.k && edge > b.state[kThreshold]) {
+    b.state[kThreshold] = edge;
+    b.state[kTie] = kNoPosition;
+  }
+}
+
+// Appends candidates until they or the room run out; returns how many it has dealt with. Works on copies of the
+// counters: the compiler cannot know that the vectors do not overlap them.
+int64_t fill(const TopkBuffer& b, const Candidate* candidates, int64_t n) {
+  const Bar bar = bar_of(b.state);
+  const int64_t bin = b.state[kBin];
+  int64_t* const histogram = b.state + kHistogram;
+  int64_t count = b.state[kCount], above = b.state[kAbove], i = 0;
+  for (; i < n && count < b.capacity; ++i) {
+    const auto [value, position] = candidates[i];
+    if (!bar.admits(value, position)) continue;
+    b.values[count] = value;
+    b.positions[count] = position;
+    ++count;
+    const int64_t own_bin = bits_of(value) >> kBinShift;
+    ++histogram[own_bin];
+    above += own_bin >= bin;
+  }
+  b.state[kCount] = count;
+  b.state[kAbove] = above;
+  return i;
+}
+
+// Keeps the candidates above `value`, and those equal to it up to position `last`.
+void drop_below(const TopkBuffer& b, float value, int64_t last) {
+  int64_t kept = 0;
+  for (int64_t i = 0; i < b.state[kCount]; ++i) {
+    const float own = b.values[i];
+    const int64_t position = b.positions[i];
+    b.values[kept] = own;
+    b.positions[kept] = position;
+    kept += own > value || (own == value && position <= last);
+  }
+  b.state[kCount] = kept;
+}
+
+// Drops what no longer reaches the threshold; where that is little (equal values, mostly), keeps the k best.
+void make_room(const TopkBuffer& b) {
+  raise_to_bin(b);
+  const Bar bar = bar_of(b.state);
+  drop_below(b, bar.value, bar.tie);
+  if (b.state[kCount] - b.k > (b.capacity - b.k) / 2) compact_topk(b);
+}
 
 // The buffer while several threads fill it.
 class SharedBuffer {
@@ -135,19 +170,12 @@ class SharedBuffer {
 
   void append(const Candidate* candidates, int64_t n) {
     const std::lock_guard lock(mutex_);
-    Bar bar = bar_of(b_.state);
-    for (int64_t i = 0; i < n; ++i) {
-      if (!bar.admits(candidates[i].value, candidates[i].position)) continue;
-      if (b_.state[kCount] == b_.capacity) {
-        compact_topk(b_);
-        bar = bar_of(b_.state);
-        version_.fetch_add(1, std::memory_order_release);
-        if (!bar.admits(candidates[i].value, candidates[i].position)) continue;
-      }
-      const int64_t slot = b_.state[kCount]++;
-      b_.values[slot] = candidates[i].value;
-      b_.positions[slot] = candidates[i].position;
+    for (int64_t i = 0; i < n;) {
+      if (b_.state[kCount] == b_.capacity) make_room(b_);
+      i += fill(b_, candidates + i, n - i);
     }
+    raise_to_bin(b_);
+    version_.fetch_add(1, std::memory_order_release);
   }
 
   void report_nonfinite(int64_t position) {
@@ -172,7 +200,7 @@ class Worker {
     for (int64_t b = begin; b < end; b += kChunk) {
       const int64_t e = std::min(b + kChunk, end);
       const int64_t survivors = kernels.scan(scan_, b, e, threshold(b), survivors_.data());
-      collect(survivors);
+      collect(b, survivors);
       if (pending_ > kBatch - kChunk) flush();
     }
     flush();
@@ -188,14 +216,14 @@ class Worker {
     return bar_.threshold_from(base_ + i);
   }
 
-  void collect(int64_t survivors) {
+  void collect(int64_t begin, int64_t survivors) {
     for (int64_t s = 0; s < survivors; ++s) {
-      const int64_t i = survivors_[static_cast<size_t>(s)];
+      const int64_t i = begin + survivors_[static_cast<size_t>(s)];
       const float value = std::fabs(scan_.acc[i]);
       const int64_t position = base_ + i;
       if (!std::isfinite(value)) {
         shared_.report_nonfinite(position);
-      } else if (bar_.admits(value, position)) {
+      } else {
         batch_[static_cast<size_t>(pending_++)] = {value, position};
       }
     }
@@ -213,11 +241,25 @@ class Worker {
   Bar bar_;
   uint64_t seen_ = 0;
   int64_t pending_ = 0;
-  std::array<int64_t, kChunk> survivors_;
+  std::array<int32_t, kChunk + kSurvivorSlack> survivors_;
   std::array<Candidate, kBatch> batch_;
 };
 
 }  // namespace
+
+void compact_topk(const TopkBuffer& b) {
+  if (b.k == 0) b.state[kCount] = 0;
+  if (b.state[kCount] < b.k || b.k == 0) return;
+  const Bar bar = bar_of(b.state);
+  drop_below(b, bar.value, bar.tie);
+  const int64_t n = b.state[kCount];
+  int64_t above = 0;
+  const uint32_t bits = kth_largest(b.values, n, b.k, above);
+  const int64_t tie = last_kept_tie(b, n, bits, b.k - above);
+  drop_below(b, float_of(bits), tie);
+  b.state[kThreshold] = bits;
+  b.state[kTie] = tie;
+}
 
 void accumulate_topk(const Scan& scan, int64_t base, const TopkBuffer& buffer) {
   SharedBuffer shared(buffer);

@@ -2,18 +2,18 @@
 //   acc[i] += scale * grad[i]          both roundings kept: the same bits on every instruction set
 //   if !(|acc[i]| < threshold): emit i
 //
-// Moves 12 bytes per fp32 element (read acc and grad, write acc), so it must keep pace with memory: a block of
-// 32 elements is processed by straight-line vector code that only asks "does any survive?". Survivors are one in
-// a thousand once the threshold has risen, and only their blocks are looked at again, one element at a time.
+// Moves 12 bytes per fp32 element (read acc and grad, write acc), so it must keep pace with memory: the arithmetic is
+// vectorised by the compiler, and survivors, few and at random places, are picked out by simd.h.
 
 #include "accumulate_topk_kernel.h"
 
 #include "numbers.h"
+#include "simd.h"
 
 namespace saft::cpu {
 namespace {
 
-constexpr int64_t kBlock = 32;
+static_assert(kSurvivorSlack >= kLanes);
 
 struct NoGrad {};
 
@@ -28,43 +28,32 @@ inline float accumulate(float acc, const T* grad, int64_t i, float scale) {
   }
 }
 
-// Updates acc[0, n) and says whether any element survives.
 template <typename T, bool square>
-inline bool update(float* __restrict acc, const T* __restrict grad, int64_t n, float scale, float threshold) {
-  int32_t any = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    const float a = accumulate<T, square>(acc[i], grad, i, scale);
-    if constexpr (!__is_same(T, NoGrad)) acc[i] = a;
-    any |= !(__builtin_fabsf(a) < threshold);
-  }
-  return any != 0;
-}
-
-template <typename T, bool square>
-int64_t scan_typed(const Scan& scan, int64_t begin, int64_t end, float threshold, int64_t* survivors) {
-  const T* grad = static_cast<const T*>(scan.grad);
+int64_t scan_typed(const Scan& scan, int64_t begin, int64_t end, float threshold, int32_t* __restrict survivors) {
+  const T* __restrict grad = static_cast<const T*>(scan.grad) + begin;
+  float* __restrict acc = scan.acc + begin;
+  const auto n = static_cast<int32_t>(end - begin);
   int64_t found = 0;
-  for (int64_t b = begin; b < end; b += kBlock) {
-    const int64_t n = end - b < kBlock ? end - b : kBlock;
-    // A constant trip count lets the compiler unroll the whole block.
-    const bool any = n == kBlock ? update<T, square>(scan.acc + b, grad + b, kBlock, scan.scale, threshold)
-                                 : update<T, square>(scan.acc + b, grad + b, n, scan.scale, threshold);
-    if (!any) continue;
-    for (int64_t i = b; i < b + n; ++i) {
-      survivors[found] = i;
-      found += !(__builtin_fabsf(scan.acc[i]) < threshold);
-    }
+  int32_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    if constexpr (!__is_same(T, NoGrad))
+      for (int32_t j = i; j < i + kLanes; ++j) acc[j] = accumulate<T, square>(acc[j], grad, j, scan.scale);
+    found += append_not_below(acc + i, threshold, i, survivors + found);
+  }
+  for (; i < n; ++i) {
+    acc[i] = accumulate<T, square>(acc[i], grad, i, scan.scale);
+    if (!(__builtin_fabsf(acc[i]) < threshold)) survivors[found++] = i;
   }
   return found;
 }
 
 template <typename T>
-int64_t scan_squared(const Scan& scan, int64_t begin, int64_t end, float threshold, int64_t* survivors) {
+int64_t scan_squared(const Scan& scan, int64_t begin, int64_t end, float threshold, int32_t* survivors) {
   return scan.square ? scan_typed<T, true>(scan, begin, end, threshold, survivors)
                      : scan_typed<T, false>(scan, begin, end, threshold, survivors);
 }
 
-int64_t scan(const Scan& scan, int64_t begin, int64_t end, float threshold, int64_t* survivors) {
+int64_t scan(const Scan& scan, int64_t begin, int64_t end, float threshold, int32_t* survivors) {
   switch (scan.type) {
     case GradType::fp32:
       return scan_squared<float>(scan, begin, end, threshold, survivors);

@@ -18,10 +18,13 @@ struct Scan {
   int64_t n;
 };
 
+// Room that the list of survivors needs beyond the scanned elements.
+constexpr int64_t kSurvivorSlack = 16;
+
 struct AccumulateTopkKernels {
-  // For i in [begin, end):  acc[i] += scale * grad[i];  if not |acc[i]| < threshold, append i to `survivors`.
-  // NaN and infinity always survive. Returns the number of survivors; `survivors` has room for end - begin.
-  int64_t (*scan)(const Scan& scan, int64_t begin, int64_t end, float threshold, int64_t* survivors);
+  // For i in [begin, end):  acc[i] += scale * grad[i];  if not |acc[i]| < threshold, append i - begin to `survivors`.
+  // NaN and infinity always survive. Returns the number of survivors.
+  int64_t (*scan)(const Scan& scan, int64_t begin, int64_t end, float threshold, int32_t* survivors);
 };
 
 SAFT_DECLARE_KERNELS(AccumulateTopkKernels, accumulate_topk)

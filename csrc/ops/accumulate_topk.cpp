@@ -14,7 +14,7 @@ cpu::TopkBuffer check_buffer(int64_t k, const Tensor& values, const Tensor& posi
   check_vector(values, ScalarType::Float, "values");
   check_vector(positions, ScalarType::Long, "positions");
   check_vector(state, ScalarType::Long, "state");
-  STD_TORCH_CHECK(state.numel() == kStateSize, "state must have 4 elements, not ", state.numel());
+  STD_TORCH_CHECK(state.numel() == kStateSize, "state must have ", int{kStateSize}, " elements, not ", state.numel());
   STD_TORCH_CHECK(
       values.numel() == positions.numel(), "values and positions must have the same length, not ", values.numel(),
       " and ", positions.numel());
@@ -24,6 +24,7 @@ cpu::TopkBuffer check_buffer(int64_t k, const Tensor& values, const Tensor& posi
   STD_TORCH_CHECK(
       slots[kCount] >= 0 && slots[kCount] <= values.numel(), "state says ", slots[kCount],
       " candidates, the buffer holds ", values.numel());
+  STD_TORCH_CHECK(slots[kBin] >= 0 && slots[kBin] < kBins, "state was not made for this operation");
   return {k, values.numel(), values.mutable_data_ptr<float>(), positions.mutable_data_ptr<int64_t>(), slots};
 }
 
