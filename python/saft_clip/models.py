@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from open_clip.factory import load_state_dict
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from saft_clip.console import say
 from saft_clip.errors import CheckpointError, ModelError
 from saft_clip.tiny import TINY_NAME, TINY_WEIGHTS, register_tiny
 
@@ -81,22 +83,10 @@ def load_model(
     file, tag_config = _find_weights(name, pretrained)
     if tag_config.get("quick_gelu") and not open_clip.get_model_config(name).get("quick_gelu"):
         force_quick_gelu = True
-    with _quiet():
-        model, preprocess_train, preprocess_val = open_clip.create_model_and_transforms(
-            name,
-            device=device,
-            force_quick_gelu=force_quick_gelu,
-            image_mean=tag_config.get("mean"),
-            image_std=tag_config.get("std"),
-            image_interpolation=tag_config.get("interpolation"),
-            image_resize_mode=tag_config.get("resize_mode"),
-            pretrained_text=False,
-        )
-        tokenizer = open_clip.get_tokenizer(name)
+    clip = _build(name, pretrained or "builtin", device, force_quick_gelu, tag_config)
     if file is not None:
-        _load_weights(model, name, file)
-    source = pretrained or "builtin"
-    return ClipModel(model.eval(), preprocess_train, preprocess_val, tokenizer, name, source)
+        _load_weights(clip.model, name, file)
+    return clip
 
 
 def check_precision(precision: str) -> None:
@@ -123,6 +113,35 @@ def train_mode(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, _BatchNorm):
             module.eval()
+
+
+def _build(
+    name: str,
+    source: str,
+    device: str | torch.device,
+    force_quick_gelu: bool,
+    tag_config: dict[str, Any],
+) -> ClipModel:
+    """The model with random weights, in eval mode, and its transforms and tokenizer."""
+    try:
+        with _quiet():
+            model, preprocess_train, preprocess_val = open_clip.create_model_and_transforms(
+                name,
+                device=device,
+                force_quick_gelu=force_quick_gelu,
+                image_mean=tag_config.get("mean"),
+                image_std=tag_config.get("std"),
+                image_interpolation=tag_config.get("interpolation"),
+                image_resize_mode=tag_config.get("resize_mode"),
+                pretrained_text=False,
+            )
+            tokenizer = open_clip.get_tokenizer(name)
+    except (ImportError, OSError, RuntimeError) as error:
+        raise ModelError(
+            f"open_clip cannot build {name} here ({_reason(error)}); "
+            "some of its models need more packages or files from the network"
+        ) from error
+    return ClipModel(model.eval(), preprocess_train, preprocess_val, tokenizer, name, source)
 
 
 def _check_name(name: str) -> None:
@@ -161,14 +180,16 @@ def _find_weights(name: str, pretrained: str | None) -> tuple[Path | None, dict[
 
 
 def _download(name: str, tag: str, config: dict[str, Any]) -> Path:
+    source = config.get("hf_hub") or config.get("url")
+    say(f"fetching the weights {tag!r} of {name} from {source}, unless they are cached")
     try:
-        return Path(open_clip.download_pretrained(config))
+        with _quiet():
+            return Path(open_clip.download_pretrained(config))
     # Whatever the network, the cache folder or the hub's client may raise, the advice is the same.
     except Exception as error:
-        source = config.get("hf_hub") or config.get("url")
         raise ModelError(
             f"the weights {tag!r} of {name} could not be downloaded from {source} "
-            f"({_first_line(error)}); check the network, or give --pretrained a local file"
+            f"({_reason(error)}); check the network, or give --pretrained a local file"
         ) from error
 
 
@@ -187,34 +208,41 @@ def _load_weights(model: nn.Module, name: str, file: Path) -> None:
 
 def _check_readable(file: Path) -> None:
     try:
-        load_state_dict(str(file), weights_only=True)
+        with _quiet():
+            load_state_dict(str(file), weights_only=True)
     except Exception as error:
         raise CheckpointError(
             f"the checkpoint {file} cannot be read: it is broken, cut short, or holds more than "
-            f"tensors ({_first_line(error)}); give a whole .safetensors file, or a .pt file of "
+            f"tensors ({_reason(error)}); give a whole .safetensors file, or a .pt file of "
             "tensors only"
         ) from error
 
 
 def _first_difference(error: Exception) -> str:
-    """The first parameter that differs, if ``load_state_dict`` says so; else the first line."""
+    """The first parameter that differs, if ``load_state_dict`` says so; else the reason."""
     lines = str(error).strip().splitlines()
-    if len(lines) > 1 and "loading state_dict" in lines[0]:
-        return lines[1].strip().rstrip(".")[:300]
-    return _first_line(error)
+    if len(lines) < 2 or "loading state_dict" not in lines[0]:
+        return _reason(error)
+    difference = lines[1].strip().rstrip(".")
+    if difference.startswith("size mismatch"):
+        return difference
+    return difference.partition(", ")[0].rstrip(". ")
 
 
-def _first_line(error: Exception) -> str:
+def _reason(error: Exception) -> str:
+    """The first sentence of an error."""
     text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0].rstrip(".")[:300]
+    return text.splitlines()[0].partition(". ")[0].rstrip(".")
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep open_clip from logging that there are no weights, which are loaded just afterwards."""
+    """Keep libraries from logging what the errors here say better."""
     previous = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         logging.disable(previous)
