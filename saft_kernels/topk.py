@@ -1,0 +1,213 @@
+"""The k largest magnitudes of a stream of accumulated gradients, without concatenating them."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+
+import torch
+from torch import Tensor
+
+from saft_kernels import ops
+from saft_kernels.errors import NonFiniteGradientError, SelectionError
+from saft_kernels.layout import (
+    COUNT,
+    MAX_ELEMENTS,
+    MAX_KEYS,
+    NO_POSITION,
+    NO_THRESHOLD,
+    NONFINITE,
+    POSITION_BITS,
+    STATE_SIZE,
+    THRESHOLD,
+    TIE,
+    split_position,
+)
+from saft_kernels.mask import index_dtype
+
+# Room for candidates beyond the k best: enough that compacting is rare, never more than k extra
+# beyond 2**16.
+_MIN_SLACK = 1 << 16
+_MAX_SLACK = 1 << 24
+
+# Reading the state of a GPU waits for it, so there non-finite values are looked for only now and
+# then.
+_CHECK_INTERVAL = 64
+
+
+class StreamingTopK:
+    """Selects the k entries of largest magnitude among tensors that arrive one after the other.
+
+    Accumulators belong to keys (parameter names, as a rule). Each entry must be offered exactly
+    once, when its accumulation is complete; :meth:`finish` then returns the k best. Ties go to the
+    earlier key, then to the lower flat index. The result does not depend on the number of threads
+    or on the backend, and if ``keys`` is given not on the order of the updates either.
+
+    The memory held is 12 bytes for each of k + min(max(k, 2**16), 2**24) candidates (fewer if
+    ``total`` is smaller).
+
+    Args:
+        k: how many entries to select.
+        device: where the accumulators live.
+        keys: every key, in the order in which they win ties; without it the order of their first
+            update counts.
+        total: the number of entries that will be offered, if known.
+
+    Raises:
+        SelectionError: if k is negative or there are too many keys.
+    """
+
+    def __init__(
+        self,
+        k: int,
+        *,
+        device: torch.device | str = "cpu",
+        keys: Sequence[Hashable] | None = None,
+        total: int | None = None,
+    ) -> None:
+        if k < 0:
+            raise SelectionError(f"k is {k}; it must not be negative")
+        self.k = k
+        self.device = torch.device(device)
+        self._declared = keys is not None
+        self._ranks: dict[Hashable, int] = {}
+        self._extents: list[int] = []
+        for key in keys or ():
+            self._add(key)
+        capacity = k + min(max(k, _MIN_SLACK), _MAX_SLACK)
+        if total is not None:
+            capacity = max(min(capacity, total), k + 1)
+        self._values = torch.empty(capacity, dtype=torch.float32, device=device)
+        self._positions = torch.empty(capacity, dtype=torch.int64, device=device)
+        self._state = _initial_state().to(device)
+        self._updates = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held for the candidates."""
+        return self._values.nbytes + self._positions.nbytes + self._state.nbytes
+
+    def update(
+        self,
+        key: Hashable,
+        acc: Tensor,
+        grad: Tensor | None = None,
+        scale: float = 1.0,
+        *,
+        square: bool = False,
+        offset: int = 0,
+        final: bool = True,
+    ) -> None:
+        """``acc += scale * grad`` (``grad**2`` if ``square``), then offer ``|acc|`` if ``final``.
+
+        Args:
+            key: what the accumulator belongs to.
+            acc: fp32 [n], any shape, contiguous; changed in place if ``grad`` is given.
+            grad: n elements of any floating dtype, layout and strides; its row-major order is what
+                counts.
+            scale: factor of the gradient, rounded to fp32.
+            square: accumulate the squared gradient.
+            offset: flat index of the first element of ``acc`` within the key's tensor, for tensors
+                that arrive in pieces.
+            final: False accumulates only; the entries must be offered by a later call.
+
+        Raises:
+            NonFiniteGradientError: if ``acc`` holds NaN or infinity. On a GPU it may come a few
+                updates later, in :meth:`finish` at the latest.
+            SelectionError: if ``keys`` were declared and this is not one of them.
+        """
+        rank = self._rank(key)
+        end = offset + acc.numel()
+        if offset < 0 or end > MAX_ELEMENTS:
+            raise SelectionError(
+                f"{key!r}: elements {offset} to {end} lie outside 0 to {MAX_ELEMENTS}"
+            )
+        self._extents[rank] = max(self._extents[rank], end)
+        ops.accumulate_topk_(
+            acc.detach(),
+            None if grad is None else _row_major(grad),
+            scale,
+            square=square,
+            key=rank,
+            offset=offset,
+            k=self.k if final else 0,
+            values=self._values,
+            positions=self._positions,
+            state=self._state,
+        )
+        self._updates += 1
+        if self.device.type == "cpu" or self._updates % _CHECK_INTERVAL == 0:
+            self._require_finite()
+
+    def finish(self) -> dict[Hashable, Tensor]:
+        """The k best entries offered so far; more may be offered afterwards.
+
+        Returns:
+            key -> sorted flat indices, int32 (int64 if the key's tensor reaches 2**31 elements), on
+            :attr:`device`, keys in the order of ties. A key that won no entry is absent.
+
+        Raises:
+            NonFiniteGradientError: if an accumulator held NaN or infinity.
+            SelectionError: if fewer than k entries were offered, or one was offered twice.
+        """
+        ops.compact_topk_(self.k, self._values, self._positions, self._state)
+        self._require_finite()
+        count = int(self._state[COUNT])
+        if count < self.k:
+            raise SelectionError(
+                f"{self.k:,} entries are wanted but only {count:,} were offered; "
+                "call update(..., final=True) for every accumulator before finish()"
+            )
+        positions = self._positions[:count].sort().values
+        if bool((positions[1:] == positions[:-1]).any()):
+            raise SelectionError("an entry was offered twice; offer each one exactly once")
+        return self._by_key(positions)
+
+    def _by_key(self, positions: Tensor) -> dict[Hashable, Tensor]:
+        ranks, lengths = (positions >> POSITION_BITS).unique_consecutive(return_counts=True)
+        pieces = (positions & (MAX_ELEMENTS - 1)).split(lengths.tolist())
+        keys = list(self._ranks)
+        return {
+            keys[rank]: piece.to(index_dtype(self._extents[rank]))
+            for rank, piece in zip(ranks.tolist(), pieces, strict=True)
+        }
+
+    def _rank(self, key: Hashable) -> int:
+        if key not in self._ranks:
+            if self._declared:
+                raise SelectionError(f"{key!r} is not one of the declared keys")
+            self._add(key)
+        return self._ranks[key]
+
+    def _add(self, key: Hashable) -> None:
+        if key in self._ranks:
+            raise SelectionError(f"key {key!r} is declared twice")
+        if len(self._ranks) == MAX_KEYS:
+            raise SelectionError(f"there are more than {MAX_KEYS:,} keys")
+        self._ranks[key] = len(self._ranks)
+        self._extents.append(0)
+
+    def _require_finite(self) -> None:
+        position = int(self._state[NONFINITE])
+        if position == NO_POSITION:
+            return
+        rank, index = split_position(position)
+        key = list(self._ranks)[rank]
+        raise NonFiniteGradientError(
+            f"the gradient of {key!r} adds up to NaN or infinity at flat index {index}; look for "
+            "bad input, a loss that overflows, or too low a precision",
+            parameter=str(key),
+        )
+
+
+def _initial_state() -> Tensor:
+    state = torch.zeros(STATE_SIZE, dtype=torch.int64)
+    state[THRESHOLD] = NO_THRESHOLD
+    state[TIE] = NO_POSITION
+    state[NONFINITE] = NO_POSITION
+    return state
+
+
+def _row_major(grad: Tensor) -> Tensor:
+    """The gradient as the kernels take it: strided, contiguous, fp32, bf16 or fp16."""
+    grad = grad.detach().to_dense()
+    return (grad if grad.dtype in ops.FLOATING else grad.float()).contiguous()
