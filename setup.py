@@ -58,13 +58,19 @@ class CMakeBuild(build_ext):
     def run_tool(self, command: list[str]) -> None:
         environment = dict(os.environ)
         # cmake and ninja live beside the Python that builds, which need not be on PATH.
-        environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"
+        environment["PATH"] = (
+            f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"
+        )
         try:
             subprocess.run(command, check=True, env=environment)
         except FileNotFoundError:
-            sys.exit(f"saft-kernels: {command[0]} is not installed; run `pip install cmake ninja` first.")
+            sys.exit(
+                f"saft-kernels: {command[0]} is not installed; run `pip install cmake ninja` first."
+            )
         except subprocess.CalledProcessError:
-            sys.exit("saft-kernels: the compiled library could not be built; the messages above say why.")
+            sys.exit(
+                "saft-kernels: the compiled library could not be built; the messages above say why."
+            )
 
 
 class AnyPythonWheel(bdist_wheel):

@@ -98,25 +98,39 @@ def _require(name: str | None) -> None:
         raise BackendUnavailableError(
             f"there is no backend {name!r}; choose one of {', '.join(BACKENDS)}"
         )
-    found = backend_status(name)
-    if not found.available:
-        raise BackendUnavailableError(f"backend {name!r} was asked for but {found.reason}")
+    obstacle = _obstacle(name)
+    if obstacle is not None:
+        raise BackendUnavailableError(f"backend {name!r} was asked for but {obstacle}")
+
+
+def _obstacle(name: str) -> str | None:
+    """Why the named backend cannot run here; None if it can. Called for every operation: no work."""
+    if name == "reference":
+        return None
+    if name == "triton":
+        return "this release has no Triton kernels"
+    if _load_error is not None:
+        return _load_error
+    if name == "cuda":
+        return _cuda_obstacle()
+    return None
+
+
+def _cuda_obstacle() -> str | None:
+    built = build_info()["cuda"]
+    if built.startswith("off"):
+        return f"this build has no CUDA kernels: {built}"
+    return None if torch.cuda.is_available() else "torch sees no CUDA device"
 
 
 def backend_status(name: str) -> BackendStatus:
     """Whether the named backend can run here, and why (not)."""
-    if name == "reference":
-        return BackendStatus(name, True, "plain torch, always there")
-    if name == "triton":
-        return BackendStatus(name, False, "this release has no Triton kernels")
-    if _load_error is not None:
-        return BackendStatus(name, False, _load_error)
-    if name == "cuda":
-        if build_info()["cuda"] == "off":
-            return BackendStatus(name, False, "this build has no CUDA kernels")
-        if not torch.cuda.is_available():
-            return BackendStatus(name, False, "torch sees no CUDA device")
-    return BackendStatus(name, True, f"compiled; instruction set {cpu_isa()}")
+    obstacle = _obstacle(name)
+    if obstacle is not None:
+        return BackendStatus(name, False, obstacle)
+    if name == "cpu":
+        return BackendStatus(name, True, f"compiled; instruction set {cpu_isa()}")
+    return BackendStatus(name, True, "plain torch" if name == "reference" else "compiled")
 
 
 def resolve(device: torch.device) -> str:

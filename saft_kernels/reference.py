@@ -86,13 +86,8 @@ def gather(dense: Tensor, indices: Tensor) -> Tensor:
 def scatter_(dense: Tensor, indices: Tensor, values: Tensor) -> None:
     """``dense.flatten()[indices] = values`` in logical row-major order, whatever the memory layout."""
     if indices.numel():
-        dense[_unravel(indices, dense.shape)] = values
-
-
-def _unravel(indices: Tensor, shape: torch.Size) -> tuple[Tensor, ...]:
-    if not shape:
-        return (torch.zeros((), dtype=torch.int64, device=indices.device),)
-    return torch.unravel_index(indices.long(), shape)
+        shaped = dense if dense.dim() else dense.view(1)
+        shaped[torch.unravel_index(indices.long(), shaped.shape)] = values
 
 
 def sparse_adamw_(

@@ -25,9 +25,9 @@
 namespace saft::cpu {
 namespace {
 
-constexpr int64_t kChunk = 2048;          // elements per scan: a chunk of acc and grad stays in the L1 cache
-constexpr int64_t kBatch = 4 * kChunk;    // survivors a thread collects before it takes the lock
-constexpr int64_t kGrain = 16 * kChunk;   // elements below which a second thread costs more than it brings
+constexpr int64_t kChunk = 2048;         // elements per scan: a chunk of acc and grad stays in the L1 cache
+constexpr int64_t kBatch = 4 * kChunk;   // survivors a thread collects before it takes the lock
+constexpr int64_t kGrain = 16 * kChunk;  // elements below which a second thread costs more than it brings
 
 uint32_t bits_of(float value) {
   uint32_t bits;
@@ -104,7 +104,8 @@ struct Candidate {
 // Candidates dropped from the buffer still count: they were offered, once each.
 void raise_to_bin(const TopkBuffer& b) {
   int64_t& bin = b.state[kBin];
-  while (bin + 1 < kBins && b.state[kAbove] - b.state[kHistogram + bin] >= b.k) b.state[kAbove] -= b.state[kHistogram + bin++];
+  while (bin + 1 < kBins && b.state[kAbove] - b.state[kHistogram + bin] >= b.k)
+    b.state[kAbove] -= b.state[kHistogram + bin++];
   const int64_t edge = bin << kBinShift;
   if (b.state[kAbove] >= b.k && edge > b.state[kThreshold]) {
     b.state[kThreshold] = edge;
@@ -263,9 +264,8 @@ void compact_topk(const TopkBuffer& b) {
 
 void accumulate_topk(const Scan& scan, int64_t base, const TopkBuffer& buffer) {
   SharedBuffer shared(buffer);
-  torch::stable::parallel_for(0, scan.n, kGrain, [&](int64_t begin, int64_t end) {
-    Worker(scan, base, buffer.k > 0, shared).run(begin, end);
-  });
+  torch::stable::parallel_for(
+      0, scan.n, kGrain, [&](int64_t begin, int64_t end) { Worker(scan, base, buffer.k > 0, shared).run(begin, end); });
 }
 
 }  // namespace saft::cpu

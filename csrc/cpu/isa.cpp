@@ -37,7 +37,9 @@ std::atomic<Isa>& current() {
 
 }  // namespace
 
-Isa isa() { return current().load(std::memory_order_relaxed); }
+Isa isa() {
+  return current().load(std::memory_order_relaxed);
+}
 
 std::string isa_name(Isa isa) {
   switch (isa) {

@@ -40,15 +40,25 @@ const Table& choose(const Table& baseline, [[maybe_unused]] const Table& avx2, [
 
 // Declares `const Table name` for every instruction set, and name##_kernels() that returns the one in use.
 #ifdef SAFT_X86_64
-#define SAFT_DECLARE_KERNELS(Table, name)                               \
-  namespace baseline { extern const Table name; }                       \
-  namespace avx2 { extern const Table name; }                           \
-  namespace avx512 { extern const Table name; }                         \
-  inline const Table& name##_kernels() {                                \
-    return choose(baseline::name, avx2::name, avx512::name);            \
+#define SAFT_DECLARE_KERNELS(Table, name)                    \
+  namespace baseline {                                       \
+  extern const Table name;                                   \
+  }                                                          \
+  namespace avx2 {                                           \
+  extern const Table name;                                   \
+  }                                                          \
+  namespace avx512 {                                         \
+  extern const Table name;                                   \
+  }                                                          \
+  inline const Table& name##_kernels() {                     \
+    return choose(baseline::name, avx2::name, avx512::name); \
   }
 #else
-#define SAFT_DECLARE_KERNELS(Table, name)                               \
-  namespace baseline { extern const Table name; }                       \
-  inline const Table& name##_kernels() { return baseline::name; }
+#define SAFT_DECLARE_KERNELS(Table, name) \
+  namespace baseline {                    \
+  extern const Table name;                \
+  }                                       \
+  inline const Table& name##_kernels() {  \
+    return baseline::name;                \
+  }
 #endif

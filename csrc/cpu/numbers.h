@@ -9,14 +9,26 @@
 namespace saft::cpu {
 namespace {
 
-struct BFloat16 { uint16_t bits; };
-struct Half { uint16_t bits; };
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
 
-inline uint32_t bits_of(float x) { return __builtin_bit_cast(uint32_t, x); }
-inline float from_bits(uint32_t bits) { return __builtin_bit_cast(float, bits); }
+inline uint32_t bits_of(float x) {
+  return __builtin_bit_cast(uint32_t, x);
+}
+inline float from_bits(uint32_t bits) {
+  return __builtin_bit_cast(float, bits);
+}
 
-inline float to_float(float x) { return x; }
-inline float to_float(BFloat16 x) { return from_bits(uint32_t{x.bits} << 16); }
+inline float to_float(float x) {
+  return x;
+}
+inline float to_float(BFloat16 x) {
+  return from_bits(uint32_t{x.bits} << 16);
+}
 
 inline float to_float(Half x) {
   const uint32_t sign = (uint32_t{x.bits} & 0x8000u) << 16;
@@ -32,7 +44,9 @@ template <typename T>
 T from_float(float x);
 
 template <>
-inline float from_float<float>(float x) { return x; }
+inline float from_float<float>(float x) {
+  return x;
+}
 
 // Round to nearest, ties to even; NaN stays NaN.
 template <>

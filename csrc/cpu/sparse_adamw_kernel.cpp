@@ -41,9 +41,8 @@ void gather_block(const T* from, const int64_t* places, int64_t n, float* to) {
   for (int64_t i = 0; i < n; ++i) to[i] = to_float(from[places[i]]);
 }
 
-void update_block(
-    const AdamWSegment& s, const AdamW& h, int64_t n, const float* __restrict grad, float* __restrict w,
-    float* __restrict exp_avg, float* __restrict exp_avg_sq) {
+void update_block(const AdamWSegment& s, const AdamW& h, int64_t n, const float* __restrict grad, float* __restrict w,
+                  float* __restrict exp_avg, float* __restrict exp_avg_sq) {
   for (int64_t i = 0; i < n; ++i) {
     const float g = grad[i] * h.inverse_grad_scale * h.sign;
     const float m = exp_avg[i] + h.one_minus_beta1 * (g - exp_avg[i]);

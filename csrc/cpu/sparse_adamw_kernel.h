@@ -26,15 +26,15 @@ struct AdamWSegment {
   ParamType type;
   void* param;
   Strided param_layout;
-  const void* grad;          // dense, of `type`; null if compact_grad is given
+  const void* grad;  // dense, of `type`; null if compact_grad is given
   Strided grad_layout;
   Indices indices;
-  const float* compact_grad; // [n]
-  float* exp_avg;            // [n]
-  float* exp_avg_sq;         // [n]
-  float* master;             // [n], null for fp32
-  float step_size;           // lr / (1 - beta1^t)
-  float bias_correction2;    // sqrt(1 - beta2^t)
+  const float* compact_grad;  // [n]
+  float* exp_avg;             // [n]
+  float* exp_avg_sq;          // [n]
+  float* master;              // [n], null for fp32
+  float step_size;            // lr / (1 - beta1^t)
+  float bias_correction2;     // sqrt(1 - beta2^t)
 };
 
 struct SparseAdamWKernels {

@@ -15,15 +15,14 @@ cpu::TopkBuffer check_buffer(int64_t k, const Tensor& values, const Tensor& posi
   check_vector(positions, ScalarType::Long, "positions");
   check_vector(state, ScalarType::Long, "state");
   STD_TORCH_CHECK(state.numel() == kStateSize, "state must have ", int{kStateSize}, " elements, not ", state.numel());
-  STD_TORCH_CHECK(
-      values.numel() == positions.numel(), "values and positions must have the same length, not ", values.numel(),
-      " and ", positions.numel());
+  STD_TORCH_CHECK(values.numel() == positions.numel(), "values and positions must have the same length, not ",
+                  values.numel(), " and ", positions.numel());
   STD_TORCH_CHECK(k >= 0, "k must not be negative, but is ", k);
-  STD_TORCH_CHECK(k == 0 || values.numel() > k, "the buffer must hold more than k = ", k, " candidates, not ", values.numel());
+  STD_TORCH_CHECK(k == 0 || values.numel() > k, "the buffer must hold more than k = ", k, " candidates, not ",
+                  values.numel());
   int64_t* slots = state.mutable_data_ptr<int64_t>();
-  STD_TORCH_CHECK(
-      slots[kCount] >= 0 && slots[kCount] <= values.numel(), "state says ", slots[kCount],
-      " candidates, the buffer holds ", values.numel());
+  STD_TORCH_CHECK(slots[kCount] >= 0 && slots[kCount] <= values.numel(), "state says ", slots[kCount],
+                  " candidates, the buffer holds ", values.numel());
   STD_TORCH_CHECK(slots[kBin] >= 0 && slots[kBin] < kBins, "state was not made for this operation");
   return {k, values.numel(), values.mutable_data_ptr<float>(), positions.mutable_data_ptr<int64_t>(), slots};
 }
@@ -39,17 +38,15 @@ cpu::GradType grad_type(const Tensor& grad) {
   }
 }
 
-void accumulate_topk_(
-    const Tensor& acc, const std::optional<Tensor>& grad, double scale, bool square, int64_t key, int64_t offset,
-    int64_t k, const Tensor& values, const Tensor& positions, const Tensor& state) {
+void accumulate_topk_(const Tensor& acc, const std::optional<Tensor>& grad, double scale, bool square, int64_t key,
+                      int64_t offset, int64_t k, const Tensor& values, const Tensor& positions, const Tensor& state) {
   check_cpu(acc, "acc");
   check_dtype(acc, ScalarType::Float, "acc");
   STD_TORCH_CHECK(acc.is_contiguous(), "acc must be contiguous");
   const int64_t n = acc.numel();
   STD_TORCH_CHECK(key >= 0 && key < kMaxKeys, "key must be in [0, ", kMaxKeys, "), but is ", key);
-  STD_TORCH_CHECK(
-      offset >= 0 && offset <= kMaxElements - n, "offset ", offset, " plus ", n, " elements must stay within ",
-      kMaxElements);
+  STD_TORCH_CHECK(offset >= 0 && offset <= kMaxElements - n, "offset ", offset, " plus ", n,
+                  " elements must stay within ", kMaxElements);
   const cpu::TopkBuffer buffer = check_buffer(k, values, positions, state);
 
   float* accumulator = acc.mutable_data_ptr<float>();

@@ -33,7 +33,16 @@ constexpr int kBinShift = 17;
 constexpr int kBins = 1 << (31 - kBinShift);
 
 // kBin: the bin whose lower edge is the highest known bound; kAbove: candidates so far in it and above.
-enum StateSlot : int { kCount, kThreshold, kTie, kNonFinite, kBin, kAbove, kHistogram, kStateSize = kHistogram + kBins };
+enum StateSlot : int {
+  kCount,
+  kThreshold,
+  kTie,
+  kNonFinite,
+  kBin,
+  kAbove,
+  kHistogram,
+  kStateSize = kHistogram + kBins
+};
 
 constexpr int64_t kNoThreshold = -1;
 constexpr int64_t kNoPosition = std::numeric_limits<int64_t>::max();

@@ -20,9 +20,13 @@ std::string cpu_isas() {
   return joined;
 }
 
-std::string cpu_isa() { return cpu::isa_name(cpu::isa()); }
+std::string cpu_isa() {
+  return cpu::isa_name(cpu::isa());
+}
 
-void set_cpu_isa(std::string name) { cpu::set_isa(name); }
+void set_cpu_isa(std::string name) {
+  cpu::set_isa(name);
+}
 
 }  // namespace
 }  // namespace saft

@@ -13,16 +13,14 @@ constexpr int64_t kGrain = 2048;  // entries below which a second thread costs m
 
 void check_floating(const Tensor& dense) {
   const ScalarType type = dense.scalar_type();
-  STD_TORCH_CHECK(
-      type == ScalarType::Float || type == ScalarType::Double || is_low_precision(type),
-      "dense must be float64, float32, bfloat16 or float16, not ", name_of(type));
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double || is_low_precision(type),
+                  "dense must be float64, float32, bfloat16 or float16, not ", name_of(type));
 }
 
 cpu::GatherScatter job_of(const Tensor& dense, const Tensor& indices, const Tensor& values, bool writable) {
-  return {
-      const_cast<void*>(dense.const_data_ptr()), const_cast<void*>(values.const_data_ptr()),
-      static_cast<int>(dense.element_size()),    strided_of(dense, writable, "dense"),
-      indices_of(indices, dense.numel(), "indices")};
+  return {const_cast<void*>(dense.const_data_ptr()), const_cast<void*>(values.const_data_ptr()),
+          static_cast<int>(dense.element_size()), strided_of(dense, writable, "dense"),
+          indices_of(indices, dense.numel(), "indices")};
 }
 
 Tensor gather(const Tensor& dense, const Tensor& indices) {
@@ -31,9 +29,8 @@ Tensor gather(const Tensor& dense, const Tensor& indices) {
   const int64_t n = indices.numel();
   Tensor values = torch::stable::new_empty(dense, {n});
   const cpu::GatherScatter job = job_of(dense, indices, values, false);
-  torch::stable::parallel_for(0, n, kGrain, [&](int64_t begin, int64_t end) {
-    cpu::gather_scatter_kernels().gather(job, begin, end);
-  });
+  torch::stable::parallel_for(
+      0, n, kGrain, [&](int64_t begin, int64_t end) { cpu::gather_scatter_kernels().gather(job, begin, end); });
   return values;
 }
 

@@ -46,8 +46,8 @@ cpu::Strided strided_of(const Tensor& dense, bool writable, const char* name) {
 cpu::Indices indices_of(const Tensor& indices, int64_t numel, const char* name) {
   check_cpu(indices, name);
   const ScalarType type = indices.scalar_type();
-  STD_TORCH_CHECK(
-      type == ScalarType::Int || type == ScalarType::Long, name, " must be int32 or int64, not ", name_of(type));
+  STD_TORCH_CHECK(type == ScalarType::Int || type == ScalarType::Long, name, " must be int32 or int64, not ",
+                  name_of(type));
   STD_TORCH_CHECK(indices.dim() == 1 && indices.is_contiguous(), name, " must be a contiguous vector");
   const cpu::Indices view{indices.const_data_ptr(), type == ScalarType::Long, indices.numel()};
   const bool ok = view.wide ? increasing_below(static_cast<const int64_t*>(view.data), view.n, numel)

@@ -68,15 +68,14 @@ struct Step {
   std::vector<int64_t> begins;  // of each segment in the compact vectors, and the total
 };
 
-Step check_tensors(
-    const std::vector<Tensor>& params, const std::vector<Tensor>& grads, const std::optional<Tensor>& compact_grad,
-    const std::vector<Tensor>& indices) {
+Step check_tensors(const std::vector<Tensor>& params, const std::vector<Tensor>& grads,
+                   const std::optional<Tensor>& compact_grad, const std::vector<Tensor>& indices) {
   const size_t count = params.size();
-  STD_TORCH_CHECK(indices.size() == count, "there must be one index vector per parameter: ", count, ", not ", indices.size());
-  STD_TORCH_CHECK(
-      grads.size() == (compact_grad.has_value() ? 0 : count),
-      "gradients must be either one dense tensor per parameter (", count, ") or one compact vector, not ", grads.size(),
-      " dense tensors", compact_grad.has_value() ? " and a compact vector" : "");
+  STD_TORCH_CHECK(indices.size() == count, "there must be one index vector per parameter: ", count, ", not ",
+                  indices.size());
+  STD_TORCH_CHECK(grads.size() == (compact_grad.has_value() ? 0 : count),
+                  "gradients must be either one dense tensor per parameter (", count, ") or one compact vector, not ",
+                  grads.size(), " dense tensors", compact_grad.has_value() ? " and a compact vector" : "");
   Step step;
   step.segments.reserve(count);
   step.begins.assign(1, 0);
@@ -92,9 +91,8 @@ float* data_of(const std::optional<Tensor>& vector) {
   return vector.has_value() ? vector->mutable_data_ptr<float>() : nullptr;
 }
 
-void place(
-    Step& step, const std::optional<Tensor>& compact_grad, const Tensor& exp_avg, const Tensor& exp_avg_sq,
-    const std::optional<Tensor>& master) {
+void place(Step& step, const std::optional<Tensor>& compact_grad, const Tensor& exp_avg, const Tensor& exp_avg_sq,
+           const std::optional<Tensor>& master) {
   const int64_t n = step.begins.back();
   check_vector(exp_avg, ScalarType::Float, n, "exp_avg");
   check_vector(exp_avg_sq, ScalarType::Float, n, "exp_avg_sq");
@@ -122,7 +120,8 @@ void place(
 void run(const Step& step, const cpu::AdamW& hyper) {
   torch::stable::parallel_for(0, step.begins.back(), kGrain, [&](int64_t begin, int64_t end) {
     const auto& kernels = cpu::sparse_adamw_kernels();
-    auto i = static_cast<size_t>(std::upper_bound(step.begins.begin(), step.begins.end(), begin) - step.begins.begin() - 1);
+    auto i =
+        static_cast<size_t>(std::upper_bound(step.begins.begin(), step.begins.end(), begin) - step.begins.begin() - 1);
     for (; begin < end; ++i) {
       const int64_t stop = std::min(end, step.begins[i + 1]);
       kernels.step(step.segments[i], hyper, begin - step.begins[i], stop - step.begins[i]);
@@ -131,18 +130,16 @@ void run(const Step& step, const cpu::AdamW& hyper) {
   });
 }
 
-void sparse_adamw_(
-    const std::vector<Tensor>& params, const std::vector<Tensor>& grads, const std::optional<Tensor>& compact_grad,
-    const std::vector<Tensor>& indices, const Tensor& exp_avg, const Tensor& exp_avg_sq,
-    const std::optional<Tensor>& master, const Tensor& steps, const Tensor& lr, double beta1, double beta2, double eps,
-    double weight_decay, bool maximize, const std::optional<Tensor>& grad_scale,
-    const std::optional<Tensor>& found_inf) {
+void sparse_adamw_(const std::vector<Tensor>& params, const std::vector<Tensor>& grads,
+                   const std::optional<Tensor>& compact_grad, const std::vector<Tensor>& indices, const Tensor& exp_avg,
+                   const Tensor& exp_avg_sq, const std::optional<Tensor>& master, const Tensor& steps, const Tensor& lr,
+                   double beta1, double beta2, double eps, double weight_decay, bool maximize,
+                   const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf) {
   Step step = check_tensors(params, grads, compact_grad, indices);
   place(step, compact_grad, exp_avg, exp_avg_sq, master);
   check_vector(steps, ScalarType::Float, "step");
-  STD_TORCH_CHECK(
-      steps.numel() == static_cast<int64_t>(params.size()), "step must have one element per parameter (", params.size(),
-      "), not ", steps.numel());
+  STD_TORCH_CHECK(steps.numel() == static_cast<int64_t>(params.size()), "step must have one element per parameter (",
+                  params.size(), "), not ", steps.numel());
   const double rate = scalar_value(lr, "lr");
   const double scale = grad_scale.has_value() ? scalar_value(*grad_scale, "grad_scale") : 1.0;
   if (found_inf.has_value() && scalar_value(*found_inf, "found_inf") != 0) return;
@@ -167,4 +164,6 @@ void sparse_adamw_(
 }  // namespace
 }  // namespace saft
 
-STABLE_TORCH_LIBRARY_IMPL(saft_kernels, CPU, m) { m.impl("sparse_adamw_", TORCH_BOX(&saft::sparse_adamw_)); }
+STABLE_TORCH_LIBRARY_IMPL(saft_kernels, CPU, m) {
+  m.impl("sparse_adamw_", TORCH_BOX(&saft::sparse_adamw_));
+}

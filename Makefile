@@ -1,0 +1,57 @@
+# Five targets for newcomers: demo, test, bench, lint, wheel. Each creates .venv and builds what is missing first.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+JOBS   ?= auto
+
+NATIVE := $(shell find csrc cmake -type f) CMakeLists.txt setup.py pyproject.toml
+
+# One OpenMP thread per test process: several processes share the cores. Tests that need more ask for them.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
+
+.PHONY: help demo test bench lint wheel build clean
+
+help:  ## list these targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: build  ## fine-tune the built-in tiny CLIP with SAFT and with full fine-tuning, and compare (about 4 minutes)
+	$(BIN)/saft demo
+
+test: build  ## run all tests
+	$(PYTEST)
+
+bench: build  ## measure kernels, memory and a training step against their baselines
+	$(BIN)/python -m bench
+
+lint: build  ## check style, types and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $$(find csrc -name '*.h' -o -name '*.cpp')
+
+wheel: build  ## build the wheel into dist/
+	rm -rf dist
+	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+	@test "$$(ls dist | wc -l)" = 1 && ls dist/saft_kernels-*-py3-none-*.whl \
+	  || { echo "expected exactly one py3-none wheel in dist/, found: $$(ls dist)"; exit 1; }
+
+build: $(VENV)/built
+
+$(VENV)/installed: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "Python 3.11 or later is needed, $$($(PYTHON) --version) was found; run: make PYTHON=/path/to/python3.11 ..."; exit 1; }
+	@command -v $${CXX:-c++} >/dev/null \
+	  || { echo "a C++ compiler is needed (Debian: apt-get install g++)"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing the pinned requirements (torch is large: some minutes)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+$(VENV)/built: $(VENV)/installed $(NATIVE)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
+	@touch $@
+
+clean:
+	rm -rf build dist *.egg-info saft_kernels/*.so
+	rm -f $(VENV)/built

@@ -1,0 +1,169 @@
+"""gather and scatter_ against their specification, bit for bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from saft_kernels import backends, ops, reference
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+def every_third(numel: int, dtype: torch.dtype = torch.int32) -> Tensor:
+    return torch.arange(0, numel, 3, dtype=dtype)
+
+
+def layouts(dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+    """Tensors whose memory order differs from their logical order, and plain ones."""
+    image = torch.randn(6, 5, 4, 3, device=device).to(dtype)
+    video = torch.randn(2, 3, 4, 3, 5, device=device).to(dtype)
+    return {
+        "scalar": torch.randn((), device=device).to(dtype),
+        "one": torch.randn(1, device=device).to(dtype),
+        "empty": torch.empty(0, 3, device=device, dtype=dtype),
+        "vector": torch.randn(100_003, device=device).to(dtype),
+        "matrix": torch.randn(37, 41, device=device).to(dtype),
+        "transposed": torch.randn(41, 37, device=device).to(dtype).t(),
+        "channels_last": image.to(memory_format=torch.channels_last),
+        "channels_last_3d": video.to(memory_format=torch.channels_last_3d),
+        "slice": torch.randn(50, 20, device=device).to(dtype)[5:40:2, ::3],
+        "permuted": video.permute(3, 0, 4, 2, 1),
+    }
+
+
+LAYOUTS = list(layouts(torch.float32, torch.device("cpu")))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
+def test_gather_equals_specification(device, dtype, layout, index_dtype):
+    dense = layouts(dtype, device)[layout]
+    indices = every_third(dense.numel(), index_dtype)
+    assert torch.equal(ops.gather(dense, indices), reference.gather(dense, indices))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scatter_changes_the_indexed_entries_and_no_other(device, dtype, layout):
+    dense = layouts(dtype, device)[layout]
+    indices = every_third(dense.numel())
+    values = torch.randn(indices.numel(), device=device).to(dtype)
+    expected = dense.clone(memory_format=torch.preserve_format)
+    reference.scatter_(expected, indices, values)
+    strides = dense.stride()
+    ops.scatter_(dense, indices, values)
+    assert torch.equal(dense, expected)
+    assert dense.stride() == strides
+    assert torch.equal(ops.gather(dense, indices), values)
+
+
+def test_memory_outside_a_slice_is_not_touched(device):
+    storage = torch.zeros(50, 20, device=device)
+    window = storage[5:40:2, ::3]
+    ops.scatter_(window, every_third(window.numel()), torch.ones(len(every_third(window.numel()))))
+    outside = torch.ones_like(storage, dtype=torch.bool)
+    outside[5:40:2, ::3] = False
+    assert (storage[outside] == 0).all()
+    assert storage.sum() == len(every_third(window.numel()))
+
+
+def test_bits_survive_the_round_trip(device):
+    patterns = torch.arange(1 << 16).to(torch.uint16)
+    for dtype in (torch.bfloat16, torch.float16):
+        dense = patterns.clone().view(dtype)
+        indices = torch.arange(1 << 16)
+        values = ops.gather(dense, indices)
+        ops.scatter_(dense.zero_(), indices, values)
+        assert torch.equal(dense.view(torch.int16), patterns.view(torch.int16))
+
+
+def test_same_result_for_any_number_of_threads(device, threads):
+    dense = torch.randn(400_000, device=device)
+    indices = every_third(dense.numel())
+    values = ops.gather(dense, indices)
+    assert torch.equal(values, dense[::3])
+    ops.scatter_(dense, indices, -values)
+    assert torch.equal(dense[::3], -values)
+
+
+@given(data=st.data())
+@settings(max_examples=150, deadline=None)
+def test_property_any_strided_view(data):
+    shape = data.draw(st.lists(st.integers(1, 5), min_size=1, max_size=5))
+    order = data.draw(st.permutations(range(len(shape))))
+    dense = torch.arange(float(torch.Size(shape).numel())).reshape(shape).permute(order)
+    dense = dense[..., :: data.draw(st.integers(1, 3))]
+    picked = data.draw(st.sets(st.integers(0, dense.numel() - 1)))
+    indices = torch.tensor(sorted(picked), dtype=torch.int32)
+    assert torch.equal(ops.gather(dense, indices), reference.gather(dense, indices))
+
+
+@pytest.mark.parametrize(
+    ("indices", "message"),
+    [
+        (torch.tensor([-1, 2]), "lie within"),
+        (torch.tensor([0, 10]), "lie within"),
+        (torch.tensor([2, 2]), "increase strictly"),
+        (torch.tensor([3, 1]), "increase strictly"),
+        (torch.tensor([5, 99, 7]), "increase strictly"),
+        (torch.tensor([0.0, 1.0]), "int32 or int64"),
+        (torch.tensor([[0, 1]]), "contiguous vector"),
+        (torch.arange(10)[::2], "contiguous vector"),
+    ],
+)
+def test_bad_indices_are_refused_and_nothing_is_written(device, indices, message):
+    dense = torch.zeros(10, device=device)
+    with pytest.raises(RuntimeError, match=message):
+        ops.gather(dense, indices)
+    with pytest.raises(RuntimeError, match=message):
+        ops.scatter_(dense, indices, torch.ones(indices.numel(), device=device))
+    assert (dense == 0).all()
+
+
+def test_other_bad_arguments_are_refused(device):
+    indices = torch.tensor([0, 1], device=device)
+    with pytest.raises(RuntimeError, match="share one place"):
+        ops.scatter_(torch.zeros(1).expand(3), indices, torch.ones(2))
+    with pytest.raises(RuntimeError, match="dense must be float64"):
+        ops.gather(torch.zeros(3, dtype=torch.int32), indices)
+    with pytest.raises(RuntimeError, match="values must be Float"):
+        ops.scatter_(torch.zeros(3), indices, torch.ones(2, dtype=torch.float64))
+    with pytest.raises(RuntimeError, match="values must have 2 elements"):
+        ops.scatter_(torch.zeros(3), indices, torch.ones(3))
+
+
+def test_gathering_a_parameter_records_no_graph(device):
+    parameter = torch.nn.Parameter(torch.randn(6, device=device))
+    assert not ops.gather(parameter, torch.tensor([0, 5])).requires_grad
+
+
+def test_scattering_moves_the_version_counter(device):
+    dense = torch.zeros(4, device=device)
+    before = dense._version
+    ops.scatter_(dense, torch.tensor([1]), torch.ones(1))
+    assert dense._version > before
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_opcheck(device, dtype):
+    dense, indices = torch.randn(7, 9, device=device).to(dtype), every_third(63)
+    op = backends.kernels()
+    torch.library.opcheck(op.gather.default, (dense, indices))
+    torch.library.opcheck(op.scatter_.default, (dense, indices, torch.ones(21).to(dtype)))
+
+
+def test_compiles_without_graph_breaks():
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def swap(dense: Tensor, indices: Tensor) -> Tensor:
+        old = ops.gather(dense, indices)
+        ops.scatter_(dense, indices, old + 1)
+        return old
+
+    dense = torch.zeros(10)
+    assert torch.equal(swap(dense, torch.tensor([2, 5])), torch.zeros(2))
+    assert dense.sum() == 2
