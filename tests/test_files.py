@@ -39,9 +39,14 @@ def test_the_old_content_stays_until_the_block_ends(tmp_path: Path) -> None:
 def test_an_exception_in_the_block_keeps_the_old_file(tmp_path: Path, error: BaseException) -> None:
     target = tmp_path / "a.txt"
     target.write_text("old")
-    with pytest.raises(type(error)), atomic_write(target) as temporary:
-        temporary.write_text("half")
-        raise error
+
+    def write() -> None:
+        with atomic_write(target) as temporary:
+            temporary.write_text("half")
+            raise error
+
+    with pytest.raises(type(error)):
+        write()
     assert target.read_text() == "old"
     assert os.listdir(tmp_path) == ["a.txt"]
 
@@ -102,9 +107,11 @@ def test_a_read_only_folder_is_one_clear_sentence(
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
     monkeypatch.setattr(files.os, "open", refuse)  # root may write to any folder
-    with pytest.raises(FileWriteError, match="choose a folder that can be written to"):
-        with atomic_write(tmp_path / "a"):
-            pass
+    with (
+        pytest.raises(FileWriteError, match="choose a folder that can be written to"),
+        atomic_write(tmp_path / "a"),
+    ):
+        pass
 
 
 FULL_DISK = """
@@ -144,8 +151,10 @@ def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     target = tmp_path / "a"
     target.write_text("old")
     monkeypatch.setattr(files.os, "fsync", full)
-    with pytest.raises(FileWriteError, match="No space left on device.*free some space"):
-        with atomic_write(target) as temporary:
-            temporary.write_text("new")
+    with (
+        pytest.raises(FileWriteError, match=r"No space left on device.*free some space"),
+        atomic_write(target) as temporary,
+    ):
+        temporary.write_text("new")
     assert target.read_text() == "old"
     assert os.listdir(tmp_path) == ["a"]

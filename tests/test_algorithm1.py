@@ -1,0 +1,169 @@
+"""SparseAdamW against Algorithm 1 of the SAFT paper (arXiv 2407.03036), run literally."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from tolerances import assert_close
+from torch import Tensor, nn
+from training import (
+    DTYPES,
+    MODES,
+    STEPS,
+    assert_unselected_unchanged,
+    backward,
+    cosine,
+    make_optimizer,
+    selected_bits,
+    small_mask,
+    small_model,
+    snapshot,
+)
+
+from saft_kernels import ops
+from saft_kernels.mask import CooMask
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+LOW_PRECISION = [torch.bfloat16, torch.float16]
+
+
+class Algorithm1:
+    """AdamW over the whole model on masked dense gradients, then every other weight put back."""
+
+    def __init__(self, model: nn.Module, mask: CooMask, **options: Any) -> None:
+        self.model = model
+        self.selected = selected_bits(model, mask)
+        self.pretrained = snapshot(model)
+        self.optimizer = torch.optim.AdamW(model.parameters(), **options)
+
+    def step(self) -> None:
+        for name, param in self.model.named_parameters():
+            if param.grad is not None:
+                param.grad[~self.selected[name]] = 0
+        self.optimizer.step()
+        with torch.no_grad():
+            for name, param in self.model.named_parameters():
+                unselected = ~self.selected[name]
+                param[unselected] = self.pretrained[name][unselected]
+
+
+def warmup_cosine(optimizer: torch.optim.Optimizer) -> Any:
+    schedulers = torch.optim.lr_scheduler
+    warmup = schedulers.LinearLR(optimizer, start_factor=0.1, total_iters=10)
+    return schedulers.SequentialLR(optimizer, [warmup, cosine(optimizer)], milestones=[10])
+
+
+def one_cycle(optimizer: torch.optim.Optimizer) -> Any:
+    # moves beta1 as well
+    return torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-2, total_steps=STEPS + 1)
+
+
+def constant(optimizer: torch.optim.Optimizer) -> Any:
+    return torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+
+
+SCHEDULES = [constant, warmup_cosine, one_cycle]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_training_follows_algorithm_1(
+    mode: str, schedule: Callable[..., Any], accumulate: int, weight_decay: float
+) -> None:
+    model = small_model()
+    pretrained, mask = snapshot(model), small_mask(model)
+    oracle = Algorithm1(copy.deepcopy(model), mask, lr=1e-2, weight_decay=weight_decay)
+    optimizer = make_optimizer(model, mode, weight_decay=weight_decay)
+    pair = [(oracle, schedule(oracle.optimizer)), (optimizer, schedule(optimizer))]
+    for step in range(STEPS):
+        oracle.model.zero_grad()
+        optimizer.zero_grad()
+        backward(oracle.model, step, accumulate)
+        backward(model, step, accumulate)
+        for stepper, scheduler in pair:
+            stepper.step()
+            scheduler.step()
+        assert_unselected_unchanged(model, pretrained, mask)
+    for name, expected in oracle.model.named_parameters():
+        assert_close(model.get_parameter(name), expected, "adamw_trajectory")
+    assert_it_moved(model, pretrained, mask)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("maximize", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_steps_on_the_same_gradients_follow_algorithm_1_on_an_fp32_copy(
+    dtype: torch.dtype, mode: str, schedule: Callable[..., Any], maximize: bool
+) -> None:
+    model = small_model(dtype)
+    pretrained, mask = snapshot(model), small_mask(model)
+    exact = copy.deepcopy(model).float()
+    options = {"weight_decay": 0.1, "maximize": maximize}
+    oracle = Algorithm1(exact, mask, lr=1e-2, **options)
+    optimizer = make_optimizer(model, mode, **options)
+    pair = [(oracle, schedule(oracle.optimizer)), (optimizer, schedule(optimizer))]
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        dense = dense_gradients(model, step)
+        backward(model, step)
+        for name, param in exact.named_parameters():
+            param.grad = None if dense[name] is None else dense[name].float()
+        for stepper, scheduler in pair:
+            stepper.step()
+            scheduler.step()
+        assert_unselected_unchanged(model, pretrained, mask)
+    for name, indices in mask.items():
+        assert_entry_close(optimizer, model.get_parameter(name), indices, exact.get_parameter(name))
+    assert_it_moved(model, pretrained, mask)
+
+
+def dense_gradients(model: nn.Module, step: int) -> dict[str, Tensor | None]:
+    """The gradients of a twin of the model, which no hook has touched."""
+    twin = copy.deepcopy(model)
+    twin.requires_grad_(True)
+    twin.zero_grad()
+    backward(twin, step)
+    return {name: param.grad for name, param in twin.named_parameters()}
+
+
+def assert_entry_close(optimizer: Any, param: Tensor, indices: Tensor, exact: Tensor) -> None:
+    expected = ops.gather(exact, indices)
+    if param.dtype == torch.float32:
+        assert_close(ops.gather(param, indices), expected, "adamw_same_gradients")
+        return
+    master = optimizer.state[param]["master"]
+    assert_close(master, expected, "adamw_same_gradients")
+    assert torch.equal(ops.gather(param, indices), master.to(param.dtype))
+
+
+def assert_it_moved(model: nn.Module, before: dict[str, Tensor], mask: CooMask) -> None:
+    """Guard against passing because nothing happened."""
+    selected = selected_bits(model, mask)
+    moved = sum(
+        int((model.get_parameter(name) != before[name])[selected[name]].sum()) for name in before
+    )
+    assert moved > 0.9 * mask.nnz
+
+
+@pytest.mark.parametrize("dtype", LOW_PRECISION)
+@pytest.mark.parametrize("mode", MODES)
+def test_steps_too_small_for_the_dtype_of_the_weights_add_up(dtype: torch.dtype, mode: str) -> None:
+    model = small_model(dtype)
+    pretrained, mask = snapshot(model), small_mask(model)
+    name = "norm.weight"  # all ones: a step of 1e-4 is less than half the distance to a neighbour
+    assert torch.ones((), dtype=dtype) - 1e-4 == 1
+    optimizer = make_optimizer(model, mode, lr=1e-4, weight_decay=0.0)
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        backward(model, 0)
+        optimizer.step()
+    moved = model.get_parameter(name) != pretrained[name]
+    assert torch.equal(moved, selected_bits(model, mask)[name])
