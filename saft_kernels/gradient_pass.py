@@ -105,7 +105,7 @@ class GradientSelection:
             SelectionError: if there is no data, the passes do not see the same data, or the loss
                 cannot be used.
         """
-        if len(chunks) > 1 and iter(self._batches) is self._batches:
+        if len(chunks) > 1 and isinstance(self._batches, Iterator):
             raise SelectionError(
                 "memory='chunked' goes over the data several times, but batches is an iterator, "
                 "which gives it only once; give a list or a DataLoader"
