@@ -22,7 +22,8 @@ def torch_root() -> Path:
     if spec is None or spec.origin is None:
         sys.exit(
             "saft-kernels: torch is not installed in the environment that builds the package; "
-            "run `pip install torch setuptools cmake ninja` first, then install with --no-build-isolation."
+            "run `pip install torch setuptools cmake ninja` first, then install with "
+            "--no-build-isolation."
         )
     return Path(spec.origin).parent
 

@@ -9,9 +9,10 @@ triton     Triton kernels for GPU tensors
 reference  plain torch, for any device: the specification itself, slow
 ========== ==========================================================================
 
-By default the device of the tensors decides. ``SAFT_BACKEND`` or :func:`use_backend` asks for one by name; a
-backend that was asked for and cannot run raises, nothing falls back silently. ``SAFT_CPU_ISA`` (or
-:func:`use_cpu_isa`) forces a lower CPU instruction set: ``baseline``, ``avx2`` or ``avx512``.
+By default the device of the tensors decides. ``SAFT_BACKEND`` or :func:`use_backend` asks for one
+by name; a backend that was asked for and cannot run raises, nothing falls back silently.
+``SAFT_CPU_ISA`` (or :func:`use_cpu_isa`) forces a lower CPU instruction set: ``baseline``, ``avx2``
+or ``avx512``.
 """
 
 from __future__ import annotations
@@ -47,8 +48,8 @@ def _load_library() -> None:
     global _load_error
     if not LIBRARY.is_file():
         _load_error = (
-            f"the compiled library {LIBRARY} does not exist; build it with `make build` in a checkout, "
-            "or reinstall the saft-kernels wheel"
+            f"the compiled library {LIBRARY} does not exist; build it with `make build` in a "
+            "checkout, or reinstall the saft-kernels wheel"
         )
         return
     try:
@@ -63,15 +64,15 @@ def library_error() -> str | None:
 
 
 def build_info() -> dict[str, str]:
-    """What was compiled: ABI target, compiler, CUDA, CPU instruction sets. Empty without the library."""
+    """What was compiled: version, compiler, ABI target, CUDA. Empty without the library."""
     if _load_error is not None:
         return {}
-    pairs = (line.split("=", 1) for line in torch.ops.saft_kernels.build_info().splitlines())
-    return {key: value for key, value in pairs}
+    lines = torch.ops.saft_kernels.build_info().splitlines()
+    return {key: value for key, _, value in (line.partition("=") for line in lines)}
 
 
 def requested_backend() -> str | None:
-    """The backend asked for by :func:`use_backend` or ``SAFT_BACKEND``; None if the device decides."""
+    """The backend asked for by name; None if the device of the tensors decides."""
     return _requested
 
 
@@ -104,7 +105,7 @@ def _require(name: str | None) -> None:
 
 
 def _obstacle(name: str) -> str | None:
-    """Why the named backend cannot run here; None if it can. Called for every operation: no work."""
+    """Why the named backend cannot run here; None if it can. Cheap: every operation asks."""
     if name == "reference":
         return None
     if name == "triton":

@@ -1,8 +1,8 @@
 """Every error this project raises on purpose.
 
-Each message says what was wrong, where, and what to do. All of them derive from :class:`SaftError`, so
-that an application can turn any of them into one sentence; each also derives from the built-in exception
-that a caller would expect.
+Each message says what was wrong, where, and what to do. All of them derive from :class:`SaftError`,
+so that an application can turn any of them into one sentence; each also derives from the built-in
+exception that a caller would expect.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ class BackendUnavailableError(SaftError, RuntimeError):
 
 
 class SelectionError(SaftError, ValueError):
-    """Parameters cannot be selected: a bad density, no data, no candidate parameter, an empty mask."""
+    """Nothing can be selected: a bad density, no data, no candidate parameter, an empty mask."""
 
 
 class NonFiniteGradientError(SaftError, ArithmeticError):
@@ -37,7 +37,7 @@ class DeltaError(SaftError, RuntimeError):
 
 
 class DeltaFormatError(SaftError, ValueError):
-    """A delta or mask file is broken, cut short, hostile, or of a version this release cannot read."""
+    """A delta or mask file is broken, cut short, hostile, or of an unknown version."""
 
 
 class OptimizerStateError(SaftError, ValueError):

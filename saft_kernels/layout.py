@@ -5,19 +5,20 @@
 
 from __future__ import annotations
 
-#: A candidate's position is ``key << POSITION_BITS | flat index``: ordering positions orders candidates by
-#: parameter first and by flat index second, which is the tie rule. 2**23 parameters of 2**40 elements fit.
+#: A candidate's position is ``key << POSITION_BITS | flat index``: ordering positions orders
+#: candidates by parameter first and by flat index second, which is the tie rule. 2**23 parameters
+#: of 2**40 elements fit.
 POSITION_BITS = 40
 MAX_KEYS = 1 << (63 - POSITION_BITS)
 MAX_ELEMENTS = 1 << POSITION_BITS
 
 # Slots of the int64 state tensor.
 COUNT = 0  #: candidates now in the buffer
-THRESHOLD = 1  #: bits of the k-th largest score so far (fp32, not negative); NO_THRESHOLD: nothing excluded
+THRESHOLD = 1  #: fp32 bits of the k-th largest score so far; NO_THRESHOLD: nothing is excluded
 TIE = 2  #: position of that k-th candidate: an equal score counts only at a lower position
 NONFINITE = 3  #: lowest position of a NaN or infinite accumulator; NO_POSITION: none
-# The rest belongs to the compiled kernels and starts as zeros: a histogram of all candidates' values, from
-# which the threshold rises between two compactions (``csrc/ops/accumulate_topk.h``).
+# The rest belongs to the compiled kernels and starts as zeros: a histogram of all candidates'
+# values, from which the threshold rises between two compactions (``csrc/ops/accumulate_topk.h``).
 STATE_SIZE = 6 + (1 << 14)
 
 NO_THRESHOLD = -1

@@ -1,11 +1,12 @@
 """The operations of the data path, in its order: one function per stage.
 
-Each function checks what only Python can know, picks the backend (:mod:`saft_kernels.backends`) and calls
-it; the compiled operations check shapes, dtypes and index ranges in front of their kernels
-(``csrc/ops``). :mod:`saft_kernels.reference` defines every result. The schemas are in ``csrc/library.cpp``,
-their fake implementations at the end of this file.
+Each function checks what only Python can know, picks the backend (:mod:`saft_kernels.backends`) and
+calls it; the compiled operations check shapes, dtypes and index ranges in front of their kernels
+(``csrc/ops``). :mod:`saft_kernels.reference` defines every result. The schemas are in
+``csrc/library.cpp``, their fake implementations at the end of this file.
 
-All operations change their first arguments in place or return compact vectors; none is differentiable.
+All operations change their first arguments in place or return compact vectors; none is
+differentiable.
 """
 
 from __future__ import annotations
@@ -51,12 +52,12 @@ def accumulate_topk_(
 ) -> None:
     """Accumulate a gradient and keep the k largest magnitudes of the result, in one pass.
 
-    ``acc += scale * grad`` (``scale * grad**2`` if ``square``), both roundings kept, so the result is
-    bit-identical on every backend. Every finite ``|acc|`` that ranks before the k-th best so far is appended
-    to the candidate buffer; when the buffer is full it is compacted to the k best and the threshold
-    rises. After any sequence of calls that offers each position once, :func:`compact_topk_` leaves exactly
-    the k best under the order (larger ``|acc|``, then lower position), whatever the order of the calls and
-    the number of threads.
+    ``acc += scale * grad`` (``scale * grad**2`` if ``square``), both roundings kept, so the result
+    is bit-identical on every backend. Every finite ``|acc|`` that ranks before the k-th best so far
+    is appended to the candidate buffer; when the buffer is full it is compacted to the k best and
+    the threshold rises. After any sequence of calls that offers each position once,
+    :func:`compact_topk_` leaves exactly the k best under the order (larger ``|acc|``, then lower
+    position), whatever the order of the calls and the number of threads.
 
     Args:
         acc: fp32 [n], contiguous, changed in place.
@@ -111,12 +112,14 @@ def scatter_(dense: Tensor, indices: Tensor, values: Tensor) -> None:
     """Write ``values`` to ``dense`` at flat indices into its logical row-major order, in place.
 
     Args:
-        dense: any floating dtype, shape and non-overlapping strides; every other entry keeps its bits.
+        dense: any floating dtype, shape and non-overlapping strides; every other entry keeps its
+            bits.
         indices: int32 or int64 [nnz], strictly increasing, within ``dense``.
         values: [nnz], the dtype of ``dense``.
 
     Raises:
-        RuntimeError: if an index is out of range or they do not increase strictly; nothing is written.
+        RuntimeError: if an index is out of range or they do not increase strictly; nothing is
+        written.
     """
     _implementation("scatter_", dense.device)(dense.detach(), indices, values)
     _changed((dense,))
@@ -144,8 +147,9 @@ def sparse_adamw_(
 ) -> None:
     """One AdamW step over the selected entries of all ``params``, in one call.
 
-    For every selected entry, with t the step count of its parameter after this call (Loshchilov & Hutter
-    2019, Algorithm 2, decoupled weight decay, in the order of operations of ``torch.optim.AdamW``)::
+    For every selected entry, with t the step count of its parameter after this call (Loshchilov &
+    Hutter 2019, Algorithm 2, decoupled weight decay, in the order of operations of
+    ``torch.optim.AdamW``)::
 
         m <- lerp(m, g, 1 - beta1)          v <- beta2 v + (1 - beta2) g^2
         w <- w (1 - lr weight_decay) - lr / (1 - beta1^t) m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
@@ -154,9 +158,10 @@ def sparse_adamw_(
 
     Args:
         params: T tensors of one dtype (fp32, bf16 or fp16) and device, changed in place.
-        grads: either T dense tensors (shapes of ``params``; the selected entries are gathered on the way),
-            or one compact vector, fp32 [nnz], in the order of ``indices``.
-        indices: T vectors, int32 or int64, strictly increasing flat indices; nnz is their total length.
+        grads: either T dense tensors (shapes of ``params``; the selected entries are gathered on
+            the way), or one compact vector, fp32 [nnz], in the order of ``indices``.
+        indices: T vectors, int32 or int64, strictly increasing flat indices; nnz is their total
+            length.
         exp_avg: fp32 [nnz], changed in place.
         exp_avg_sq: fp32 [nnz], changed in place.
         step: fp32 [T], the number of steps each parameter has taken; incremented.
@@ -165,8 +170,8 @@ def sparse_adamw_(
         eps: added to the denominator.
         weight_decay: decoupled decay factor.
         maximize: ascend instead of descend.
-        master: fp32 [nnz], exact values of the selected entries; required for bf16 and fp16 params, whose
-            entries become its rounded copy; None for fp32.
+        master: fp32 [nnz], exact values of the selected entries; required for bf16 and fp16 params,
+            whose entries become its rounded copy; None for fp32.
         grad_scale: one-element fp32 tensor that the gradients are divided by.
         found_inf: one-element fp32 tensor; not zero: nothing is changed, ``step`` included.
 

@@ -1,7 +1,8 @@
 """The executable specification: every operation of :mod:`saft_kernels.ops` in plain torch.
 
-Each function has the signature of its namesake in ``ops`` and defines its result. Kernels are tested
-against this module, benchmarks check their results against it, and ``SAFT_BACKEND=reference`` runs it. It
+Each function has the signature of its namesake in ``ops`` and defines its result. Kernels are
+tested against this module, benchmarks check their results against it, and
+``SAFT_BACKEND=reference`` runs it. It
 is written to be read: clarity first, no attention to speed or memory.
 """
 
@@ -28,7 +29,7 @@ def accumulate_topk_(
     positions: Tensor,
     state: Tensor,
 ) -> None:
-    """``acc += scale * grad`` (two roundings, no fused multiply-add), then keep the k best candidates."""
+    """``acc += scale * grad`` (two roundings, not fused), then keep the k best candidates."""
     flat = acc.view(-1)
     if grad is not None:
         term = grad.reshape(-1).float()
@@ -57,7 +58,7 @@ def compact_topk_(k: int, values: Tensor, positions: Tensor, state: Tensor) -> N
 
 
 def _beats_threshold(score: Tensor, position: Tensor, state: Tensor) -> Tensor:
-    """True where (score, position) ranks before the k-th best so far; ties go to the lower position."""
+    """Where (score, position) ranks before the k-th best so far; ties go to the lower position."""
     threshold = state[THRESHOLD : THRESHOLD + 1].to(torch.int32).view(torch.float32)
     if int(state[THRESHOLD]) < 0:  # nothing is excluded yet
         return torch.ones_like(score, dtype=torch.bool)
@@ -84,7 +85,7 @@ def gather(dense: Tensor, indices: Tensor) -> Tensor:
 
 
 def scatter_(dense: Tensor, indices: Tensor, values: Tensor) -> None:
-    """``dense.flatten()[indices] = values`` in logical row-major order, whatever the memory layout."""
+    """``dense.flatten()[indices] = values`` in logical row-major order, for any memory layout."""
     if indices.numel():
         shaped = dense if dense.dim() else dense.view(1)
         shaped[torch.unravel_index(indices.long(), shaped.shape)] = values

@@ -10,7 +10,8 @@ import torch
 
 from saft_kernels import backends
 
-#: Every implementation of the operations that runs here; the specification itself is not one of them.
+#: Every implementation of the operations that runs here; the specification itself is not one of
+#: them.
 IMPLEMENTATIONS = [f"cpu-{isa}" for isa in backends.cpu_isas()]
 
 

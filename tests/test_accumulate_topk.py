@@ -56,7 +56,7 @@ def run(
     scale: float = 0.3,
     square: bool = False,
 ) -> Outcome:
-    """Offers all tensors in the given order and returns what is left after compaction, by position."""
+    """Offers all tensors in the given order; what is left after compaction, by position."""
     accs = [acc.clone() for acc in accs]
     buffer = new_buffer(k, room, accs[0].device)
     for key in order if order is not None else range(len(accs)):
@@ -206,8 +206,8 @@ def test_property_few_distinct_values_in_any_order(tensors, data):
 def test_wrong_arguments_are_refused(change, message):
     buffer = new_buffer(2, 7, torch.device("cpu"))
     arguments = {
-        "acc": torch.zeros(4), "grad": None, "scale": 1.0, "square": False, "key": 0, "offset": 0, "k": 2,
-        "values": buffer.values, "positions": buffer.positions, "state": buffer.state,
+        "acc": torch.zeros(4), "grad": None, "scale": 1.0, "square": False, "key": 0,
+        "offset": 0, "k": 2, "values": buffer.values, "positions": buffer.positions, "state": buffer.state,
     }  # fmt: skip
     with pytest.raises(RuntimeError, match=message):
         ops.accumulate_topk_(**(arguments | change))
