@@ -207,6 +207,12 @@ def test_precision():
         assert clip.model.encode_text(tokens).dtype == torch.float32
 
 
+@pytest.mark.parametrize("device", ["cuda:77", "gpu", "meta2"])
+def test_device_that_is_not_there(device):
+    with pytest.raises(ModelError, match=f"device '{device}' cannot be used here .*--device cpu"):
+        load_model(SMALL, "random", device=device)
+
+
 def test_batch_norm_statistics_do_not_move_in_train_mode():
     model = load_model(SMALL_RESNET, "random").model
     train_mode(model)

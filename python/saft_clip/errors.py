@@ -33,7 +33,3 @@ class UnreadableImageError(DataError):
     def __reduce__(self) -> tuple[type[UnreadableImageError], tuple[str, str]]:
         """Data loading processes send it to the main one."""
         return type(self), (self.path, self.reason)
-
-
-class InterruptedRunError(SaftError, RuntimeError):
-    """The user stopped a run (Ctrl-C); the message says what was saved and how to go on."""

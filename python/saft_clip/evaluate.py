@@ -106,11 +106,11 @@ def embed_classes(model: nn.Module, tokens: Tensor, *, show_progress: bool = Fal
     Returns:
         float32 [C, E], unit length.
     """
+    prompts = tokens.flatten(0, 1)
     embeddings = []
-    with progress(
-        "encoding prompts", tokens[..., 0].numel(), unit="prompts", show=show_progress
-    ) as advance:
-        for batch in tokens.flatten(0, 1).split(PROMPT_BATCH):
+    worth_showing = show_progress and len(prompts) > PROMPT_BATCH
+    with progress("encoding prompts", len(prompts), unit="prompts", show=worth_showing) as advance:
+        for batch in prompts.split(PROMPT_BATCH):
             embeddings.append(encode_prompts(model, batch))
             advance(len(batch))
     return F.normalize(torch.cat(embeddings).unflatten(0, tokens.shape[:2]).mean(dim=1), dim=-1)

@@ -72,11 +72,12 @@ def load_model(
             (OpenAI's are); a tag brings this with it.
 
     Raises:
-        ModelError: if there is no such model or tag, the weights cannot be downloaded, or belong to
-            another architecture.
+        ModelError: if there is no such model, tag, precision or device, the weights cannot be
+            downloaded, or belong to another architecture.
         CheckpointError: if the checkpoint file is broken or cut short.
     """
     check_precision(precision)
+    _check_device(device)
     register_tiny()
     name = name.replace("/", "-")
     _check_name(name)
@@ -113,6 +114,15 @@ def train_mode(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, _BatchNorm):
             module.eval()
+
+
+def _check_device(device: str | torch.device) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ModelError(
+            f"device {str(device)!r} cannot be used here ({_reason(error)}); give --device cpu"
+        ) from error
 
 
 def _build(

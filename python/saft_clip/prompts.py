@@ -25,14 +25,16 @@ def resolve_templates(spec: str | Sequence[str]) -> tuple[str, ...]:
         spec: ``openai`` (the 80 templates of Radford et al. 2021 for ImageNet) or ``simple`` (their
             7 best), both as open_clip ships them; a template such as ``"a sketch of a {}."``; a
             text file with one template per line (empty lines and lines starting with ``#`` are
-            skipped); or a sequence of templates.
+            skipped); or a sequence of these.
 
     Raises:
         DataError: if nothing of that name exists, a file holds no template, or a template has no
             ``{}``.
     """
     if not isinstance(spec, str):
-        return _checked(spec, "the list of templates")
+        if not spec:
+            raise DataError("the list of prompt templates is empty")
+        return tuple(template for item in spec for template in resolve_templates(item))
     if spec in ("openai", "simple"):
         return _shipped(spec)
     if "{" in spec:

@@ -68,6 +68,10 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
             self, images=[self.images[i] for i in indices], labels=self.labels[list(indices)]
         )
 
+    def transformed(self, transform: Callable[[Any], Tensor]) -> ImageDataset:
+        """The same images with another transform."""
+        return replace(self, transform=transform)
+
 
 def drop_unreadable(dataset: ImageDataset, *, show_progress: bool = True) -> ImageDataset:
     """Decode every image once and leave out those that cannot be read; warn of them by name.
@@ -87,18 +91,18 @@ def drop_unreadable(dataset: ImageDataset, *, show_progress: bool = True) -> Ima
         raise DataError(f"none of the {len(dataset)} images of {dataset.name} can be read")
     kept = dataset.subset(good)
     kept.skipped = [*dataset.skipped, *bad.values()]
-    say_skipped(kept)
+    say_skipped(kept.name, kept.skipped)
     return kept
 
 
-def say_skipped(dataset: ImageDataset, limit: int = 5) -> None:
+def say_skipped(name: str, skipped: Sequence[str], limit: int = 5) -> None:
     """Warn of a data set's unreadable images, if there are any: how many, and the first names."""
-    if dataset.skipped:
-        more = len(dataset.skipped) - limit
+    if skipped:
+        more = len(skipped) - limit
         tail = f"; and {more} more" if more > 0 else ""
         warn(
-            f"{len(dataset.skipped)} unreadable image(s) of {dataset.name} skipped: "
-            f"{'; '.join(dataset.skipped[:limit])}{tail}"
+            f"{len(skipped)} unreadable image(s) of {name} skipped: "
+            f"{'; '.join(skipped[:limit])}{tail}"
         )
 
 
@@ -146,7 +150,7 @@ def few_shot(dataset: ImageDataset, shots: int, seed: int) -> ImageDataset:
             new += redrawn
     sample = dataset.subset([index for indices in drawn.values() for index in indices])
     sample.skipped = [*dataset.skipped, *skipped.values()]
-    say_skipped(sample)
+    say_skipped(sample.name, sample.skipped)
     return sample
 
 

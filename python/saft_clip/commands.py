@@ -1,0 +1,154 @@
+"""What the shorter commands of the command line do."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.table import Table
+
+from saft_clip.batches import ordered_batches
+from saft_clip.config import DEFAULT_PRETRAINED, FinetuneConfig
+from saft_clip.console import output, progress, say
+from saft_clip.data import load_dataset, say_skipped
+from saft_clip.evaluate import Evaluation, evaluate_zero_shot
+from saft_clip.methods.base import FROZEN
+from saft_clip.methods.saft import Saft
+from saft_clip.models import load_model
+from saft_clip.prompts import class_prompts
+from saft_clip.train import RunData, load_base
+from saft_kernels import CooMask, SparseDelta, select
+from saft_kernels.errors import FileWriteError
+from saft_kernels.files import atomic_write
+
+
+def evaluate_command(
+    data: Sequence[str],
+    *,
+    model: str,
+    pretrained: str | None,
+    force_quick_gelu: bool,
+    delta: Path | None,
+    split: str,
+    templates: Sequence[str] | None,
+    batch_size: int,
+    precision: str,
+    device: str,
+    workers: int,
+    json_file: Path | None,
+) -> list[Evaluation]:
+    """Evaluate a model on data sets; print a table and write JSON.
+
+    Whatever can be wrong with the arguments is found before the first evaluation.
+    """
+    if json_file is not None:
+        _check_folder(json_file)
+    clip = load_model(
+        model,
+        pretrained or DEFAULT_PRETRAINED.get(model),
+        device=device,
+        precision=precision,
+        force_quick_gelu=force_quick_gelu,
+    )
+    if delta is not None:
+        SparseDelta.load(delta).apply_(clip.model)
+    datasets = [load_dataset(s, split, clip.preprocess_val, templates=templates) for s in data]
+    results = []
+    for dataset in datasets:
+        result = evaluate_zero_shot(
+            clip,
+            dataset,
+            batch_size=batch_size,
+            device=device,
+            precision=precision,
+            workers=workers,
+        )
+        say_skipped(result.dataset, result.skipped)
+        results.append(result)
+    output.print(evaluation_table(results))
+    if json_file is not None:
+        content = {
+            "model": clip.name,
+            "pretrained": clip.pretrained,
+            "delta": None if delta is None else str(delta),
+            "split": split,
+            "precision": precision,
+            "results": [
+                {"data": spec, **result.to_dict()}
+                for spec, result in zip(data, results, strict=True)
+            ],
+        }
+        with atomic_write(json_file) as temporary:
+            temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return results
+
+
+def select_command(config: FinetuneConfig, score: str, file: Path) -> CooMask:
+    """Select a mask on the training images, as ``saft finetune`` does, and save it."""
+    _check_folder(file)
+    clip = load_base(config)
+    dataset = RunData(config, clip).plain
+    tokens = class_prompts(dataset.class_names, dataset.templates, clip.tokenizer)
+    method = Saft(clip, tokens, config)
+    batches = ordered_batches(dataset, config.batch_size, config.workers)
+    with progress("selecting", len(batches), unit="batches") as advance:
+        mask = select(
+            clip.model,
+            lambda model, batch: method.loss(*batch),
+            batches,
+            density=config.density,
+            score=score,  # type: ignore[arg-type]  # select() itself checks it
+            exclude=FROZEN,
+            progress=lambda done, total, what: advance(),
+            seed=config.seed,
+        )
+    mask.save(file)
+    say(f"wrote {file}: {mask.nnz:,} of {mask.numel:,} parameters, in {len(mask)} tensors")
+    return mask
+
+
+def delta_info_command(file: Path) -> None:
+    """Print what a delta file holds."""
+    delta = SparseDelta.load(file)
+    table = Table(title=str(file), show_header=False)
+    for name, value in {
+        "size": f"{file.stat().st_size:,} bytes",
+        "changed entries": f"{delta.nnz:,}",
+        **delta.metadata,
+    }.items():
+        table.add_row(name, str(value))
+    output.print(table)
+
+
+def evaluation_table(results: Sequence[Evaluation]) -> Table:
+    """Accuracies in percent, one row for each data set and their mean."""
+    table = Table(caption="accuracies in %, ± one standard error")
+    table.add_column("data")
+    for name in ("images", "top-1", "top-5", "mean per class"):
+        table.add_column(name, justify="right")
+    for result in results:
+        table.add_row(
+            result.dataset,
+            f"{result.n:,}",
+            f"{100 * result.top1:.2f} ± {100 * result.top1_stderr:.2f}",
+            f"{100 * result.top5:.2f}",
+            f"{100 * result.mean_per_class:.2f} ± {100 * result.mean_per_class_stderr:.2f}",
+        )
+    if len(results) > 1:
+        means = [
+            sum(getattr(result, name) for result in results) / len(results)
+            for name in ("top1", "top5", "mean_per_class")
+        ]
+        table.add_section()
+        table.add_row("mean", "", *(f"{100 * mean:.2f}" for mean in means))
+    return table
+
+
+def _check_folder(file: Path) -> None:
+    """Find out before the work, not after it, that a result cannot be written."""
+    if not file.parent.is_dir():
+        raise FileWriteError(f"{file} cannot be written: there is no folder {file.parent}")
+    if not os.access(file.parent, os.W_OK):
+        raise FileWriteError(f"{file} cannot be written: the folder {file.parent} is read-only")

@@ -1,0 +1,121 @@
+"""Command-line options for every field of :class:`~saft_clip.config.FinetuneConfig`."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import MISSING, Field, fields
+from pathlib import Path
+from typing import Annotated, Any, get_args, get_type_hints
+
+import typer
+from rich.markup import escape
+
+from saft_clip.config import FinetuneConfig, dashed
+from saft_clip.errors import ConfigError
+
+#: Headings of the help page, by the first option under each.
+_PANELS = {
+    "train_data": "Data and output",
+    "model": "Model",
+    "method": "What is trained",
+    "epochs": "Training",
+    "val_frequency": "Logging and loading",
+}
+
+
+def run_with_settings(
+    run: Callable[[FinetuneConfig], Any], arguments: Sequence[str], *, name: str, help: str
+) -> None:
+    """Parse the options of a command into a configuration and run it.
+
+    ``--config FILE`` gives the settings of a YAML file; options win over it. A resumed run takes
+    the settings of its own ``config.yaml``.
+
+    Args:
+        run: what to do with the configuration.
+        arguments: what follows the command's name.
+        name: of the command, for its help page.
+        help: what it does.
+
+    Raises:
+        ConfigError: if a setting is out of its range or the file is wrong.
+        SystemExit: with 2 for an unknown option; with 0 after ``--help`` and when done.
+    """
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+    def command(config: Path | None = None, **options: Any) -> None:
+        given = {key: _as_field(value) for key, value in options.items() if value not in (None, [])}
+        run(_configure(config, given))
+
+    command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [_config_option(), *map(_option, *zip(*_fields_with_panels(), strict=True))]
+    )
+    app.command(help=help)(command)
+    app(args=list(arguments), prog_name=name)
+
+
+def _configure(file: Path | None, given: dict[str, Any]) -> FinetuneConfig:
+    if file is None and given.get("resume") and "train_data" not in given:
+        file = Path(given.get("output", "saft-run")) / "config.yaml"
+    if file is not None:
+        return FinetuneConfig.load(file).changed(**given)
+    if "train_data" not in given:
+        raise ConfigError("nothing to train on: give --train-data, or a --config that names it")
+    return FinetuneConfig(**given)
+
+
+def _as_field(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _fields_with_panels() -> Iterator[tuple[Field[Any], str]]:
+    panel = ""
+    for item in fields(FinetuneConfig):
+        panel = _PANELS.get(item.name, panel)
+        yield item, panel
+
+
+def _config_option() -> inspect.Parameter:
+    info = typer.Option(
+        "--config", help="YAML file of settings; options win over it.", rich_help_panel="Settings"
+    )
+    return inspect.Parameter(
+        "config",
+        inspect.Parameter.KEYWORD_ONLY,
+        default=None,
+        annotation=Annotated[Path | None, info],
+    )
+
+
+def _option(item: Field[Any], panel: str) -> inspect.Parameter:
+    """A field as an option that is None unless the user gives it."""
+    kind = _plain_type(get_type_hints(FinetuneConfig)[item.name])
+    flag = f"--{dashed(item.name)}"
+    info = typer.Option(
+        f"{flag}/--no-{dashed(item.name)}" if item.default is True else flag,
+        help=escape(item.metadata["help"] + _default(item)),
+        rich_help_panel=panel,
+    )
+    return inspect.Parameter(
+        item.name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=None,
+        annotation=Annotated[kind | None, info],
+    )
+
+
+def _plain_type(hint: Any) -> Any:
+    """``str | None`` -> str; ``tuple[str, ...]`` -> list[str]."""
+    if hint == tuple[str, ...]:
+        return list[str]
+    kinds = [kind for kind in get_args(hint) if kind is not type(None)]
+    return kinds[0] if kinds else hint
+
+
+def _default(item: Field[Any]) -> str:
+    """The default for the help text, where that does not say it itself."""
+    if item.default in (MISSING, None, (), False):
+        return ""
+    value = f"{item.default:g}" if isinstance(item.default, float) else str(item.default)
+    return f" [default: {'yes' if item.default is True else value}]"
