@@ -3,7 +3,7 @@
 Each function checks what only Python can know, picks the backend (:mod:`saft_kernels.backends`) and
 calls it; the compiled operations check shapes, dtypes and index ranges in front of their kernels
 (``csrc/ops``). :mod:`saft_kernels.reference` defines every result. The schemas are in
-``csrc/library.cpp``, their fake implementations at the end of this file.
+``csrc/library.cpp``.
 
 All operations change their first arguments in place or return compact vectors; none is
 differentiable.
@@ -11,7 +11,7 @@ differentiable.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from saft_kernels import backends, reference
 
+#: What weights and gradients may be; anything else is converted first.
 FLOATING = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -26,6 +27,16 @@ def _implementation(name: str, device: torch.device) -> Any:
     if backends.resolve(device) == "reference":
         return getattr(reference, name)
     return getattr(backends.kernels(), name)
+
+
+def _register_fake(name: str, fake: Callable[..., Any]) -> None:
+    """Tell torch.compile and opcheck what the operation returns, without running it."""
+    if backends.library_error() is None:
+        torch.library.register_fake(f"saft_kernels::{name}", fake)
+
+
+def _nothing(*_: Any) -> None:
+    """The fake of every operation that only writes to its arguments."""
 
 
 def _changed(tensors: Iterable[Tensor]) -> None:
@@ -79,6 +90,9 @@ def accumulate_topk_(
     _changed((acc, values, positions, state))
 
 
+_register_fake("accumulate_topk_", _nothing)
+
+
 def compact_topk_(k: int, values: Tensor, positions: Tensor, state: Tensor) -> None:
     """Reduce the candidate buffer to its k best, in no particular order, and raise the threshold.
 
@@ -86,6 +100,9 @@ def compact_topk_(k: int, values: Tensor, positions: Tensor, state: Tensor) -> N
     """
     _implementation("compact_topk_", values.device)(k, values, positions, state)
     _changed((values, positions, state))
+
+
+_register_fake("compact_topk_", _nothing)
 
 
 # 2 ----------------------------------------------------------------------------- gather, scatter_
@@ -108,6 +125,9 @@ def gather(dense: Tensor, indices: Tensor) -> Tensor:
     return result
 
 
+_register_fake("gather", lambda dense, indices: dense.new_empty(indices.shape))
+
+
 def scatter_(dense: Tensor, indices: Tensor, values: Tensor) -> None:
     """Write ``values`` to ``dense`` at flat indices into its logical row-major order, in place.
 
@@ -123,6 +143,9 @@ def scatter_(dense: Tensor, indices: Tensor, values: Tensor) -> None:
     """
     _implementation("scatter_", dense.device)(dense.detach(), indices, values)
     _changed((dense,))
+
+
+_register_fake("scatter_", _nothing)
 
 
 # 3 ----------------------------------------------------------------------------- sparse_adamw_
@@ -191,30 +214,4 @@ def sparse_adamw_(
     _changed((*params, *state))
 
 
-# Fake implementations: what torch.compile and opcheck need to know of each compiled operation.
-
-
-def _register_fakes() -> None:
-    @torch.library.register_fake("saft_kernels::accumulate_topk_")
-    def _(*args: Any) -> None:
-        return None
-
-    @torch.library.register_fake("saft_kernels::compact_topk_")
-    def _(*args: Any) -> None:
-        return None
-
-    @torch.library.register_fake("saft_kernels::gather")
-    def _(dense: Tensor, indices: Tensor) -> Tensor:
-        return dense.new_empty(indices.shape)
-
-    @torch.library.register_fake("saft_kernels::scatter_")
-    def _(*args: Any) -> None:
-        return None
-
-    @torch.library.register_fake("saft_kernels::sparse_adamw_")
-    def _(*args: Any) -> None:
-        return None
-
-
-if backends.library_error() is None:
-    _register_fakes()
+_register_fake("sparse_adamw_", _nothing)

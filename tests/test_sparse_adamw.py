@@ -1,0 +1,314 @@
+"""sparse_adamw_ against its specification and against torch.optim.AdamW."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tolerances import assert_close
+from torch import Tensor
+
+from saft_kernels import backends, ops
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SHAPES = ((), (1,), (0, 4), (40, 50), (6, 5, 4, 3), (70_003,))
+
+
+@dataclass
+class Problem:
+    """Tensors, gradients and state of one call."""
+
+    params: list[Tensor]
+    grads: list[Tensor]
+    indices: list[Tensor]
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    master: Tensor | None
+    step: Tensor
+    options: dict[str, object] = field(default_factory=dict)
+
+    @property
+    def state(self) -> list[Tensor]:
+        masters = [] if self.master is None else [self.master]
+        return [self.exp_avg, self.exp_avg_sq, self.step, *masters]
+
+    def clone(self) -> Problem:
+        keep = {"memory_format": torch.preserve_format}
+        return Problem(
+            [p.clone(**keep) for p in self.params],
+            self.grads,
+            self.indices,
+            self.exp_avg.clone(),
+            self.exp_avg_sq.clone(),
+            None if self.master is None else self.master.clone(),
+            self.step.clone(),
+            dict(self.options),
+        )
+
+    def compact_grad(self) -> Tensor:
+        pairs = zip(self.grads, self.indices, strict=True)
+        return torch.cat([torch.zeros(0), *(g.reshape(-1)[i.long()].float() for g, i in pairs)])
+
+    def run(self, compact: bool = False) -> Problem:
+        ops.sparse_adamw_(
+            self.params,
+            self.compact_grad() if compact else self.grads,
+            self.indices,
+            self.exp_avg,
+            self.exp_avg_sq,
+            self.step,
+            master=self.master,
+            **{"lr": 1e-2, "weight_decay": 0.1, **self.options},
+        )
+        return self
+
+
+def every_third(param: Tensor, dtype: torch.dtype = torch.int32) -> Tensor:
+    return torch.arange(0, param.numel(), 3, dtype=dtype)
+
+
+def problem(dtype: torch.dtype, device: torch.device, **options: object) -> Problem:
+    torch.manual_seed(0)
+    params = [torch.randn(shape, device=device).to(dtype) for shape in SHAPES]
+    grads = [torch.randn_like(p) for p in params]
+    params[4] = params[4].to(memory_format=torch.channels_last)
+    grads[3] = grads[3].t().contiguous().t()
+    indices = [every_third(p, [torch.int32, torch.int64][n % 2]) for n, p in enumerate(params)]
+    nnz = sum(map(len, indices))
+    pairs = list(zip(params, indices, strict=True))
+    masters = [p.reshape(-1)[i.long()].float() for p, i in pairs]
+    return Problem(
+        params,
+        grads,
+        indices,
+        torch.randn(nnz, device=device),
+        torch.rand(nnz, device=device),
+        None if dtype == torch.float32 else torch.cat(masters),
+        torch.arange(float(len(params)), device=device),
+        options,
+    )
+
+
+def assert_equals_specification(given: Problem, compact: bool) -> None:
+    actual = given.clone().run(compact)
+    with backends.use_backend("reference"):
+        expected = given.clone().run(compact)
+    for a, e in zip(actual.state, expected.state, strict=True):
+        assert_close(a, e, "adamw_step")
+    for a, e in zip(actual.params, expected.params, strict=True):
+        name = "adamw_step" if a.dtype == torch.float32 else "adamw_rounded_weight"
+        assert_close(a.float(), e.float(), name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("compact", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"maximize": True},
+        {"weight_decay": 0.0, "betas": (0.0, 0.5), "eps": 1e-3},
+        {"lr": torch.tensor(0.05)},
+        {"grad_scale": torch.tensor([1024.0]), "found_inf": torch.tensor([0.0])},
+    ],
+)
+def test_equals_specification(device, dtype, compact, options):
+    assert_equals_specification(problem(dtype, device, **options), compact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_same_bits_on_every_implementation(dtype):
+    outcomes = []
+    for isa in backends.cpu_isas():
+        with backends.use_cpu_isa(isa):
+            done = problem(dtype, torch.device("cpu")).run()
+            outcomes.append([*done.params, *done.state])
+    for outcome in outcomes[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(outcomes[0], outcome, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dense_and_compact_gradients_give_the_same_bits(device, dtype):
+    dense, compact = problem(dtype, device).run(), problem(dtype, device).run(compact=True)
+    pairs = zip([*dense.params, *dense.state], [*compact.params, *compact.state], strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_same_bits_for_any_number_of_threads(device, threads):
+    done = problem(torch.float32, device).run()
+    torch.set_num_threads(1)
+    alone = problem(torch.float32, device).run()
+    assert all(torch.equal(a, b) for a, b in zip(done.params, alone.params, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("compact", [False, True])
+def test_other_entries_keep_their_bits(device, dtype, compact):
+    before = problem(dtype, device)
+    after = before.clone().run(compact)
+    for old, new, indices in zip(before.params, after.params, before.indices, strict=True):
+        frozen = torch.ones(old.numel(), dtype=torch.bool)
+        frozen[indices.long()] = False
+        assert torch.equal(old.reshape(-1)[frozen], new.reshape(-1)[frozen])
+        assert new.stride() == old.stride()
+
+
+def test_equals_torch_adamw_where_everything_is_selected(device):
+    weight = torch.randn(300, 7, device=device)
+    ours = torch.nn.Parameter(weight.clone())
+    theirs = torch.nn.Parameter(weight.clone())
+    optimizer = torch.optim.AdamW([theirs], lr=1e-2, weight_decay=0.1)
+    state = Problem(
+        [ours], [], [torch.arange(2100)], torch.zeros(2100), torch.zeros(2100), None, torch.zeros(1)
+    )
+    for _ in range(20):
+        theirs.grad = torch.randn_like(weight)
+        optimizer.step()
+        state.grads = [theirs.grad]
+        state.run()
+    assert_close(ours.detach(), theirs.detach(), "adamw_same_gradients")
+    assert float(state.step) == 20
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_weights_are_the_rounding_of_master(device, dtype):
+    done = problem(dtype, device).run()
+    begin = 0
+    for param, indices in zip(done.params, done.indices, strict=True):
+        master = done.master[begin : begin + len(indices)]
+        assert torch.equal(param.reshape(-1)[indices.long()], master.to(dtype))
+        begin += len(indices)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounding_is_to_nearest_even_over_the_whole_range(device, dtype):
+    patterns = torch.arange(0, 1 << 32, 65_521, dtype=torch.int64).to(torch.uint32)
+    ties = (torch.arange(1 << 16, dtype=torch.int64) << 16 | 0x8000).to(torch.uint32)
+    fine = torch.arange(0x33000000, 0x39000000, 4_099, dtype=torch.int64).to(torch.uint32)
+    master = torch.cat([patterns, ties, fine]).view(torch.float32)
+    n = master.numel()
+    weight = torch.zeros(n, dtype=dtype)
+    ops.sparse_adamw_(
+        [weight], torch.zeros(n), [torch.arange(n)], torch.zeros(n), torch.zeros(n),
+        torch.zeros(1), lr=0.0, master=master.clone(),
+    )  # fmt: skip
+    expected = master.to(dtype)
+    assert torch.equal(weight.isnan(), expected.isnan())
+    number = ~expected.isnan()
+    assert torch.equal(weight[number].view(torch.int16), expected[number].view(torch.int16))
+
+
+def test_found_inf_leaves_everything_as_it_was(device):
+    before = problem(torch.float32, device, found_inf=torch.tensor(1.0))
+    after = before.clone().run()
+    pairs = zip([*before.params, *before.state], [*after.params, *after.state], strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_no_tensors_is_no_step():
+    ops.sparse_adamw_([], [], [], torch.zeros(0), torch.zeros(0), torch.zeros(0), lr=0.1)
+
+
+@given(
+    sizes=st.lists(st.integers(0, 300), min_size=1, max_size=6),
+    data=st.data(),
+)
+@settings(max_examples=80, deadline=None)
+def test_property_any_split_into_tensors_is_the_same_step(sizes, data):
+    """Many tensors in one call are the same as one call each."""
+    torch.manual_seed(sum(sizes))
+    params = [torch.randn(n) for n in sizes]
+    indices = [
+        torch.tensor(
+            sorted(data.draw(st.sets(st.integers(0, n - 1)))) if n else [], dtype=torch.int32
+        )
+        for n in sizes
+    ]
+    grads = [torch.randn_like(p) for p in params]
+    nnz = sum(map(len, indices))
+    together = Problem(
+        [p.clone() for p in params], grads, indices,
+        torch.zeros(nnz), torch.zeros(nnz), None, torch.zeros(len(sizes)),
+    ).run()  # fmt: skip
+    for param, grad, index, expected in zip(params, grads, indices, together.params, strict=True):
+        n = len(index)
+        Problem(
+            [param], [grad], [index], torch.zeros(n), torch.zeros(n), None, torch.zeros(1)
+        ).run()
+        assert torch.equal(param, expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"indices": [torch.tensor([0, 9])]}, "lie within"),
+        ({"indices": [torch.tensor([1, 1])]}, "increase strictly"),
+        ({"indices": []}, "one index vector per parameter"),
+        ({"grads": []}, "one dense tensor per parameter"),
+        ({"grads": [torch.zeros(8)]}, "shape of its parameter"),
+        ({"grads": [torch.zeros(2, 4, dtype=torch.bfloat16)]}, "every gradient must be Float"),
+        ({"grads": torch.zeros(3)}, "compact gradient must have 2"),
+        ({"params": [torch.zeros(2, 4, dtype=torch.float64)]}, "params must be float32"),
+        ({"exp_avg": torch.zeros(3)}, "exp_avg must have 2"),
+        ({"exp_avg_sq": torch.zeros(2, dtype=torch.bfloat16)}, "exp_avg_sq must be Float"),
+        ({"master": torch.zeros(2)}, "take no master"),
+        (
+            {
+                "params": [torch.zeros(2, 4, dtype=torch.bfloat16)],
+                "grads": [torch.zeros(2, 4, dtype=torch.bfloat16)],
+            },
+            "need master",
+        ),
+        ({"step": torch.zeros(2)}, "step must have one element per parameter"),
+        ({"lr": torch.zeros(2)}, "lr must have one element"),
+        ({"params": [torch.zeros(1).expand(2, 4)]}, "share one place"),
+    ],
+)
+def test_wrong_arguments_are_refused_and_nothing_is_written(change, message):
+    arguments = {
+        "params": [torch.zeros(2, 4)],
+        "grads": [torch.ones(2, 4)],
+        "indices": [torch.tensor([1, 6])],
+        "exp_avg": torch.zeros(2),
+        "exp_avg_sq": torch.zeros(2),
+        "step": torch.zeros(1),
+        "lr": 1.0,
+        **change,
+    }
+    with pytest.raises(RuntimeError, match=message):
+        ops.sparse_adamw_(**arguments)
+    written = [*arguments["params"], arguments["exp_avg"], arguments["step"]]
+    assert all((tensor == 0).all() for tensor in written)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_opcheck(device, dtype):
+    p = problem(dtype, device)
+    lr = torch.tensor(0.1, dtype=torch.float64)
+    numbers = (lr, 0.9, 0.999, 1e-8, 0.1, False, None, None)
+    op = backends.kernels().sparse_adamw_.default
+    state = (p.exp_avg, p.exp_avg_sq, p.master, p.step)
+    torch.library.opcheck(op, (p.params, p.grads, None, p.indices, *state, *numbers))
+    torch.library.opcheck(op, (p.params, [], p.compact_grad(), p.indices, *state, *numbers))
+
+
+def test_compiles_without_graph_breaks():
+    def step(p: Problem) -> None:
+        p.run()
+
+    eager, compiled = problem(torch.float32, torch.device("cpu")), None
+    compiled = eager.clone()
+    eager.run()
+    torch.compile(step, fullgraph=True, backend="aot_eager")(compiled)
+    pairs = zip([*eager.params, *eager.state], [*compiled.params, *compiled.state], strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_writing_moves_the_version_counters():
+    p = problem(torch.float32, torch.device("cpu"))
+    before = [t._version for t in (*p.params, *p.state)]
+    p.run()
+    assert all(t._version > v for t, v in zip((*p.params, *p.state), before, strict=True))
