@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.table import Table
+from saft_kernels.delta import SparseDelta
 
 from saft_clip.batches import ordered_batches
 from saft_clip.config import DEFAULT_PRETRAINED, FinetuneConfig
@@ -19,9 +20,10 @@ from saft_clip.methods.saft import Saft
 from saft_clip.models import load_model
 from saft_clip.prompts import class_prompts
 from saft_clip.train import RunData, load_base
-from saft_kernels import CooMask, SparseDelta, select
 from saft_kernels.errors import FileWriteError
 from saft_kernels.files import atomic_write
+from saft_kernels.mask import CooMask
+from saft_kernels.select import select
 
 
 def evaluate_command(
