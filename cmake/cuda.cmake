@@ -5,7 +5,7 @@ if(NOT SAFT_CUDA MATCHES "^(AUTO|ON|OFF)$")
   message(FATAL_ERROR "SAFT_CUDA must be AUTO, ON or OFF, not '${SAFT_CUDA}'.")
 endif()
 
-find_program(SAFT_NVCC nvcc)
+find_program(SAFT_NVCC nvcc NO_CMAKE_SYSTEM_PATH)  # PATH only, as the messages say
 if(SAFT_CUDA STREQUAL "OFF")
   set(SAFT_CUDA_STATUS "off (SAFT_CUDA=OFF)")
 elseif(NOT SAFT_NVCC)

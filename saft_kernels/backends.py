@@ -120,7 +120,7 @@ def _obstacle(name: str) -> str | None:
 def _cuda_obstacle() -> str | None:
     built = build_info()["cuda"]
     if built.startswith("off"):
-        return f"this build has no CUDA kernels: {built}"
+        return built.removeprefix("off (").removesuffix(")")
     return None if torch.cuda.is_available() else "torch sees no CUDA device"
 
 

@@ -1,0 +1,87 @@
+"""The build: its switches and what it says when something is missing."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import setuptools
+import torch
+
+ROOT = Path(__file__).parent.parent
+TORCH = Path(torch.__file__).parent
+
+
+def configure(
+    folder: Path, *options: str, path: str | None = None
+) -> subprocess.CompletedProcess[str]:
+    tools = Path(sys.executable).parent
+    command = [
+        str(tools / "cmake"), "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={tools / 'ninja'}",
+        "-S", str(ROOT), "-B", str(folder), f"-DSAFT_TORCH_ROOT={TORCH}", *options,
+    ]  # fmt: skip
+    environment = dict(os.environ, PATH=path or os.environ["PATH"])
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture
+def path_without_nvcc(tmp_path: Path) -> str:
+    """A PATH that holds the compiler and what it needs, and no nvcc."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for name in ("cc", "c++", "gcc", "g++", "ld", "as", "ar", "nm", "ranlib", "sh", "uname"):
+        found = shutil.which(name)
+        if found:
+            (tools / name).symlink_to(found)
+    return str(tools)
+
+
+def test_cuda_on_without_nvcc_is_an_error(tmp_path, path_without_nvcc):
+    failed = configure(tmp_path / "build", "-DSAFT_CUDA=ON", path=path_without_nvcc)
+    assert failed.returncode != 0
+    assert "SAFT_CUDA=ON, but nvcc is not on PATH" in failed.stderr
+
+
+def test_cuda_auto_without_nvcc_builds_for_the_cpu(tmp_path, path_without_nvcc):
+    done = configure(tmp_path / "build", path=path_without_nvcc)
+    assert done.returncode == 0, done.stderr
+    assert "CUDA kernels: off (nvcc not found)" in done.stdout
+
+
+def test_unknown_cuda_switch_is_an_error(tmp_path):
+    failed = configure(tmp_path / "build", "-DSAFT_CUDA=maybe")
+    assert "must be AUTO, ON or OFF" in failed.stderr
+
+
+def test_wrong_torch_folder_is_an_error(tmp_path):
+    failed = configure(tmp_path / "build", f"-DSAFT_TORCH_ROOT={tmp_path}")
+    assert "Install torch first" in failed.stderr
+
+
+def test_missing_torch_is_one_clear_sentence(monkeypatch):
+    monkeypatch.setattr(setuptools, "setup", lambda **_: None)
+    module = runpy.run_path(str(ROOT / "setup.py"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="torch is not installed in the environment"):
+        module["torch_root"]()
+
+
+def test_symbols_shared_between_instruction_sets_fail_the_build(tmp_path):
+    source = tmp_path / "leak.cpp"
+    source.write_text(
+        "inline int leak() { static int n; return ++n; }\nint use() { return leak(); }"
+    )
+    subprocess.run(["c++", "-O0", "-c", source, "-o", tmp_path / "leak.o"], check=True)
+    check = [
+        str(Path(sys.executable).parent / "cmake"), f"-DNM={shutil.which('nm')}",
+        f"-DOBJECTS={tmp_path / 'leak.o'}", "-P", str(ROOT / "cmake" / "check_isa_object.cmake"),
+    ]  # fmt: skip
+    failed = subprocess.run(check, capture_output=True, text=True, check=False)
+    assert failed.returncode != 0
+    assert "leak" in failed.stderr

@@ -1,0 +1,96 @@
+"""``python -m saft_kernels`` and the choice of backends."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from saft_kernels import backends, ops
+from saft_kernels.__main__ import main, sections
+from saft_kernels.errors import BackendUnavailableError
+
+INDICES = torch.tensor([0], dtype=torch.int32)
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_report_names_versions_build_and_every_backend(capsys):
+    assert main() == 0
+    printed = capsys.readouterr().out
+    assert f"torch{'':22} {torch.__version__.split('+')[0]}" in printed
+    assert backends.cpu_isa() in printed
+    report = sections()
+    assert set(report["Backends"]) == set(backends.BACKENDS)
+    assert report["Backends"]["cpu"].startswith("works")
+    assert report["Backends"]["triton"].startswith("unavailable: ")
+    assert report["Build"]["torch stable ABI"] == "2.11 and later"
+
+
+@pytest.mark.parametrize("isa", backends.cpu_isas())
+def test_environment_forces_the_instruction_set(isa):
+    program = "from saft_kernels import backends; print(backends.cpu_isa())"
+    assert run("-c", program, SAFT_CPU_ISA=isa).stdout.strip() == isa
+
+
+def test_unknown_instruction_set_is_an_error():
+    failed = run("-m", "saft_kernels", SAFT_CPU_ISA="mmx")
+    assert failed.returncode != 0
+    assert "'mmx'" in failed.stderr
+    assert "baseline" in failed.stderr
+
+
+def test_environment_chooses_the_backend():
+    program = "from saft_kernels import backends; print(backends.requested_backend())"
+    assert run("-c", program, SAFT_BACKEND="reference").stdout.strip() == "reference"
+
+
+@pytest.mark.parametrize("name", ["triton", "cuda", "tpu"])
+def test_unavailable_backend_is_an_error_and_never_a_fallback(name):
+    if name == "cuda" and backends.backend_status("cuda").available:
+        pytest.skip("CUDA works here")
+    with pytest.raises(BackendUnavailableError, match=name), backends.use_backend(name):
+        pass
+    failed = run("-c", "import saft_kernels", SAFT_BACKEND=name)
+    assert "BackendUnavailableError" in failed.stderr
+
+
+def test_backend_for_another_device_is_an_error():
+    with (
+        backends.use_backend("cpu"),
+        pytest.raises(BackendUnavailableError, match="meta"),
+    ):
+        ops.gather(torch.empty(3, device="meta"), INDICES)
+
+
+def test_device_without_kernels_is_an_error():
+    with pytest.raises(BackendUnavailableError, match="no kernels for tensors on meta"):
+        ops.gather(torch.empty(3, device="meta"), INDICES)
+
+
+def test_choices_end_with_their_block():
+    before = backends.requested_backend(), backends.cpu_isa()
+    with backends.use_backend("reference"), backends.use_cpu_isa("baseline"):
+        assert backends.requested_backend() == "reference"
+        assert backends.cpu_isa() == "baseline"
+    assert (backends.requested_backend(), backends.cpu_isa()) == before
+
+
+def test_missing_library_is_said_clearly(tmp_path, monkeypatch):
+    monkeypatch.setattr(backends, "_load_error", f"the compiled library {tmp_path} does not exist")
+    with pytest.raises(BackendUnavailableError, match="does not exist"):
+        ops.gather(torch.zeros(3), INDICES)
+    with backends.use_backend("reference"):
+        assert ops.gather(torch.ones(3), INDICES).item() == 1
+    assert main() == 1
