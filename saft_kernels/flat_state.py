@@ -12,6 +12,9 @@ from torch import Tensor
 from saft_kernels import ops
 from saft_kernels.errors import OptimizerError, OptimizerStateError
 
+#: The dtypes of weights that can be trained.
+TRAINABLE = (torch.float32, torch.bfloat16, torch.float16)
+
 
 class FlatState:
     """Moments, master values and step counts of T parameters, one entry per selected index.
@@ -55,6 +58,7 @@ class FlatState:
         return torch.zeros(length, dtype=torch.float32, device=self.device)
 
     def __len__(self) -> int:
+        """The number of parameters, T."""
         return len(self.params)
 
     @property

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo  # lazy, where torch.compiler.disable imports it all
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from saft_kernels import ops
@@ -113,6 +114,7 @@ class StreamedGradients:
         self._params.clear()
 
     def __del__(self) -> None:
+        """An optimizer that is gone leaves no hooks behind."""
         self.detach()
 
     def gradients(self, state: FlatState, begin: int, end: int) -> Tensor:
@@ -143,6 +145,7 @@ def _refuse_second_source(state: FlatState) -> None:
 def _gather_and_free(values: Tensor, indices: Tensor) -> Callable[[Tensor], None]:
     """The hook of one parameter. It must not refer to the optimizer, or neither would be freed."""
 
+    @_disable_dynamo
     def hook(param: Tensor) -> None:
         grad = param.grad
         if grad is None or isinstance(grad, SelectedGrad):

@@ -13,10 +13,9 @@ from torch._compile import _disable_dynamo  # lazy, where torch.compiler.disable
 from torch.optim import Optimizer
 
 from saft_kernels.errors import NonFiniteGradientError, OptimizerError, OptimizerStateError
-from saft_kernels.flat_state import FlatState
+from saft_kernels.flat_state import TRAINABLE, FlatState
 from saft_kernels.gradients import gradient_source
 from saft_kernels.mask import CooMask
-from saft_kernels.ops import FLOATING
 
 
 class SparseAdamW(Optimizer):
@@ -159,19 +158,16 @@ class SparseAdamW(Optimizer):
         for state in self._all_states():
             state.require_unmoved()
             state.follow_weights_()
-        for group, states in zip(self.param_groups, self._states, strict=True):
-            options = {
-                "lr": group["lr"],
-                "betas": tuple(group["betas"]),
-                "eps": group["eps"],
-                "weight_decay": group["weight_decay"],
-                "maximize": group["maximize"],
-            }
-            for state in states:
-                scale, skip = _on(grad_scale, state.device), _on(found_inf, state.device)
-                for begin, end in state.runs():
-                    grads = self._source.gradients(state, begin, end)
-                    state.adamw_(begin, end, grads, **options, grad_scale=scale, found_inf=skip)
+        # Every gradient is looked at before any weight is written.
+        jobs = [
+            (_options(group), state, run, self._source.gradients(state, *run))
+            for group, states in zip(self.param_groups, self._states, strict=True)
+            for state in states
+            for run in state.runs()
+        ]
+        for options, state, run, grads in jobs:
+            scale, skip = _on(grad_scale, state.device), _on(found_inf, state.device)
+            state.adamw_(*run, grads, **options, grad_scale=scale, found_inf=skip)
 
     @torch.no_grad()
     def clip_grad_norm_(
@@ -312,9 +308,11 @@ class SparseAdamW(Optimizer):
         ]
 
     def __getstate__(self) -> dict[str, Any]:
+        """What pickling and ``deepcopy`` keep; the flat vectors are made again from the state."""
         return {**super().__getstate__(), "_mode": self._mode, "_frozen": self._frozen}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a copy; in streamed mode its hooks go on its own parameters."""
         super().__setstate__({**state, "_complete": True})
         pieces = self.state
         indices = {param: piece["indices"] for param, piece in pieces.items()}
@@ -327,12 +325,18 @@ class SparseAdamW(Optimizer):
         self._source.attach(self._all_states())
 
 
+def _options(group: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a group that its steps take, read anew each time: schedulers change them."""
+    names = ("lr", "eps", "weight_decay", "maximize")
+    return {"betas": tuple(group["betas"]), **{name: group[name] for name in names}}
+
+
 def _on(scalar: Tensor | None, device: torch.device) -> Tensor | None:
     return None if scalar is None else scalar.to(device)
 
 
 def _require_trainable(name: str, param: nn.Parameter) -> None:
-    if param.dtype not in FLOATING:
+    if param.dtype not in TRAINABLE:
         raise OptimizerError(
             f"parameter {name!r} is {param.dtype}; SparseAdamW trains float32, bfloat16 and float16"
         )

@@ -75,6 +75,7 @@ class SelectedGrad(Tensor):
         return dense
 
     def __repr__(self) -> str:  # type: ignore[override]
+        """Shape, dtype and values."""
         return (
             f"SelectedGrad(shape={list(self.shape)}, dtype={self.dtype}, "
             f"nnz={self.values().numel()}, values={self.values()!r})"
@@ -88,6 +89,7 @@ class SelectedGrad(Tensor):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
+        """Run what gradients go through on the values; refuse everything else."""
         handler = _HANDLERS.get(func)
         if handler is None:
             raise _unsupported(func)
