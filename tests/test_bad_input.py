@@ -4,6 +4,8 @@ import errno
 import json
 import os
 import resource
+import subprocess
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -216,6 +218,19 @@ def test_density_outside_its_range(fails, small, pets, tmp_path, density):
         output = tmp_path / command
         options = ["--train-data", pets, "--shots", 2, f"--density={density}", "--output", output]
         assert "density" in fails(command, *small, *options)
+
+
+def test_unknown_backend():
+    done = subprocess.run(
+        [sys.executable, "-m", "saft_clip", "doctor"],
+        env=os.environ | {"SAFT_BACKEND": "nonsense"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("saft: there is no backend 'nonsense'")
+    assert len(done.stderr.splitlines()) == 1
 
 
 # Numbers

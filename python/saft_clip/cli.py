@@ -212,7 +212,7 @@ def doctor() -> None:
     """Say what is installed, what was built, and which backends work."""
     from saft_clip.doctor import diagnose
 
-    diagnose()
+    raise typer.Exit(diagnose())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -236,8 +236,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _explain(error: Exception) -> str | None:
     """The one sentence that says what went wrong; None if this error was not expected."""
-    from saft_kernels.errors import SaftError
-
+    # Not imported here: importing the package may be what has just failed, on a wrong SAFT_BACKEND.
+    errors = sys.modules.get("saft_kernels.errors")
+    if errors is not None and isinstance(error, errors.SaftError):
+        return " ".join(str(error).split())
     if isinstance(error, OSError) and error.filename and error.errno in _EXPECTED:
         return f"{error.filename} cannot be written or read: {error.strerror}"
-    return " ".join(str(error).split()) if isinstance(error, SaftError) else None
+    return None
