@@ -35,7 +35,12 @@ def test_literal_file_and_list(tmp_path):
     file.write_text("# sketches\n\na sketch of a {}.\n  a {} drawn badly\n")
     assert resolve_templates("a {}!") == ("a {}!",)
     assert resolve_templates(str(file)) == ("a sketch of a {}.", "a {} drawn badly")
-    assert resolve_templates(["one {}", "two {}"]) == ("one {}", "two {}")
+    assert resolve_templates(["one {}", str(file)]) == (
+        "one {}",
+        "a sketch of a {}.",
+        "a {} drawn badly",
+    )
+    assert len(resolve_templates(["one {}", "simple"])) == 8
 
 
 @pytest.mark.parametrize(
@@ -43,13 +48,23 @@ def test_literal_file_and_list(tmp_path):
     [
         ("no such file", "there are no prompt templates 'no such file'"),
         ("a {name}", r"'a \{name\}' has no \{\}"),
-        ([], "holds no prompt template"),
-        (["fine {}", "not fine"], "'not fine' has no"),
+        ([], "list of prompt templates is empty"),
+        (["fine {}", "not fine"], "there are no prompt templates 'not fine'"),
     ],
 )
 def test_bad_templates_are_named(spec, message):
     with pytest.raises(DataError, match=message):
         resolve_templates(spec)
+
+
+def test_bad_files_of_templates(tmp_path):
+    file = tmp_path / "templates.txt"
+    file.write_text("# nothing here\n")
+    with pytest.raises(DataError, match=r"templates.txt holds no prompt template"):
+        resolve_templates(str(file))
+    file.write_text("a {}\na photo\n")
+    with pytest.raises(DataError, match=r"'a photo' has no .*templates.txt"):
+        resolve_templates(str(file))
 
 
 def test_class_prompts_are_class_major(tokenizer):
