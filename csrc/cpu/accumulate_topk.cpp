@@ -1,11 +1,10 @@
-// Threads scan disjoint ranges and collect survivors of the threshold in small local batches. A full batch is
-// handed to the shared buffer under a lock; a full buffer is compacted, which raises the threshold, which the
-// threads pick up at their next chunk. A thread that works with an old, lower threshold only hands over more
-// candidates than needed: the result does not depend on when it notices.
+// Threads scan disjoint ranges and collect the indices of survivors of the threshold in small local batches. A batch
+// is handed to the shared buffer under a lock; when the buffer is full, what no longer reaches the threshold is
+// dropped. A thread that works with an old, lower threshold only hands over more candidates than needed: the result
+// does not depend on when it notices.
 //
 // Of D values in random order about k (1 + ln(D / k)) beat the k best before them: eight times k for a thousandth of
-// D. That holds only if the threshold follows closely, hence the histogram: it raises the threshold with every
-// batch, while compactions only make room.
+// D. That holds only if the threshold follows closely, hence the histogram: it raises the threshold with every batch.
 
 #include "accumulate_topk.h"
 
@@ -25,9 +24,13 @@
 namespace saft::cpu {
 namespace {
 
-constexpr int64_t kChunk = 2048;         // elements per scan: a chunk of acc and grad stays in the L1 cache
-constexpr int64_t kBatch = 4 * kChunk;   // survivors a thread collects before it takes the lock
-constexpr int64_t kGrain = 16 * kChunk;  // elements below which a second thread costs more than it brings
+constexpr int64_t kChunk = 2048;             // elements per scan: a chunk of acc and grad stays in the L1 cache
+constexpr int64_t kBatch = 4 * kChunk;       // survivors a thread can hold; then it waits for the lock
+constexpr int64_t kEager = 512;              // survivors from which it takes the lock if nobody else has it
+constexpr int64_t kGrain = 16 * kChunk;      // elements below which a second thread costs more than it brings
+constexpr int64_t kSpan = int64_t{1} << 30;  // elements between two batches at most: batches hold 32-bit offsets
+
+constexpr uint32_t kInfinity = 0x7f800000;
 
 uint32_t bits_of(float value) {
   uint32_t bits;
@@ -35,70 +38,31 @@ uint32_t bits_of(float value) {
   return bits;
 }
 
-float float_of(int64_t bits) {
-  const auto narrow = static_cast<uint32_t>(bits);
+float float_of(uint32_t bits) {
   float value;
-  std::memcpy(&value, &narrow, sizeof value);
+  std::memcpy(&value, &bits, sizeof value);
   return value;
 }
 
-// What a candidate has to beat: value above `value`, or equal to it at a position below `tie`.
+// What a candidate has to beat: bits above `bits`, or equal to them at a position below `tie`. Non-negative floats
+// order as their bits do.
 struct Bar {
-  float value = 0;
+  uint32_t bits = 0;
   int64_t tie = kNoPosition;
 
-  bool admits(float candidate, int64_t position) const {
-    return candidate > value || (candidate == value && position < tie);
+  bool admits(uint32_t candidate, int64_t position) const {
+    return candidate > bits || (candidate == bits && position < tie);
   }
 
   // The lowest value that can be admitted anywhere in a chunk that starts at `position`. Without the step up,
   // a tensor of equal values (zeros, say) would send every element past the tie to the slow path.
-  float threshold_from(int64_t position) const {
-    return position < tie ? value : std::nextafter(value, std::numeric_limits<float>::infinity());
-  }
+  float threshold_from(int64_t position) const { return float_of(position < tie ? bits : bits + 1); }
 };
 
 Bar bar_of(const int64_t* state) {
-  return state[kThreshold] == kNoThreshold ? Bar{} : Bar{float_of(state[kThreshold]), state[kTie]};
+  if (state[kThreshold] == kNoThreshold) return {};
+  return {static_cast<uint32_t>(state[kThreshold]), state[kTie]};
 }
-
-constexpr int kDigits = 3;
-constexpr std::array<int, kDigits> kShift = {20, 10, 0};  // 11 + 10 + 10 bits of a non-negative float
-constexpr std::array<int, kDigits> kWidth = {11, 10, 10};
-
-// The bits of the k-th largest of n values, by radix selection: non-negative floats order as their bits do.
-// `above` receives how many values are strictly larger.
-uint32_t kth_largest(const float* values, int64_t n, int64_t k, int64_t& above) {
-  uint32_t prefix = 0, mask = 0;
-  above = 0;
-  for (int digit = 0; digit < kDigits; ++digit) {
-    std::array<int64_t, 2048> histogram{};
-    const uint32_t low = (1u << kWidth[digit]) - 1;
-    for (int64_t i = 0; i < n; ++i) {
-      const uint32_t bits = bits_of(values[i]);
-      if ((bits & mask) == prefix) ++histogram[(bits >> kShift[digit]) & low];
-    }
-    uint32_t bin = low;
-    while (above + histogram[bin] < k) above += histogram[bin--];
-    prefix |= bin << kShift[digit];
-    mask |= low << kShift[digit];
-  }
-  return prefix;
-}
-
-// The position that separates the ties that stay from those that go: `keep` of them stay.
-int64_t last_kept_tie(const TopkBuffer& b, int64_t n, uint32_t bits, int64_t keep) {
-  std::vector<int64_t> ties;
-  for (int64_t i = 0; i < n; ++i)
-    if (bits_of(b.values[i]) == bits) ties.push_back(b.positions[i]);
-  std::nth_element(ties.begin(), ties.begin() + (keep - 1), ties.end());
-  return ties[static_cast<size_t>(keep - 1)];
-}
-
-struct Candidate {
-  float value;
-  int64_t position;
-};
 
 // Moves the bin up while k candidates lie above its lower edge; that edge then bounds the k-th best from below.
 // Candidates dropped from the buffer still count: they were offered, once each.
@@ -113,47 +77,78 @@ void raise_to_bin(const TopkBuffer& b) {
   }
 }
 
+// Keeps the candidates above the bar, and those equal to it up to the tie itself.
+void drop_below(const TopkBuffer& b, Bar bar) {
+  int64_t kept = 0;
+  for (int64_t i = 0; i < b.state[kCount]; ++i) {
+    const float value = b.values[i];
+    const int64_t position = b.positions[i];
+    b.values[kept] = value;
+    b.positions[kept] = position;
+    const uint32_t bits = bits_of(value);
+    kept += bits > bar.bits || (bits == bar.bits && position <= bar.tie);
+  }
+  b.state[kCount] = kept;
+}
+
+// The k-th best candidate. It lies in the bin that the histogram has reached: fewer than k lie above that bin.
+Bar kth_best(const TopkBuffer& b) {
+  const auto next_edge = static_cast<uint32_t>((b.state[kBin] + 1) << kBinShift);
+  std::vector<Bar> in_bin;
+  int64_t above = 0;
+  for (int64_t i = 0; i < b.state[kCount]; ++i) {
+    const uint32_t bits = bits_of(b.values[i]);
+    above += bits >= next_edge;
+    if (bits < next_edge) in_bin.push_back({bits, b.positions[i]});
+  }
+  const auto better = [](const Bar& x, const Bar& y) { return x.bits > y.bits || (x.bits == y.bits && x.tie < y.tie); };
+  const auto kth = in_bin.begin() + (b.k - above - 1);
+  std::nth_element(in_bin.begin(), kth, in_bin.end(), better);
+  return *kth;
+}
+
+// Drops what no longer reaches the threshold; where that is little (equal values, mostly), keeps only the k best.
+void make_room(const TopkBuffer& b) {
+  raise_to_bin(b);
+  drop_below(b, bar_of(b.state));
+  if (b.state[kCount] - b.k > (b.capacity - b.k) / 2) compact_topk(b);
+}
+
+// Survivors of a scan: element numbers first + offsets[0, n).
+struct Batch {
+  const float* acc;
+  int64_t base;  // position of acc[0]
+  int64_t first;
+  const int32_t* offsets;
+  int64_t n;
+};
+
 // Appends candidates until they or the room run out; returns how many it has dealt with. Works on copies of the
 // counters: the compiler cannot know that the vectors do not overlap them.
-int64_t fill(const TopkBuffer& b, const Candidate* candidates, int64_t n) {
+int64_t fill(const TopkBuffer& b, const Batch& batch, int64_t from) {
   const Bar bar = bar_of(b.state);
   const int64_t bin = b.state[kBin];
   int64_t* const histogram = b.state + kHistogram;
-  int64_t count = b.state[kCount], above = b.state[kAbove], i = 0;
-  for (; i < n && count < b.capacity; ++i) {
-    const auto [value, position] = candidates[i];
-    if (!bar.admits(value, position)) continue;
-    b.values[count] = value;
+  int64_t count = b.state[kCount], above = b.state[kAbove], i = from;
+  for (; i < batch.n && count < b.capacity; ++i) {
+    const int64_t element = batch.first + batch.offsets[i];
+    const int64_t position = batch.base + element;
+    const uint32_t bits = bits_of(batch.acc[element]) & 0x7fffffff;
+    if (bits >= kInfinity) {
+      b.state[kNonFinite] = std::min(b.state[kNonFinite], position);
+      continue;
+    }
+    if (!bar.admits(bits, position)) continue;
+    b.values[count] = float_of(bits);
     b.positions[count] = position;
     ++count;
-    const int64_t own_bin = bits_of(value) >> kBinShift;
+    const int64_t own_bin = bits >> kBinShift;
     ++histogram[own_bin];
     above += own_bin >= bin;
   }
   b.state[kCount] = count;
   b.state[kAbove] = above;
   return i;
-}
-
-// Keeps the candidates above `value`, and those equal to it up to position `last`.
-void drop_below(const TopkBuffer& b, float value, int64_t last) {
-  int64_t kept = 0;
-  for (int64_t i = 0; i < b.state[kCount]; ++i) {
-    const float own = b.values[i];
-    const int64_t position = b.positions[i];
-    b.values[kept] = own;
-    b.positions[kept] = position;
-    kept += own > value || (own == value && position <= last);
-  }
-  b.state[kCount] = kept;
-}
-
-// Drops what no longer reaches the threshold; where that is little (equal values, mostly), keeps the k best.
-void make_room(const TopkBuffer& b) {
-  raise_to_bin(b);
-  const Bar bar = bar_of(b.state);
-  drop_below(b, bar.value, bar.tie);
-  if (b.state[kCount] - b.k > (b.capacity - b.k) / 2) compact_topk(b);
 }
 
 // The buffer while several threads fill it.
@@ -166,23 +161,28 @@ class SharedBuffer {
     return bar_of(b_.state);
   }
 
-  // Changes whenever the bar rises.
+  // Changes whenever the bar may have risen.
   uint64_t version() const { return version_.load(std::memory_order_acquire); }
 
-  void append(const Candidate* candidates, int64_t n) {
-    const std::lock_guard lock(mutex_);
-    for (int64_t i = 0; i < n;) {
-      if (b_.state[kCount] == b_.capacity) make_room(b_);
-      i += fill(b_, candidates + i, n - i);
-    }
+  // Unless `wait`, gives up and returns false while another thread holds the buffer.
+  bool append(const Batch& batch, bool wait) {
+    std::unique_lock lock(mutex_, std::defer_lock);
+    if (wait) lock.lock();
+    if (!wait && !lock.try_lock()) return false;
+    for (int64_t done = fill(b_, batch, 0); done < batch.n; done = fill(b_, batch, done)) make_room(b_);
     raise_to_bin(b_);
     version_.fetch_add(1, std::memory_order_release);
+    return true;
   }
 
-  void report_nonfinite(int64_t position) {
+  // Without selection the only survivors are not finite.
+  void report_nonfinite(const Batch& batch) {
     const std::lock_guard lock(mutex_);
-    b_.state[kNonFinite] = std::min(b_.state[kNonFinite], position);
+    for (int64_t i = 0; i < batch.n; ++i)
+      b_.state[kNonFinite] = std::min(b_.state[kNonFinite], batch.base + batch.first + batch.offsets[i]);
   }
+
+  bool selects() const { return b_.k > 0; }
 
  private:
   TopkBuffer b_;
@@ -193,23 +193,27 @@ class SharedBuffer {
 // One thread's share of a tensor.
 class Worker {
  public:
-  Worker(const Scan& scan, int64_t base, bool select, SharedBuffer& shared)
-      : scan_(scan), base_(base), select_(select), shared_(shared) {}
+  Worker(const Scan& scan, int64_t base, SharedBuffer& shared) : scan_(scan), base_(base), shared_(shared) {}
 
   void run(int64_t begin, int64_t end) {
-    const auto& kernels = accumulate_topk_kernels();
-    for (int64_t b = begin; b < end; b += kChunk) {
-      const int64_t e = std::min(b + kChunk, end);
-      const int64_t survivors = kernels.scan(scan_, b, e, threshold(b), survivors_.data());
-      collect(b, survivors);
-      if (pending_ > kBatch - kChunk) flush();
-    }
-    flush();
+    for (; begin < end; begin += kSpan) run_span(begin, std::min(begin + kSpan, end));
   }
 
  private:
+  void run_span(int64_t begin, int64_t end) {
+    const auto& kernels = accumulate_topk_kernels();
+    first_ = begin;
+    for (int64_t b = begin; b < end; b += kChunk) {
+      const int64_t e = std::min(b + kChunk, end);
+      const auto offset = static_cast<int32_t>(b - begin);
+      pending_ += kernels.scan(scan_, b, e, threshold(b), offset, offsets_.data() + pending_);
+      if (pending_ >= kEager) flush(pending_ > kBatch - kChunk);
+    }
+    flush(true);
+  }
+
   float threshold(int64_t i) {
-    if (!select_) return std::numeric_limits<float>::infinity();
+    if (!shared_.selects()) return std::numeric_limits<float>::infinity();
     if (const uint64_t now = shared_.version(); now != seen_) {
       seen_ = now;
       bar_ = shared_.bar();
@@ -217,33 +221,24 @@ class Worker {
     return bar_.threshold_from(base_ + i);
   }
 
-  void collect(int64_t begin, int64_t survivors) {
-    for (int64_t s = 0; s < survivors; ++s) {
-      const int64_t i = begin + survivors_[static_cast<size_t>(s)];
-      const float value = std::fabs(scan_.acc[i]);
-      const int64_t position = base_ + i;
-      if (!std::isfinite(value)) {
-        shared_.report_nonfinite(position);
-      } else {
-        batch_[static_cast<size_t>(pending_++)] = {value, position};
-      }
-    }
-  }
-
-  void flush() {
-    if (pending_ > 0) shared_.append(batch_.data(), pending_);
+  void flush(bool wait) {
+    const Batch batch{scan_.acc, base_, first_, offsets_.data(), pending_};
+    if (pending_ == 0) return;
+    if (!shared_.selects())
+      shared_.report_nonfinite(batch);
+    else if (!shared_.append(batch, wait))
+      return;
     pending_ = 0;
   }
 
   const Scan& scan_;
   const int64_t base_;
-  const bool select_;
   SharedBuffer& shared_;
   Bar bar_;
   uint64_t seen_ = 0;
+  int64_t first_ = 0;
   int64_t pending_ = 0;
-  std::array<int32_t, kChunk + kSurvivorSlack> survivors_;
-  std::array<Candidate, kBatch> batch_;
+  std::array<int32_t, kBatch + kSurvivorSlack> offsets_;
 };
 
 }  // namespace
@@ -251,21 +246,18 @@ class Worker {
 void compact_topk(const TopkBuffer& b) {
   if (b.k == 0) b.state[kCount] = 0;
   if (b.state[kCount] < b.k || b.k == 0) return;
-  const Bar bar = bar_of(b.state);
-  drop_below(b, bar.value, bar.tie);
-  const int64_t n = b.state[kCount];
-  int64_t above = 0;
-  const uint32_t bits = kth_largest(b.values, n, b.k, above);
-  const int64_t tie = last_kept_tie(b, n, bits, b.k - above);
-  drop_below(b, float_of(bits), tie);
-  b.state[kThreshold] = bits;
-  b.state[kTie] = tie;
+  raise_to_bin(b);
+  drop_below(b, bar_of(b.state));
+  const Bar kth = kth_best(b);
+  drop_below(b, kth);
+  b.state[kThreshold] = kth.bits;
+  b.state[kTie] = kth.tie;
 }
 
 void accumulate_topk(const Scan& scan, int64_t base, const TopkBuffer& buffer) {
   SharedBuffer shared(buffer);
-  torch::stable::parallel_for(
-      0, scan.n, kGrain, [&](int64_t begin, int64_t end) { Worker(scan, base, buffer.k > 0, shared).run(begin, end); });
+  torch::stable::parallel_for(0, scan.n, kGrain,
+                              [&](int64_t begin, int64_t end) { Worker(scan, base, shared).run(begin, end); });
 }
 
 }  // namespace saft::cpu

@@ -2,8 +2,9 @@
 //   acc[i] += scale * grad[i]          both roundings kept: the same bits on every instruction set
 //   if !(|acc[i]| < threshold): emit i
 //
-// Moves 12 bytes per fp32 element (read acc and grad, write acc), so it must keep pace with memory: the arithmetic is
-// vectorised by the compiler, and survivors, few and at random places, are picked out by simd.h.
+// Moves 12 bytes per fp32 element (read acc and grad, write acc), so it must keep pace with memory: a block is
+// processed by straight-line vector code that only asks "does any survive?". Survivors are one in a thousand once
+// the threshold has risen, and only their blocks are looked at again.
 
 #include "accumulate_topk_kernel.h"
 
@@ -14,6 +15,8 @@ namespace saft::cpu {
 namespace {
 
 static_assert(kSurvivorSlack >= kLanes);
+
+constexpr int32_t kBlock = 64;
 
 struct NoGrad {};
 
@@ -28,41 +31,61 @@ inline float accumulate(float acc, const T* grad, int64_t i, float scale) {
   }
 }
 
+// Updates acc[0, n) and says whether any element survives.
 template <typename T, bool square>
-int64_t scan_typed(const Scan& scan, int64_t begin, int64_t end, float threshold, int32_t* __restrict survivors) {
-  const T* __restrict grad = static_cast<const T*>(scan.grad) + begin;
-  float* __restrict acc = scan.acc + begin;
-  const auto n = static_cast<int32_t>(end - begin);
+inline bool update(float* __restrict acc, const T* __restrict grad, int64_t n, float scale, float threshold) {
+  int32_t any = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const float a = accumulate<T, square>(acc[i], grad, i, scale);
+    if constexpr (!__is_same(T, NoGrad)) acc[i] = a;
+    any |= !(__builtin_fabsf(a) < threshold);
+  }
+  return any != 0;
+}
+
+int64_t append_survivors(const float* acc, int32_t n, float threshold, int32_t first, int32_t* out) {
   int64_t found = 0;
   int32_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    if constexpr (!__is_same(T, NoGrad))
-      for (int32_t j = i; j < i + kLanes; ++j) acc[j] = accumulate<T, square>(acc[j], grad, j, scan.scale);
-    found += append_not_below(acc + i, threshold, i, survivors + found);
-  }
-  for (; i < n; ++i) {
-    acc[i] = accumulate<T, square>(acc[i], grad, i, scan.scale);
-    if (!(__builtin_fabsf(acc[i]) < threshold)) survivors[found++] = i;
+  for (; i + kLanes <= n; i += kLanes) found += append_not_below(acc + i, threshold, first + i, out + found);
+  for (; i < n; ++i)
+    if (!(__builtin_fabsf(acc[i]) < threshold)) out[found++] = first + i;
+  return found;
+}
+
+template <typename T, bool square>
+int64_t scan_typed(const Scan& scan, int64_t begin, int64_t end, float threshold, int32_t offset, int32_t* survivors) {
+  const T* grad = static_cast<const T*>(scan.grad) + begin;
+  float* acc = scan.acc + begin;
+  const float scale = scan.scale;
+  const auto n = static_cast<int32_t>(end - begin);
+  int64_t found = 0;
+  for (int32_t b = 0; b < n; b += kBlock) {
+    const int32_t size = n - b < kBlock ? n - b : kBlock;
+    // A constant trip count lets the compiler unroll the whole block.
+    const bool any = size == kBlock ? update<T, square>(acc + b, grad + b, kBlock, scale, threshold)
+                                    : update<T, square>(acc + b, grad + b, size, scale, threshold);
+    if (any) found += append_survivors(acc + b, size, threshold, offset + b, survivors + found);
   }
   return found;
 }
 
 template <typename T>
-int64_t scan_squared(const Scan& scan, int64_t begin, int64_t end, float threshold, int32_t* survivors) {
-  return scan.square ? scan_typed<T, true>(scan, begin, end, threshold, survivors)
-                     : scan_typed<T, false>(scan, begin, end, threshold, survivors);
+int64_t scan_squared(const Scan& scan, int64_t begin, int64_t end, float threshold, int32_t offset,
+                     int32_t* survivors) {
+  return scan.square ? scan_typed<T, true>(scan, begin, end, threshold, offset, survivors)
+                     : scan_typed<T, false>(scan, begin, end, threshold, offset, survivors);
 }
 
-int64_t scan(const Scan& scan, int64_t begin, int64_t end, float threshold, int32_t* survivors) {
+int64_t scan(const Scan& scan, int64_t begin, int64_t end, float threshold, int32_t offset, int32_t* survivors) {
   switch (scan.type) {
     case GradType::fp32:
-      return scan_squared<float>(scan, begin, end, threshold, survivors);
+      return scan_squared<float>(scan, begin, end, threshold, offset, survivors);
     case GradType::bf16:
-      return scan_squared<BFloat16>(scan, begin, end, threshold, survivors);
+      return scan_squared<BFloat16>(scan, begin, end, threshold, offset, survivors);
     case GradType::fp16:
-      return scan_squared<Half>(scan, begin, end, threshold, survivors);
+      return scan_squared<Half>(scan, begin, end, threshold, offset, survivors);
     default:
-      return scan_typed<NoGrad, false>(scan, begin, end, threshold, survivors);
+      return scan_typed<NoGrad, false>(scan, begin, end, threshold, offset, survivors);
   }
 }
 
