@@ -1,0 +1,87 @@
+"""Recognising a tensor by its content: dtype, shape and every byte.
+
+A fingerprint is the first 128 bits of a SHA-256, in hexadecimal. It does not depend on the memory
+layout or the device. It costs one read of the tensor at 1.5 GB/s per core where the CPU has SHA
+instructions (a ViT-B/16 of 600 MB: 0.2 s on two cores), about a third of that elsewhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+BLOCK = (
+    1 << 20
+)  #: elements that are copied at most, of tensors that are not contiguous or not on the CPU
+
+_LENGTH = 32  # hexadecimal digits
+
+
+def fingerprint(tensor: Tensor) -> str:
+    """The fingerprint of one tensor.
+
+    Args:
+        tensor: any dtype, shape, strides and device but ``meta``.
+
+    Returns:
+        32 hexadecimal digits, from dtype, shape and the elements' bytes in logical row-major order
+        (little-endian).
+    """
+    digest = hashlib.sha256(json.dumps([str(tensor.dtype), list(tensor.shape)]).encode())
+    with torch.no_grad():
+        for block in _blocks(tensor.detach()):
+            digest.update(block.cpu().view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:_LENGTH]
+
+
+def fingerprints(tensors: Iterable[Tensor]) -> list[str]:
+    """The fingerprints of many tensors, several at a time (hashing runs outside Python's lock)."""
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        return list(pool.map(fingerprint, tensors))
+
+
+def is_fingerprint(text: object) -> bool:
+    """Whether ``text`` has the form of a fingerprint."""
+    return isinstance(text, str) and len(text) == _LENGTH and set(text) <= set("0123456789abcdef")
+
+
+def _blocks(tensor: Tensor) -> Iterator[Tensor]:
+    """The elements in row-major order, as contiguous vectors of bounded size."""
+    if tensor.is_contiguous():
+        yield from tensor.reshape(-1).split(BLOCK)
+    elif tensor[0].numel() > BLOCK:
+        for part in tensor:
+            yield from _blocks(part)
+    else:
+        rows = max(1, BLOCK // max(1, tensor[0].numel()))
+        for part in tensor.split(rows):
+            yield part.reshape(-1)
+
+
+def same_bits(a: Tensor, b: Tensor) -> Tensor:
+    """True where two tensors of one shape and dtype agree bit for bit (NaN with NaN)."""
+    return _bits(a.detach()) == _bits(b.detach())
+
+
+def count_different_bits(a: Tensor, b: Tensor) -> int:
+    """How many elements differ in some bit; ``b`` may be on another device."""
+    if not a.dim():
+        a, b = a.view(1), b.view(1)
+    rows = max(1, BLOCK // max(1, a[:1].numel()))
+    return sum(
+        int((~same_bits(part, other.to(part.device))).sum())
+        for part, other in zip(a.detach().split(rows), b.detach().split(rows), strict=True)
+    )
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return tensor.view(integers[tensor.element_size()])
