@@ -106,26 +106,33 @@ class CooMask:
         return iter(self._indices.items())
 
     def __iter__(self) -> Iterator[str]:
+        """The names of the parameters with selected entries, in model order."""
         return iter(self._indices)
 
     def __getitem__(self, name: str) -> Tensor:
+        """The flat indices of a parameter with selected entries."""
         return self._indices[name]
 
     def __contains__(self, name: object) -> bool:
+        """Whether a parameter of this name has selected entries."""
         return name in self._indices
 
     def __len__(self) -> int:
+        """The number of parameters with selected entries."""
         return len(self._indices)
 
     def __eq__(self, other: object) -> bool:
+        """Whether names, shapes and indices are the same."""
         if not isinstance(other, CooMask):
             return NotImplemented
         return self.fingerprint == other.fingerprint
 
     def __hash__(self) -> int:
+        """Consistent with equality."""
         return hash(self.fingerprint)
 
     def __repr__(self) -> str:
+        """One line of counts."""
         return (
             f"CooMask(nnz={self.nnz:,} of {self.numel:,}, density={self.density:.3g}, "
             f"parameters={len(self)} of {len(self.shapes)})"

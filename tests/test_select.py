@@ -307,7 +307,11 @@ def test_magnitude_selects_the_smallest_weights() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_magnitude_in_every_dtype_and_layout(dtype: torch.dtype) -> None:
+def test_magnitude_in_every_dtype_and_layout(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The package's name for the module is taken by the function.
+    monkeypatch.setattr(sys.modules["saft_kernels.select"], "_MAGNITUDE_PIECE", 37)
     torch.manual_seed(0)
     model = nn.Conv2d(3, 4, 5, bias=False).to(dtype)
     smallest = model.weight.detach().float().abs().flatten().argsort(stable=True)[:30]
@@ -519,6 +523,7 @@ def test_chunked_does_not_take_the_fast_path_of_attention() -> None:
     batches = [torch.randn(3, 5, 16) for _ in range(2)]
 
     def loss(model: nn.Module, x: Tensor) -> Tensor:
+        assert not torch.backends.mha.get_fastpath_enabled()
         return model(x).square().mean()
 
     total = sum(param.numel() for param in model.parameters())
@@ -859,18 +864,19 @@ def test_examples_are_counted_by_the_first_tensor() -> None:
         lambda x, s: (x, s, ["first caption", "second caption"]),
     ],
 )
-def test_examples_are_cut_out_of_any_structure(build: Callable[..., Any]) -> None:
-    x, scalar = torch.arange(6.0).view(2, 3), torch.tensor(1.0)
-    batch = build(x, scalar)
+@pytest.mark.parametrize("shared", [torch.tensor(1.0), torch.arange(3.0)])
+def test_examples_are_cut_out_of_any_structure(build: Callable[..., Any], shared: Tensor) -> None:
+    x = torch.arange(6.0).view(2, 3)
+    batch = build(x, shared)
     parts = list(split_examples(batch, 2))
     assert len(parts) == 2
     for i, part in enumerate(parts):
         assert type(part) is type(batch)
         assert count_examples(part) == 1
-        assert repr(part) == repr(build(x[i : i + 1], scalar)).replace(
+        assert repr(part) == repr(build(x[i : i + 1], shared)).replace(
             "['first caption', 'second caption']", str([["first caption", "second caption"][i]])
         )
-    assert repr(batch) == repr(build(x, scalar))
+    assert repr(batch) == repr(build(x, shared))
 
 
 def test_with_last_marks_the_last_item() -> None:
