@@ -15,7 +15,7 @@
 namespace saft::cpu {
 namespace {
 
-constexpr int64_t kBlock = 64;
+constexpr int64_t kBlock = 128;
 
 struct Places {
   int64_t param[kBlock];
