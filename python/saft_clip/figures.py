@@ -1,0 +1,191 @@
+"""Figures for report pages: inline SVG that takes its colours from the page.
+
+Matplotlib draws with placeholder colours, which then become CSS variables, so that one figure fits
+a light and a dark page. Text stays text, in the page's font.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
+
+#: CSS variable of the page -> the colour that stands for it while matplotlib draws.
+PLACEHOLDERS = {
+    name: f"#{number:02x}fe{number:02x}"
+    for number, name in enumerate(
+        ("ink", "muted", "grid", "card", "before", "after", "s1", "s2", "s3", "s4", "s5"), start=1
+    )
+}
+
+_STYLE: Any = {
+    "svg.fonttype": "none",
+    "font.size": 10.5,
+    "text.color": PLACEHOLDERS["ink"],
+    "axes.labelcolor": PLACEHOLDERS["muted"],
+    "axes.edgecolor": PLACEHOLDERS["grid"],
+    "axes.titlecolor": PLACEHOLDERS["ink"],
+    "axes.titlelocation": "left",
+    "axes.titlesize": 11.5,
+    "axes.titleweight": "bold",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": PLACEHOLDERS["grid"],
+    "grid.linewidth": 0.8,
+    "xtick.color": PLACEHOLDERS["grid"],
+    "ytick.color": PLACEHOLDERS["grid"],
+    "xtick.labelcolor": PLACEHOLDERS["muted"],
+    "ytick.labelcolor": PLACEHOLDERS["muted"],
+    "legend.frameon": False,
+    "legend.labelcolor": PLACEHOLDERS["ink"],
+    "lines.linewidth": 2.0,
+}
+
+
+@contextmanager
+def figure(width: float, height: float, **subplots: Any) -> Iterator[tuple[Figure, Any]]:
+    """A new figure in the page's style, in inches, and its axes."""
+    with mpl.rc_context(_STYLE):
+        drawing = Figure(figsize=(width, height), layout="constrained")
+        drawing.patch.set_alpha(0)
+        axes = drawing.subplots(**subplots)
+        for one in axes.flat if hasattr(axes, "flat") else [axes]:
+            one.patch.set_alpha(0)
+        yield drawing, axes
+
+
+def inline_svg(drawing: Figure, name: str, description: str) -> str:
+    """The figure as an ``<svg>`` element.
+
+    Args:
+        drawing: made by :func:`figure`.
+        name: unique on the page: SVG ids are derived from it.
+        description: for those who cannot see it.
+    """
+    buffer = io.StringIO()
+    with mpl.rc_context({**_STYLE, "svg.hashsalt": name}):
+        drawing.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"font(-family)?: ([\d.]+px)?[^;\"]*DejaVu[^;\"]*", _font_size, svg)
+    # Ids such as axes_1 come from a counter and would repeat in the page's next figure.
+    svg = re.sub(r'<g id="(?!m[0-9a-f]{10})[^"]*">', "<g>", svg)
+    for variable, colour in PLACEHOLDERS.items():
+        svg = svg.replace(colour, f"var(--{variable})")
+    opening, rest = svg.split(">", 1)
+    opening = re.sub(r' (width|height)="[^"]*"', "", opening)
+    width = re.search(r'viewBox="0 0 ([\d.]+)', opening)
+    style = f"max-width:{float(width.group(1)) * 4 / 3:.0f}px" if width else ""
+    return f'{opening} role="img" aria-label="{description}" style="{style}">{rest}'
+
+
+def _font_size(match: re.Match[str]) -> str:
+    return f"font-size: {match.group(2)}" if match.group(2) else "font-family: inherit"
+
+
+def accuracy_figure(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Accuracy before and after, a line per data set.
+
+    Args:
+        rows: ``name``, ``before``, ``after`` (fractions of 1), ``shifted``.
+    """
+    with figure(8.9, 0.9 + 0.42 * len(rows)) as (drawing, axes):
+        for position, row in enumerate(rows):
+            y = len(rows) - 1 - position
+            axes.plot(
+                [row["before"], row["after"]], [y, y], color=PLACEHOLDERS["grid"], linewidth=5,
+                solid_capstyle="round", zorder=2,
+            )  # fmt: skip
+        y_positions = range(len(rows) - 1, -1, -1)
+        for when, label in (("before", "before (zero-shot)"), ("after", "after fine-tuning")):
+            axes.scatter(
+                [row[when] for row in rows], y_positions, s=62, label=label, zorder=3,
+                color=PLACEHOLDERS[when], edgecolors=PLACEHOLDERS["card"], linewidths=1.2,
+            )  # fmt: skip
+        _label_ends(axes, rows)
+        axes.set_yticks(list(y_positions), [row["name"] for row in rows])
+        axes.tick_params(axis="y", length=0, labelcolor=PLACEHOLDERS["ink"])
+        axes.set_ylim(-0.6, len(rows) - 0.4)
+        axes.grid(axis="y", visible=False)
+        axes.spines["left"].set_visible(False)
+        axes.xaxis.set_major_formatter(PercentFormatter(1.0))
+        axes.margins(x=0.12)
+        drawing.legend(loc="outside upper right", ncols=2)
+        return inline_svg(drawing, "accuracy", "Accuracy before and after, by data set")
+
+
+def _label_ends(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
+    for position, row in enumerate(rows):
+        up = row["after"] >= row["before"]
+        axes.annotate(
+            f"{100 * (row['after'] - row['before']):+.1f}",
+            (row["after"], len(rows) - 1 - position),
+            xytext=(9 if up else -9, 0), textcoords="offset points", va="center",
+            ha="left" if up else "right", color=PLACEHOLDERS["ink"], fontsize=9.5,
+        )  # fmt: skip
+
+
+def curves_figure(metrics: Sequence[Mapping[str, Any]]) -> str:
+    """Training loss and validation accuracy over the steps; the latter only if there is any."""
+    training = [line for line in metrics if line["kind"] == "train"]
+    validation = [line for line in metrics if line["kind"] == "validation"]
+    columns = 2 if validation else 1
+    with figure(8.9, 2.7, ncols=columns, squeeze=False) as (drawing, axes):
+        loss = axes[0, 0]
+        steps, losses = [t["step"] for t in training], [t["loss"] for t in training]
+        loss.plot(steps, losses, color=PLACEHOLDERS["before"], linewidth=1, alpha=0.7)
+        loss.plot(steps, smoothed(losses), color=PLACEHOLDERS["after"])
+        loss.set(title="training loss", xlabel="step", ylim=(0, None))
+        if validation:
+            accuracy = axes[0, 1]
+            accuracy.plot(
+                [v["step"] for v in validation], [v["top1"] for v in validation],
+                color=PLACEHOLDERS["after"], marker="o", markersize=4,
+            )  # fmt: skip
+            accuracy.set(title="validation accuracy (top-1)", xlabel="step")
+            accuracy.yaxis.set_major_formatter(PercentFormatter(1.0))
+        for one in axes.flat:
+            one.xaxis.set_major_locator(MaxNLocator(integer=True))
+        return inline_svg(drawing, "curves", "Learning curves")
+
+
+def smoothed(values: Sequence[float]) -> list[float]:
+    """A centred mean over a window of a tenth of the points; shorter at the ends."""
+    half = max(1, len(values) // 20)
+    windows = (values[max(0, i - half) : i + half + 1] for i in range(len(values)))
+    return [sum(window) / len(window) for window in windows]
+
+
+def blocks_figure(blocks: Sequence[Mapping[str, Any]], kinds: Sequence[str]) -> str:
+    """Trained values per block of each encoder, by kind."""
+    encoders = [name for name in ("image", "text") if any(b["encoder"] == name for b in blocks)]
+    with figure(8.9, 3.1, ncols=len(encoders), sharey=True, squeeze=False) as (drawing, grid):
+        for axes, encoder in zip(grid.flat, encoders, strict=True):
+            mine = [b for b in blocks if b["encoder"] == encoder]
+            names = list(dict.fromkeys(b["block"] for b in mine))
+            bottom = dict.fromkeys(names, 0)
+            for number, kind in enumerate(kinds, start=1):
+                counts = {b["block"]: b["trained"] for b in mine if b["kind"] == kind}
+                heights = [counts.get(name, 0) for name in names]
+                axes.bar(
+                    names, heights, bottom=[bottom[name] for name in names], width=0.72,
+                    color=PLACEHOLDERS[f"s{number}"], label=kind,
+                )  # fmt: skip
+                bottom = {name: bottom[name] + counts.get(name, 0) for name in names}
+            axes.set(title=f"{encoder} encoder", xlabel="block")
+            axes.grid(axis="x", visible=False)
+            axes.tick_params(axis="x", length=0)
+            axes.yaxis.set_major_formatter(EngFormatter(sep=""))
+        handles, labels = grid.flat[0].get_legend_handles_labels()
+        drawing.legend(handles, labels, loc="outside upper right", ncols=len(kinds))
+        return inline_svg(drawing, "blocks", "Trained parameters per block of each encoder")

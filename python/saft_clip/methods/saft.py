@@ -1,0 +1,106 @@
+"""SAFT: train the d parameters with the largest mean gradient, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from saft_clip.batches import Batch
+from saft_clip.console import progress, say
+from saft_clip.methods.base import FROZEN, Method, adamw_options
+from saft_kernels import ops
+from saft_kernels.delta import SparseDelta
+from saft_kernels.mask import CooMask
+from saft_kernels.optim import SparseAdamW
+from saft_kernels.select import select
+
+
+class Saft(Method):
+    """Sparse adaptation (SAFT, Algorithm 1).
+
+    The mask is selected once, over the training images in order and without augmentation, with the
+    training loss in the training precision, the model in eval mode. Then
+    :class:`~saft_kernels.SparseAdamW` trains the selected entries. The result is a delta.
+    """
+
+    name = "saft"
+    artefact = "delta.safetensors"
+
+    def prepare(self, batches: Iterable[Batch], folder: Path | None) -> None:
+        """Select the mask, or take the one that the run has selected already."""
+        file = folder / "mask.safetensors" if folder else None
+        if file is not None and file.exists():
+            mask = CooMask.load(file)
+        else:
+            mask = self._select(batches)
+            if file is not None:
+                mask.save(file)
+        self._freeze_all_but(mask)
+        self.mask = mask
+        self.optimizer = SparseAdamW(
+            self.model, mask, gradients=self.config.gradients, **adamw_options(self.config)
+        )
+
+    def _select(self, batches: Iterable[Batch]) -> CooMask:
+        self.model.eval()
+        with progress("selecting", len(batches), unit="batches") as advance:  # type: ignore[arg-type]
+            mask = select(
+                self.model,
+                lambda model, batch: self.loss(*batch),
+                batches,
+                density=self.config.density,
+                exclude=FROZEN,
+                progress=lambda done, total, what: advance(),
+            )
+        say(f"selected {mask.nnz:,} of {mask.numel:,} parameters, in {len(mask)} tensors")
+        return mask
+
+    def _freeze_all_but(self, mask: CooMask) -> None:
+        for name, param in self.model.named_parameters():
+            param.requires_grad_(name in mask)
+
+    def clip_grad_norm_(self, max_norm: float) -> Tensor:
+        """The norm of the selected gradient."""
+        optimizer: Any = self.optimizer
+        return optimizer.clip_grad_norm_(max_norm)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The selected values, the optimizer's state, and which mask they belong to."""
+        assert self.mask is not None
+        values = {n: ops.gather(p, i) for n, p, i in self._selected()}
+        return {
+            "mask": self.mask.fingerprint,
+            "values": values,
+            "optimizer": self.optimizer.state_dict(),
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Put the values where they belong; the optimizer refuses another mask's state."""
+        for name, param, index in self._selected():
+            ops.scatter_(param, index, state["values"][name].to(param.device))
+        self.optimizer.load_state_dict(state["optimizer"])
+
+    def _selected(self) -> list[tuple[str, nn.Parameter, Tensor]]:
+        assert self.mask is not None
+        return [(n, p, i.to(p.device)) for n, p, i in self.mask.parameters(self.model)]
+
+    def export(self, folder: Path, base: Callable[[], nn.Module]) -> Path:
+        """Write the delta; capturing it makes sure that nothing outside the mask has changed."""
+        assert self.mask is not None
+        path = folder / self.artefact
+        config = self.config
+        about = {
+            "model": self.clip.name,
+            "pretrained": str(self.clip.pretrained),
+            "method": self.name,
+            "train_data": config.train_data,
+            "shots": str(config.shots),
+            "seed": str(config.seed),
+        }
+        SparseDelta.capture(self.model, self.mask, base(), about).save(path)
+        return path

@@ -1,0 +1,110 @@
+"""The record of a run: one JSON object per line in ``metrics.jsonl``, and TensorBoard if asked for.
+
+Every line has ``kind`` and ``step`` (optimizer steps taken). ``kind`` is ``train`` (``epoch``,
+``loss``, ``lr``, ``grad_norm``, ``images_per_s``), ``validation`` or ``evaluation`` (``when``:
+``before`` or ``after``; and what :class:`saft_clip.evaluate.Evaluation` holds).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from saft_clip.errors import CheckpointError, ConfigError
+from saft_kernels.errors import FileWriteError
+
+
+class MetricsLog:
+    """Appends to the record of a run.
+
+    Args:
+        path: ``metrics.jsonl``.
+        tensorboard: folder for TensorBoard's event files; None for none.
+        keep: bytes of an existing file to keep, what follows is removed: a resumed run goes on
+            from its checkpoint, and no line appears twice.
+        step: optimizer steps taken so far; TensorBoard drops what comes after.
+
+    Raises:
+        FileWriteError: if the file cannot be written.
+        CheckpointError: if the existing file is shorter than ``keep``.
+        ConfigError: if TensorBoard is asked for and not installed.
+    """
+
+    def __init__(
+        self, path: Path, *, tensorboard: Path | None = None, keep: int = 0, step: int = 0
+    ) -> None:
+        self.path = path
+        try:
+            self._file = path.open("ab")
+            self._cut(keep)
+        except OSError as error:
+            raise self._failure(error) from error
+        self._writer = None if tensorboard is None else _open_tensorboard(tensorboard, step)
+
+    def _cut(self, keep: int) -> None:
+        size = os.fstat(self._file.fileno()).st_size
+        if size < keep:
+            raise CheckpointError(
+                f"{self.path} is shorter ({size} bytes) than when the checkpoint was made "
+                f"({keep}): put the whole file back, or start again in another folder"
+            )
+        self._file.truncate(keep)
+
+    def write(self, kind: str, step: int, **values: Any) -> None:
+        """Append one line.
+
+        Raises:
+            FileWriteError: if the disk is full.
+        """
+        line = json.dumps({"kind": kind, "step": step, **values}, ensure_ascii=False) + "\n"
+        try:
+            self._file.write(line.encode())
+            self._file.flush()
+        except OSError as error:
+            raise self._failure(error) from error
+        if self._writer is not None:
+            prefix = "/".join([kind, *(str(values[k]) for k in ("dataset",) if k in values)])
+            for name, value in values.items():
+                if isinstance(value, int | float):
+                    self._writer.add_scalar(f"{prefix}/{name}", value, step)
+
+    def size(self) -> int:
+        """Bytes written so far, after making sure that they are on the disk."""
+        os.fsync(self._file.fileno())
+        return os.fstat(self._file.fileno()).st_size
+
+    def close(self) -> None:
+        """Close the files."""
+        self._file.close()
+        if self._writer is not None:
+            self._writer.close()
+
+    def _failure(self, error: OSError) -> FileWriteError:
+        return FileWriteError(f"{self.path} cannot be written: {error.strerror or error}")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All lines of a record; a last line that was cut short by a kill is left out.
+
+    Raises:
+        CheckpointError: if the file cannot be read or another line is broken.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+        return [json.loads(line) for line in lines[:-1]]
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} is broken: {error}") from error
+
+
+def _open_tensorboard(folder: Path, step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ConfigError(
+            "--tensorboard needs the tensorboard package: pip install tensorboard, or leave it out"
+        ) from error
+    return SummaryWriter(str(folder), purge_step=step + 1 if step else None)

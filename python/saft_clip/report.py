@@ -1,0 +1,235 @@
+"""The report of a run: one self-contained page, built from the files in the run's folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from saft_clip import figures
+from saft_clip.config import FinetuneConfig, dashed
+from saft_clip.errors import CheckpointError
+from saft_clip.metrics import read_metrics
+from saft_clip.results import KINDS
+from saft_clip.run_folder import RunFolder, read_json
+from saft_kernels.files import atomic_write
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+def write_report(path: str | Path) -> Path:
+    """Build ``report.html`` of a finished run from the files in its folder.
+
+    Args:
+        path: the folder.
+
+    Returns:
+        The page.
+
+    Raises:
+        CheckpointError: if the folder holds no finished run, or a file of it is broken.
+        FileWriteError: if the page cannot be written.
+    """
+    folder = RunFolder(path)
+    if not folder.finished():
+        raise CheckpointError(
+            f"{folder.path} holds no finished run (there is no {folder.results.name}): finish it "
+            f"with saft finetune --resume --output {folder.path}, or give another folder"
+        )
+    config = FinetuneConfig.load(folder.config)
+    results, metrics = read_json(folder.results), read_metrics(folder.metrics)
+    try:
+        content = page_content(config, results, metrics)
+    except (KeyError, TypeError, IndexError) as error:
+        raise CheckpointError(
+            f"{folder.results} is not what this release writes: {error!r}"
+        ) from error
+    write_page(folder.report, "report.html.j2", content)
+    return folder.report
+
+
+def write_page(path: Path, template: str, content: Mapping[str, Any]) -> None:
+    """Fill a template and write the page, atomically.
+
+    Raises:
+        FileWriteError: if it cannot be written.
+    """
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.globals.update(percent=percent, points=points, signed=signed)
+    page = environment.get_template(template).render(content)
+    with atomic_write(path) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+
+
+def page_content(
+    config: FinetuneConfig, results: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """What the report's template shows."""
+    rows = accuracy_rows(results["evaluations"])
+    trained = any(line["kind"] == "train" for line in metrics)
+    return {
+        "title": f"{results['model']} fine-tuned with {results['method']}",
+        "lead": _lead(config, results),
+        "tiles": _tiles(rows, results),
+        "rows": rows,
+        "accuracy": Markup(figures.accuracy_figure(rows)) if rows else "",
+        "curves": Markup(figures.curves_figure(metrics)) if trained else "",
+        "blocks": Markup(figures.blocks_figure(results["blocks"], _kinds(results["blocks"]))),
+        "blocks_note": _blocks_note(results),
+        "kinds": _kind_rows(results["blocks"]),
+        **_usage(config, results),
+        "settings": [(dashed(k), _plain(v)) for k, v in config.to_dict().items() if k != "resume"],
+        "surroundings": _surroundings(results),
+        "command": config.changed(resume=False).command(),
+    }
+
+
+def accuracy_rows(evaluations: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One row per data set that was evaluated before and after, those in distribution first."""
+    before = {line["spec"]: line for line in evaluations if line["when"] == "before"}
+    after = {line["spec"]: line for line in evaluations if line["when"] == "after"}
+    names = [line["dataset"] for line in after.values()]
+    rows = [
+        {
+            # Two folders may have the same name; then the whole path tells them apart.
+            "name": new["dataset"] if names.count(new["dataset"]) == 1 else spec,
+            "shifted": new["shifted"],
+            "n": new["n"],
+            "before": before[spec]["top1"],
+            "after": new["top1"],
+            "before_stderr": before[spec]["top1_stderr"],
+            "after_stderr": new["top1_stderr"],
+            "top5": new["top5"],
+            "mean_per_class": new["mean_per_class"],
+        }
+        for spec, new in after.items()
+    ]
+    return sorted(rows, key=lambda row: row["shifted"])
+
+
+def percent(value: float) -> str:
+    """A fraction of 1 as percent."""
+    return f"{100 * value:.1f}%"
+
+
+def points(value: float) -> str:
+    """A difference of fractions in percentage points."""
+    return f"{100 * value:.1f}"
+
+
+def signed(value: float) -> str:
+    """The same, with its sign."""
+    return f"{100 * value:+.1f}"
+
+
+def file_size(count: float) -> str:
+    """Bytes for people: 1 kB is 1,000 bytes."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} GB"
+
+
+def _lead(config: FinetuneConfig, results: Mapping[str, Any]) -> str:
+    images = f"{config.shots} images per class" if config.shots else "all images"
+    return (
+        f"Trained on {images} of {config.train_data}, {config.epochs} epochs, seed {config.seed}, "
+        f"starting from the weights {results['pretrained']!r}."
+    )
+
+
+def _tiles(rows: Sequence[Mapping[str, Any]], results: Mapping[str, Any]) -> list[dict[str, str]]:
+    tiles = []
+    for shifted, label in ((False, "in distribution"), (True, "on shifted data")):
+        part = [row for row in rows if row["shifted"] == shifted]
+        if part:
+            before, after = (sum(r[when] for r in part) / len(part) for when in ("before", "after"))
+            mean = f", mean of {len(part)}" if len(part) > 1 else ""
+            detail = f"{signed(after - before)} points, from {percent(before)}"
+            tone = "up" if after > before else "down" if after < before else ""
+            tiles.append(_tile(percent(after), f"accuracy {label}{mean}", detail, tone))
+    share = results["trained"] / results["parameters"]
+    tiles.append(
+        _tile(
+            f"{results['trained']:,}",
+            "trained parameters",
+            f"{100 * share:.3g}% of {results['parameters']:,}",
+        )
+    )
+    ratio = results["model_bytes"] / results["artefact_bytes"]
+    tiles.append(
+        _tile(
+            file_size(results["artefact_bytes"]),
+            results["artefact"],
+            f"the model's weights take {file_size(results['model_bytes'])}"
+            + (f", {ratio:,.0f} times as much" if ratio >= 2 else ""),
+        )
+    )
+    return tiles
+
+
+def _tile(value: str, label: str, detail: str = "", tone: str = "") -> dict[str, str]:
+    return {"value": value, "label": label, "detail": detail, "tone": tone}
+
+
+def _kinds(blocks: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    return tuple(k for k in KINDS if any(b["kind"] == k for b in blocks))
+
+
+def _kind_rows(blocks: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    rows = []
+    for kind in _kinds(blocks):
+        cells = []
+        for encoder in ("image", "text"):
+            mine = [b for b in blocks if (b["encoder"], b["kind"]) == (encoder, kind)]
+            trained, size = (sum(b[key] for b in mine) for key in ("trained", "parameters"))
+            share = f"{100 * trained / size:.3g}%" if size else "–"  # noqa: RUF001
+            cells.append({"trained": trained, "share": share})
+        rows.append({"kind": kind, "cells": cells})
+    return rows
+
+
+def _blocks_note(results: Mapping[str, Any]) -> str:
+    if results["trained"] == results["parameters"]:
+        return "Full fine-tuning trains every parameter of both encoders."
+    return (
+        f"The {results['trained']:,} entries with the largest mean gradient, one ranking over both "
+        "encoders. Blocks are numbered along the data's way; in: embeddings and stem, out: final "
+        "norm and projection. Every other parameter has its pretrained value, bit for bit."
+    )
+
+
+def _usage(config: FinetuneConfig, results: Mapping[str, Any]) -> dict[str, str]:
+    model = f"--model {results['model']}"
+    data = " ".join(f"--data {spec}" for spec in config.eval_data or (config.train_data,))
+    path = Path(config.output) / results["artefact"]
+    if results["artefact"] != "delta.safetensors":
+        note = "The file holds all weights of the model."
+        return {"usage_note": note, "usage": f"saft evaluate {model} --pretrained {path} {data}"}
+    pretrained = results["pretrained"]
+    start = model if pretrained == "builtin" else f"{model} --pretrained {pretrained}"
+    note = (
+        "The delta is applied to the pretrained model that it was made from, and can be reverted."
+    )
+    return {"usage_note": note, "usage": f"saft evaluate {start} --delta {path} {data}"}
+
+
+def _surroundings(results: Mapping[str, Any]) -> list[tuple[str, str]]:
+    seconds = [(f"{what} took", f"{value:,.1f} s") for what, value in results["seconds"].items()]
+    return [*seconds, *results["environment"].items()]
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(value) or "–"  # noqa: RUF001
+    return "–" if value is None else str(value).lower() if isinstance(value, bool) else str(value)  # noqa: RUF001

@@ -1,0 +1,128 @@
+"""What a run found, as ``results.json``: accuracy, sizes, trained values by block, environment."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from collections import Counter
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from saft_clip.methods import Method
+from saft_clip.methods.base import FROZEN
+from saft_kernels.mask import CooMask
+
+#: Kinds of parameters, in the order in which reports show them.
+KINDS = ("attention", "mlp", "norm", "embedding", "other")
+
+_BLOCK = re.compile(r"\.(?:resblocks|blocks|layers|layer|stages)\.?(\d+)\.")
+_STEM = re.compile(r"embed|conv1|bn1|conv2|bn2|conv3|bn3|ln_pre|norm_pre|cls_token|stem|patch")
+_KIND_OF = (
+    ("norm", re.compile(r"(^|\.)(ln_\w+|norm\w*|bn\d|layer_?norm\w*|\w+_norm)\.", re.IGNORECASE)),
+    ("attention", re.compile(r"attn|attention|attnpool")),
+    ("mlp", re.compile(r"mlp|\.fc\d|intermediate|\.output\.dense")),
+    ("embedding", re.compile(r"embed|cls_token|patch|^visual\.conv1\.")),
+)
+
+
+def summarize(
+    method: Method,
+    artefact: Path,
+    evaluations: list[dict[str, Any]],
+    seconds: dict[str, float],
+) -> dict[str, Any]:
+    """Collect the results of a finished run.
+
+    Args:
+        method: after training.
+        artefact: the file it wrote.
+        evaluations: the lines of kind ``evaluation`` in the run's record.
+        seconds: what took how long.
+    """
+    state = method.model.state_dict()
+    return {
+        "method": method.name,
+        "model": method.clip.name,
+        "pretrained": method.clip.pretrained,
+        "parameters": sum(param.numel() for param in method.encoder_parameters()),
+        "trained": method.trained,
+        "model_bytes": sum(value.nbytes for value in state.values()),
+        "artefact": artefact.name,
+        "artefact_bytes": artefact.stat().st_size,
+        "blocks": count_blocks(method.model, method.mask),
+        "evaluations": evaluations,
+        "seconds": {name: round(value, 2) for name, value in seconds.items()},
+        "environment": environment(method.device),
+    }
+
+
+def count_blocks(model: nn.Module, mask: CooMask | None) -> list[dict[str, Any]]:
+    """The number of trained values in each block of each encoder, by kind (SAFT, Fig. 6).
+
+    Args:
+        model: an open_clip model.
+        mask: the trained entries; None for all.
+
+    Returns:
+        Dicts of ``encoder`` (image or text), ``block`` (``in``, a number from 1, or ``out``),
+        ``kind`` (one of :data:`KINDS`), ``trained`` and ``parameters``; in the order of the data's
+        way through the model.
+    """
+    trained: Counter[tuple[str, str, str]] = Counter()
+    parameters: Counter[tuple[str, str, str]] = Counter()
+    for name, param in model.named_parameters():
+        if name in FROZEN:
+            continue
+        place = locate(name)
+        parameters[place] += param.numel()
+        if mask is None:
+            trained[place] += param.numel()
+        elif name in mask:
+            trained[place] += mask[name].numel()
+    return [
+        {
+            "encoder": encoder,
+            "block": block,
+            "kind": kind,
+            "trained": trained[encoder, block, kind],
+            "parameters": parameters[encoder, block, kind],
+        }
+        for encoder, block, kind in sorted(parameters, key=_along_the_data)
+    ]
+
+
+def locate(name: str) -> tuple[str, str, str]:
+    """(encoder, block, kind) of an open_clip parameter, from its name."""
+    encoder = "image" if name.startswith("visual.") else "text"
+    kind = next((kind for kind, pattern in _KIND_OF if pattern.search(name)), "other")
+    block = _BLOCK.search(name)
+    if block is not None:
+        # Residual stages (layer1) count from 1 in their names already, transformer blocks from 0.
+        number = int(block.group(1)) + (0 if re.search(r"\.layer\d", name) else 1)
+        return encoder, str(number), kind
+    return encoder, "in" if _STEM.search(name) else "out", kind
+
+
+def _along_the_data(place: tuple[str, str, str]) -> tuple[str, float, int]:
+    encoder, block, kind = place
+    position = {"in": 0.0, "out": float("inf")}.get(block)
+    return encoder, float(block) if position is None else position, KINDS.index(kind)
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    """Versions and hardware, for people."""
+    found = {"python": platform.python_version()}
+    for package in ("torch", "open_clip_torch", "saft-kernels"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed as a package"
+    found["machine"] = f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores"
+    found["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    found["threads"] = str(torch.get_num_threads())
+    return found

@@ -1,0 +1,177 @@
+"""The folder of a run: what is in it, and whether a run may start or go on there.
+
+=================== ==========================================================================
+config.yaml         the settings
+inputs.json         fingerprints of the data and the pretrained weights
+mask.safetensors    the selected entries (method saft)
+metrics.jsonl       one line per step and evaluation
+checkpoints/        the last two, until the run is finished
+delta.safetensors   the result (saft), or model.safetensors (full)
+results.json        evaluations before and after, sizes, times, environment; written last but one
+report.html         the page about it all
+=================== ==========================================================================
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from saft_clip.config import FinetuneConfig
+from saft_clip.data import ImageDataset
+from saft_clip.errors import CheckpointError, ConfigError
+from saft_kernels.errors import FileWriteError
+from saft_kernels.files import atomic_write
+
+_OURS = ("config.yaml", "metrics.jsonl", "results.json", "delta.safetensors", "model.safetensors")
+
+
+class RunFolder:
+    """The output folder of one run.
+
+    Args:
+        path: the folder; it need not exist.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.config = self.path / "config.yaml"
+        self.inputs = self.path / "inputs.json"
+        self.metrics = self.path / "metrics.jsonl"
+        self.checkpoints = self.path / "checkpoints"
+        self.tensorboard = self.path / "tensorboard"
+        self.results = self.path / "results.json"
+        self.report = self.path / "report.html"
+
+    def started(self) -> bool:
+        """Whether a run has begun here."""
+        return self.config.exists()
+
+    def finished(self) -> bool:
+        """Whether the run here has come to its end."""
+        return self.results.exists()
+
+    def check(self, config: FinetuneConfig) -> None:
+        """Make sure that a run with these settings may start or go on here; nothing is written.
+
+        Raises:
+            ConfigError: if there is a run and ``resume`` is not set, or its settings differ.
+        """
+        if not config.resume:
+            self._check_unused()
+        elif self.started():
+            changes = config.differences(FinetuneConfig.load(self.config))
+            if changes:
+                raise ConfigError(
+                    f"the run in {self.path} was started with other settings: {'; '.join(changes)};"
+                    " continue it with its own, or give another --output"
+                )
+
+    def _check_unused(self) -> None:
+        found = [name for name in _OURS if (self.path / name).exists()]
+        if found:
+            state = "a finished run" if self.finished() else "an unfinished run"
+            raise ConfigError(
+                f"{self.path} already holds {state} ({', '.join(found)}): give --resume to "
+                "continue it, or another --output"
+            )
+
+    def start(self, config: FinetuneConfig, inputs: dict[str, dict[str, Any]]) -> None:
+        """Write settings and fingerprints, or compare them with those of the resumed run.
+
+        Args:
+            config: the settings, which :meth:`check` has passed.
+            inputs: what the run reads: name -> its properties, see :func:`describe_data`.
+
+        Raises:
+            FileWriteError: if the folder cannot be written to.
+            ConfigError: if an input has changed; the message names it.
+        """
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise FileWriteError(
+                f"the output folder {self.path} cannot be made ({error.strerror}): give an "
+                "--output that can be written to"
+            ) from error
+        if self.started():
+            self._compare(inputs)
+            return
+        write_json(self.inputs, inputs)
+        config.save(self.config)  # last: a folder that holds it holds a run
+
+    def _compare(self, inputs: dict[str, dict[str, Any]]) -> None:
+        before = read_json(self.inputs)
+        for name in sorted(before.keys() | inputs.keys()):
+            then, now = before.get(name, {}), inputs.get(name, {})
+            if then == now:
+                continue
+            changes = "; ".join(
+                f"{key} {then.get(key)}, now {now.get(key)}"
+                for key in sorted(then.keys() | now.keys())
+                if then.get(key) != now.get(key)
+            )
+            raise ConfigError(
+                f"{name} changed since the run in {self.path} was started ({changes}): put it back "
+                "as it was, or start again with another --output"
+            )
+
+    def finish(self, results: dict[str, Any]) -> None:
+        """Write the results and remove the checkpoints, which nothing needs any more."""
+        write_json(self.results, results)
+        shutil.rmtree(self.checkpoints, ignore_errors=True)
+
+
+def describe_data(dataset: ImageDataset, *, content: bool) -> dict[str, Any]:
+    """What tells a data set from a changed one.
+
+    Args:
+        dataset: the images.
+        content: hash what is in the files; else only their names and sizes.
+    """
+    digest = hashlib.sha256(json.dumps([dataset.class_names, dataset.templates]).encode())
+    for image, label in zip(dataset.images, dataset.labels.tolist(), strict=True):
+        digest.update(str(label).encode())
+        if not isinstance(image, str):
+            digest.update(image.tobytes())
+            continue
+        digest.update(Path(image).name.encode())
+        digest.update(Path(image).read_bytes() if content else _size(image).encode())
+    return {
+        "images": len(dataset),
+        "classes": len(dataset.class_names),
+        "sha256": digest.hexdigest()[:16],
+    }
+
+
+def _size(path: str) -> str:
+    # A listed image that is missing is skipped, and named, when its turn comes.
+    return str(os.stat(path).st_size) if os.path.exists(path) else "missing"
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file, atomically.
+
+    Raises:
+        FileWriteError: if it cannot be written.
+    """
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", "utf-8")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file of a run.
+
+    Raises:
+        CheckpointError: if it is missing or broken.
+    """
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} is broken: {error}") from error
