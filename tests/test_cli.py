@@ -16,8 +16,8 @@ from saft_clip.data import load_dataset
 from saft_clip.evaluate import evaluate_zero_shot
 from saft_clip.models import load_model
 from saft_clip.settings import run_with_settings
-from saft_kernels.delta import SparseDelta
 
+from saft_kernels.delta import SparseDelta
 from saft_kernels.errors import SaftError
 from saft_kernels.mask import CooMask
 

@@ -141,6 +141,14 @@ def test_unreadable_images_are_skipped_and_named(clip, folder, workers):
     ]
 
 
+def test_warning_of_unreadable_images(clip, folder, capsys):
+    cut_short(folder / "bee" / "001.png")
+    evaluate_zero_shot(clip, load(clip, folder), show_progress=False)
+    assert capsys.readouterr().err == ""
+    evaluate_zero_shot(clip, load(clip, folder))
+    assert "1 unreadable image(s) of things skipped" in capsys.readouterr().err
+
+
 def test_no_readable_image(clip, tmp_path):
     folder = write_folder(tmp_path / "bad", {"a": 1})
     cut_short(folder / "a" / "000.png")

@@ -8,18 +8,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.table import Table
-from saft_kernels.delta import SparseDelta
 
 from saft_clip.batches import ordered_batches
 from saft_clip.config import DEFAULT_PRETRAINED, FinetuneConfig
 from saft_clip.console import output, progress, say
-from saft_clip.data import load_dataset, say_skipped
+from saft_clip.data import load_dataset
 from saft_clip.evaluate import Evaluation, evaluate_zero_shot
 from saft_clip.methods.base import FROZEN
 from saft_clip.methods.saft import Saft
 from saft_clip.models import load_model
 from saft_clip.prompts import class_prompts
 from saft_clip.train import RunData, load_base
+from saft_kernels.delta import SparseDelta
 from saft_kernels.errors import FileWriteError
 from saft_kernels.files import atomic_write
 from saft_kernels.mask import CooMask
@@ -57,9 +57,8 @@ def evaluate_command(
     if delta is not None:
         SparseDelta.load(delta).apply_(clip.model)
     datasets = [load_dataset(s, split, clip.preprocess_val, templates=templates) for s in data]
-    results = []
-    for dataset in datasets:
-        result = evaluate_zero_shot(
+    results = [
+        evaluate_zero_shot(
             clip,
             dataset,
             batch_size=batch_size,
@@ -67,8 +66,8 @@ def evaluate_command(
             precision=precision,
             workers=workers,
         )
-        say_skipped(result.dataset, result.skipped)
-        results.append(result)
+        for dataset in datasets
+    ]
     output.print(evaluation_table(results))
     if json_file is not None:
         content = {

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from saft_clip.console import progress
-from saft_clip.data import ImageDataset
+from saft_clip.data import ImageDataset, say_skipped
 from saft_clip.errors import DataError, UnreadableImageError
 from saft_clip.models import ClipModel, autocast
 from saft_clip.prompts import PROMPT_BATCH, class_prompts, encode_prompts
@@ -74,7 +74,8 @@ def evaluate_zero_shot(
         device: where the model is.
         precision: ``fp32`` or ``amp_bf16``.
         workers: processes that load images; 0 loads them in this one.
-        show_progress: show bars with images per second and time left.
+        show_progress: show bars with images per second and time left, and warn of unreadable
+            images.
 
     Raises:
         DataError: if not one image can be read.
@@ -93,6 +94,8 @@ def evaluate_zero_shot(
             module.training = training
     if not len(ranks):
         raise DataError(f"none of the {len(dataset)} images of {dataset.name} can be read")
+    if show_progress:
+        say_skipped(dataset.name, skipped)
     return _summarize(dataset, ranks, labels, skipped)
 
 
