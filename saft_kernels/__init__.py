@@ -9,6 +9,7 @@ The data path, each stage in a module of its own (``docs/data_path.md``)::
 ``python -m saft_kernels`` prints what was built and which backends work here.
 """
 
+from saft_kernels.delta import SparseDelta
 from saft_kernels.errors import SaftError
 from saft_kernels.mask import CooMask
 from saft_kernels.ops import sparse_adamw_
@@ -22,6 +23,7 @@ __all__ = [
     "CooMask",
     "SaftError",
     "SparseAdamW",
+    "SparseDelta",
     "StreamingTopK",
     "__version__",
     "select",
