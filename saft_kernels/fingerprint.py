@@ -34,9 +34,10 @@ def fingerprint(tensor: Tensor) -> str:
         (little-endian).
     """
     digest = hashlib.sha256(json.dumps([str(tensor.dtype), list(tensor.shape)]).encode())
-    with torch.no_grad():
-        for block in _blocks(tensor.detach()):
-            digest.update(block.cpu().view(torch.uint8).numpy().data)
+    for block in _blocks(tensor.detach()):
+        if block.stride() != (1,):  # of one element too: viewing as bytes insists on it
+            block = block.clone(memory_format=torch.contiguous_format)
+        digest.update(block.cpu().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:_LENGTH]
 
 
