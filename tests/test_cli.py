@@ -5,6 +5,7 @@ import shlex
 import subprocess
 import sys
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 import torch
@@ -258,12 +259,23 @@ def test_evaluate_with_a_delta(small, pets, tmp_path, delta):
     assert content["delta"] == path
 
 
+def test_evaluate_takes_the_model_from_the_delta(small, pets, tmp_path, capsys):
+    run, file = tmp_path / "run", tmp_path / "out.json"
+    options = ["--train-data", pets, "--shots", "1", "--epochs", "1", "--output", str(run)]
+    assert main(["finetune", *small, *options]) == 0
+    delta = ["--delta", str(run / "delta.safetensors")]
+    assert main(["evaluate", "--data", pets, *delta, "--json", str(file)]) == 0
+    content = json.loads(file.read_text())
+    assert [content["model"], content["pretrained"]] == small[1::2]
+
+
 def test_delta_info(delta, capsys):
     clip, path = delta
+    total = sum(param.numel() for param in clip.model.parameters())
     assert main(["delta", "info", path]) == 0
     shown = capsys.readouterr().out
-    assert f"{clip.model.visual.proj.numel():,}" in shown
-    assert "bytes" in shown
+    assert f"{clip.model.visual.proj.numel():,} of the model's {total:,} parameters" in shown
+    assert f"{Path(path).stat().st_size:,} bytes" in shown
 
 
 def test_select_writes_the_mask_that_finetune_selects(small, pets, tmp_path, capsys):

@@ -13,13 +13,6 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(
-    name="saft",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    help="Fine-tune CLIP by updating 0.1% of its parameters, and ship the change as a small file.",
-)
 #: What the disk and its owner may refuse at any time; any other OSError is a bug.
 _EXPECTED = frozenset(
     (
@@ -35,6 +28,13 @@ _EXPECTED = frozenset(
     )
 )
 
+app = typer.Typer(
+    name="saft",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Fine-tune CLIP by updating 0.1% of its parameters, and ship the change as a small file.",
+)
 delta_app = typer.Typer(no_args_is_help=True, help="Look into delta files.")
 app.add_typer(delta_app, name="delta")
 
@@ -100,7 +100,14 @@ def finetune(context: typer.Context) -> None:
 @app.command()
 def evaluate(
     data: Data,
-    model: Model = "ViT-B-16",
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            help="Model name of open_clip, or saft-tiny.",
+            show_default="the delta's, or ViT-B-16",
+        ),
+    ] = None,
     pretrained: Pretrained = None,
     force_quick_gelu: QuickGelu = False,
     delta: Annotated[

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from rich.markup import escape
 from rich.table import Table
 
 from saft_clip.batches import ordered_batches
@@ -25,11 +27,13 @@ from saft_kernels.files import atomic_write
 from saft_kernels.mask import CooMask
 from saft_kernels.select import select
 
+DEFAULT_MODEL = "ViT-B-16"
+
 
 def evaluate_command(
     data: Sequence[str],
     *,
-    model: str,
+    model: str | None,
     pretrained: str | None,
     force_quick_gelu: bool,
     delta: Path | None,
@@ -43,10 +47,16 @@ def evaluate_command(
 ) -> list[Evaluation]:
     """Evaluate a model on data sets; print a table and write JSON.
 
-    Whatever can be wrong with the arguments is found before the first evaluation.
+    Without ``model`` it is the one that the delta was made for. Whatever can be wrong with the
+    arguments is found before the first evaluation.
     """
     if json_file is not None:
         _check_folder(json_file)
+    change = None if delta is None else SparseDelta.load(delta)
+    if model is None and change is not None:
+        model = change.metadata.get("model")
+        pretrained = pretrained or change.metadata.get("pretrained")
+    model = model or DEFAULT_MODEL
     clip = load_model(
         model,
         pretrained or DEFAULT_PRETRAINED.get(model),
@@ -54,8 +64,8 @@ def evaluate_command(
         precision=precision,
         force_quick_gelu=force_quick_gelu,
     )
-    if delta is not None:
-        SparseDelta.load(delta).apply_(clip.model)
+    if change is not None:
+        change.apply_(clip.model)
     datasets = [load_dataset(s, split, clip.preprocess_val, templates=templates) for s in data]
     results = [
         evaluate_zero_shot(
@@ -68,7 +78,8 @@ def evaluate_command(
         )
         for dataset in datasets
     ]
-    output.print(evaluation_table(results))
+    what = f"{clip.name}, {clip.pretrained}" + (f", {delta}" if delta else "")
+    output.print(evaluation_table(results, what))
     if json_file is not None:
         content = {
             "model": clip.name,
@@ -113,25 +124,30 @@ def select_command(config: FinetuneConfig, score: str, file: Path) -> CooMask:
 def delta_info_command(file: Path) -> None:
     """Print what a delta file holds."""
     delta = SparseDelta.load(file)
-    table = Table(title=str(file), show_header=False)
-    for name, value in {
-        "size": f"{file.stat().st_size:,} bytes",
-        "changed entries": f"{delta.nnz:,}",
+    changed = [(name, indices.numel()) for name, indices, _ in delta.items()]
+    total = sum(math.prod(shape) for shape in delta.shapes.values())
+    facts = {
+        "file": f"{file.stat().st_size:,} bytes",
+        "changed": f"{delta.nnz:,} of the model's {total:,} parameters",
+        "tensors": f"{len(changed):,} of {len(delta.shapes):,}",
+        "written by": delta.created_by,
         **delta.metadata,
-    }.items():
-        table.add_row(name, str(value))
+    }
+    table = Table(title=escape(str(file)), show_header=False)
+    for name, fact in facts.items():
+        table.add_row(escape(name), escape(fact))
     output.print(table)
 
 
-def evaluation_table(results: Sequence[Evaluation]) -> Table:
+def evaluation_table(results: Sequence[Evaluation], title: str) -> Table:
     """Accuracies in percent, one row for each data set and their mean."""
-    table = Table(caption="accuracies in %, ± one standard error")
+    table = Table(title=escape(title), caption="accuracies in %, ± one standard error")
     table.add_column("data")
     for name in ("images", "top-1", "top-5", "mean per class"):
         table.add_column(name, justify="right")
     for result in results:
         table.add_row(
-            result.dataset,
+            escape(result.dataset),
             f"{result.n:,}",
             f"{100 * result.top1:.2f} ± {100 * result.top1_stderr:.2f}",
             f"{100 * result.top5:.2f}",
