@@ -32,7 +32,6 @@ class FlatState:
         exp_avg_sq: fp32 [nnz], second moment.
         master: fp32 [nnz], exact values of the selected entries; None for fp32 parameters.
         step: fp32 [T], steps that each parameter has taken.
-        grad: fp32 [nnz], compact gradient; None unless :meth:`allocate_grad` was called.
     """
 
     def __init__(
@@ -47,7 +46,6 @@ class FlatState:
         self.exp_avg_sq = self._vector(self.nnz)
         self.step = self._vector(len(self.params))
         self.master: Tensor | None = None
-        self.grad: Tensor | None = None
         # Version of each parameter when its master values were last known to agree with it.
         self._versions = [-1] * len(self.params)
         if self.dtype != torch.float32:
@@ -81,11 +79,6 @@ class FlatState:
         if self.master is not None:
             state["master"] = self.piece(self.master, i, i + 1)
         return state
-
-    def allocate_grad(self) -> Tensor:
-        """Make the compact gradient."""
-        self.grad = self._vector(self.nnz)
-        return self.grad
 
     # Loading ------------------------------------------------------------------------------------
 

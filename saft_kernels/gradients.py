@@ -81,12 +81,15 @@ class StreamedGradients:
     """Takes the selected entries of each gradient once autograd has made it, and frees the rest.
 
     A post-accumulate-grad hook on every selected parameter gathers into the flat compact gradient
-    and leaves a :class:`SelectedGrad`, a view of it, in ``param.grad``.
+    and leaves a :class:`SelectedGrad` in ``param.grad``. That is a view of the flat vector, which
+    the next backward overwrites: clone it to keep it.
     """
 
     def __init__(self) -> None:
         self._handles: list[Any] = []
         self._params: list[Tensor] = []
+        self._flat: dict[FlatState, Tensor] = {}  # compact gradient, fp32 [nnz]
+        self._pieces: dict[FlatState, list[Tensor]] = {}  # its views, one per parameter
 
     def attach(self, states: Sequence[FlatState]) -> None:
         """Put the hooks on.
@@ -97,10 +100,13 @@ class StreamedGradients:
         for state in states:
             _refuse_second_source(state)
         for state in states:
-            grad = state.allocate_grad()
-            for i, param in enumerate(state.params):
-                hook = _gather_and_free(state.piece(grad, i, i + 1), state.indices[i])
-                self._handles.append(param.register_post_accumulate_grad_hook(hook))
+            flat = torch.zeros_like(state.exp_avg)
+            self._flat[state] = flat
+            self._pieces[state] = [state.piece(flat, i, i + 1) for i in range(len(state))]
+            for param, *parts in zip(state.params, self._pieces[state], state.indices, strict=True):
+                if param.requires_grad:  # of a copied optimizer it may be frozen by now
+                    hook = _gather_and_free(*parts)
+                    self._handles.append(param.register_post_accumulate_grad_hook(hook))
                 self._params.append(param)
                 _streamed[param] = True
 
@@ -123,10 +129,10 @@ class StreamedGradients:
 
     def compact(self, state: FlatState, begin: int, end: int) -> Tensor:
         """See :class:`GradientSource`; a view of the flat gradient, no copy."""
-        assert state.grad is not None
+        pieces = self._pieces[state]
         for i in range(begin, end):
-            _bring_home(state, i, state.piece(state.grad, i, i + 1))
-        return state.piece(state.grad, begin, end)
+            _bring_home(state, i, pieces[i])
+        return state.piece(self._flat[state], begin, end)
 
     def scale_(self, state: FlatState, begin: int, end: int, factor: Tensor) -> None:
         """See :class:`GradientSource`."""
@@ -160,7 +166,7 @@ def _bring_home(state: FlatState, i: int, home: Tensor) -> None:
     """Copy a gradient that the user put in place of ours (a clone, a dense one) into the vector."""
     grad = state.params[i].grad
     if isinstance(grad, SelectedGrad):
-        if grad.values().data_ptr() != home.data_ptr():
+        if grad.values() is not home:
             home.copy_(grad.values_at(state.indices[i]))
     else:
         home.copy_(ops.gather(_dense_grad(state, i), state.indices[i]))

@@ -270,6 +270,8 @@ class SparseAdamW(Optimizer):
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = pre_hook(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
+        if not {"param_groups", "state"} <= state_dict.keys():
+            raise OptimizerStateError("this is no optimizer state: it lacks param_groups or state")
         groups = deepcopy(state_dict["param_groups"])
         self._check_groups(groups)
         saved = self._saved_states(groups, state_dict["state"])

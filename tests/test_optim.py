@@ -896,6 +896,12 @@ def test_a_state_that_does_not_fit_is_refused_whole(damage: str) -> None:
             assert torch.equal(value, before["state"][key][name])
 
 
+def test_something_else_than_a_state_is_refused() -> None:
+    model = small_model()
+    with pytest.raises(OptimizerStateError, match="no optimizer state"):
+        make_optimizer(model, "dense").load_state_dict(model.state_dict())
+
+
 def test_a_state_with_other_groups_is_refused() -> None:
     model = small_model()
     saved = make_optimizer(small_model(), "dense").state_dict()
@@ -928,6 +934,16 @@ def test_a_copy_of_model_and_optimizer_trains_on_alone(
         twin.detach()
         assert all(p.requires_grad for p in other.parameters())
         assert not model.norm.bias.requires_grad
+
+
+def test_a_copy_whose_parameters_were_frozen_meanwhile_can_be_made() -> None:
+    model = small_model()
+    optimizer = make_optimizer(model, "streamed")
+    model.head.requires_grad_(False)
+    other, twin = copy.deepcopy((model, optimizer))
+    one_step(other, twin)
+    assert torch.equal(other.head.weight, model.head.weight)
+    assert not torch.equal(other.branch.weight, model.branch.weight)
 
 
 def test_a_copy_of_the_optimizer_alone_has_parameters_of_its_own() -> None:
