@@ -30,7 +30,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from saft_kernels.errors import DeltaFormatError
-from saft_kernels.files import atomic_write
+from saft_kernels.files import atomic_write, sort_metadata
 from saft_kernels.fingerprint import is_fingerprint
 from saft_kernels.layout import MAX_ELEMENTS
 from saft_kernels.mask import index_dtype
@@ -122,6 +122,7 @@ def write(path: str | os.PathLike[str], content: DeltaContent) -> None:
     }
     with atomic_write(path) as temporary:
         save_file(tensors, temporary, {**texts, "checksum": _checksum(texts, tensors)})
+        sort_metadata(temporary)
 
 
 def _pool(content: DeltaContent) -> dict[str, Tensor]:

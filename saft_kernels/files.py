@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 import secrets
@@ -60,6 +61,23 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def sort_metadata(path: str | os.PathLike[str]) -> None:
+    """Put the metadata of a safetensors file in alphabetical order, in place.
+
+    safetensors writes them in random order; sorted, the same content always gives the same bytes.
+
+    Args:
+        path: a file that safetensors has just written.
+    """
+    with open(path, "r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        file.seek(8)
+        file.write(text.ljust(size))
 
 
 def _create(temporary: Path, target: Path) -> int:

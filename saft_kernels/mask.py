@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from saft_kernels.errors import DeltaFormatError, MaskError
-from saft_kernels.files import atomic_write
+from saft_kernels.files import atomic_write, sort_metadata
 from saft_kernels.layout import MAX_ELEMENTS
 
 FORMAT = "saft-mask"
@@ -217,6 +217,7 @@ class CooMask:
         tensors = {name: index.numpy() for name, index in self.items()}
         with atomic_write(path) as temporary:
             safetensors.numpy.save_file(tensors, temporary, metadata)
+            sort_metadata(temporary)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> CooMask:

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from saft_kernels import files
 from saft_kernels.errors import FileWriteError, SaftError
-from saft_kernels.files import atomic_write
+from saft_kernels.files import atomic_write, sort_metadata
 
 
 def test_a_new_file_holds_what_was_written(tmp_path: Path) -> None:
@@ -120,7 +121,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from saft_kernels.errors import FileWriteError
-from saft_kernels.files import atomic_write
+from saft_kernels.files import atomic_write, sort_metadata
 
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 def write_tensors(path): save_file({"x": torch.zeros(10_000)}, path)
@@ -158,3 +159,18 @@ def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         temporary.write_text("new")
     assert target.read_text() == "old"
     assert os.listdir(tmp_path) == ["a"]
+
+
+def test_same_content_gives_the_same_bytes(tmp_path):
+    """safetensors writes its metadata in random order."""
+    metadata = {"b": 'a "quoted" text', "ä": "ünï\n\t\x01", "c": "3", "a": "1"}
+    tensors = {"y": torch.arange(3), "x": torch.zeros(2)}
+    contents = set()
+    for _ in range(8):
+        save_file(tensors, tmp_path / "file", metadata)
+        sort_metadata(tmp_path / "file")
+        contents.add((tmp_path / "file").read_bytes())
+    assert len(contents) == 1
+    with safe_open(tmp_path / "file", framework="pt") as file:
+        assert file.metadata() == metadata
+        assert file.get_tensor("y").tolist() == [0, 1, 2]

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from saft_clip.errors import CheckpointError
-from saft_kernels.files import atomic_write
+from saft_kernels.files import atomic_write, sort_metadata
 
 FORMAT = "saft-checkpoint"
 VERSION = "1"
@@ -57,6 +57,7 @@ def save_checkpoint(folder: Path, step: int, state: Any) -> Path:
     path = folder / f"step-{step:08d}.safetensors"
     with atomic_write(path) as temporary:
         save_file(tensors, temporary, metadata)
+        sort_metadata(temporary)
     _prune(folder)
     return path
 

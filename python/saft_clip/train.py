@@ -19,7 +19,13 @@ import torch
 from torch import Tensor
 
 from saft_clip.batches import Batch, TrainingBatches, ordered_batches
-from saft_clip.checkpoint import load_latest, random_states, save_checkpoint, set_random_states
+from saft_clip.checkpoint import (
+    find_checkpoints,
+    load_latest,
+    random_states,
+    save_checkpoint,
+    set_random_states,
+)
 from saft_clip.config import FinetuneConfig
 from saft_clip.console import progress, say, warn
 from saft_clip.data import ImageDataset, available_splits, drop_unreadable, few_shot, load_dataset
@@ -88,7 +94,7 @@ class Trainer:
             yield {"loss": float(loss), "lr": lr, "grad_norm": float(norm), "images": size}
 
     def _backward(self, batches: Iterator[Batch], size: int) -> Tensor:
-        """Accumulate the gradient of the step's mean loss over ``size`` images; return that loss."""
+        """Accumulate the gradient of a step's mean loss over ``size`` images; return the loss."""
         total = torch.zeros((), device=self.method.device)
         for images, labels in batches:
             # A short batch counts for what it holds, so that the gradient is that of one big batch.
@@ -274,13 +280,24 @@ class Run:
             workers=config.workers,
         )
         self.trainer = Trainer(method, batches, config)
-        self._saved: dict[str, Any] | None = load_latest(folder.checkpoints)
+        self._saved = self._load_checkpoint()
         self.log = MetricsLog(
             folder.metrics,
             tensorboard=folder.tensorboard if config.tensorboard else None,
             keep=self._saved["metrics"] if self._saved else 0,
             step=self._saved["step"] if self._saved else 0,
         )
+
+    def _load_checkpoint(self) -> dict[str, Any] | None:
+        state: dict[str, Any] | None = load_latest(self.folder.checkpoints)
+        if state is None:
+            return None
+        differences = FinetuneConfig.from_dict(state["config"]).differences(self.config)
+        if differences or state["inputs"] != read_json(self.folder.inputs):
+            newest = find_checkpoints(self.folder.checkpoints)[-1]
+            why = "; ".join(differences) or "its data or pretrained model differ"
+            raise CheckpointError(f"the checkpoint {newest} belongs to another run: {why}")
+        return state
 
     def prepare(self) -> None:
         """Let the method decide what to train, then go to the last checkpoint, if there is one."""
@@ -294,10 +311,6 @@ class Run:
 
     def _restore(self, state: dict[str, Any]) -> None:
         step = state["step"]
-        if state["inputs"] != read_json(self.folder.inputs):
-            raise CheckpointError(
-                f"the checkpoint of step {step} in {self.folder.checkpoints} belongs to another run"
-            )
         self.method.load_state_dict(state["method"])
         self.trainer.step = step
         self.seconds = state["seconds"]
@@ -311,6 +324,7 @@ class Run:
             "method": self.method.state_dict(),
             "random": random_states(self.method.device),
             "seconds": self.seconds,
+            "config": self.config.to_dict(),
             "inputs": read_json(self.folder.inputs),
         }
         save_checkpoint(self.folder.checkpoints, self.trainer.step, state)

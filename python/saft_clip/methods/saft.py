@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from saft_clip.batches import Batch
 from saft_clip.console import progress, say
+from saft_clip.errors import CheckpointError
 from saft_clip.methods.base import FROZEN, Method, adamw_options
 from saft_kernels import ops
 from saft_kernels.delta import SparseDelta
@@ -80,7 +81,17 @@ class Saft(Method):
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Put the values where they belong; the optimizer refuses another mask's state."""
+        """Put everything back.
+
+        Raises:
+            CheckpointError: if it was saved with another mask.
+        """
+        assert self.mask is not None
+        if state["mask"] != self.mask.fingerprint:
+            raise CheckpointError(
+                "the checkpoint was made with another mask than the run's mask.safetensors: put "
+                "back the one that was there, or start again in another folder"
+            )
         for name, param, index in self._selected():
             ops.scatter_(param, index, state["values"][name].to(param.device))
         self.optimizer.load_state_dict(state["optimizer"])

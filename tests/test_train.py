@@ -1,0 +1,497 @@
+"""Fine-tuning: what a step does, and that a run continues bit for bit after whatever stopped it."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from clip_helpers import SMALL, SMALL_RESNET, cut_short, small_checkpoint, write_folder, write_image
+from saft_clip import train
+from saft_clip.batches import TrainingBatches
+from saft_clip.checkpoint import find_checkpoints
+from saft_clip.config import FinetuneConfig
+from saft_clip.data import load_dataset
+from saft_clip.errors import CheckpointError, ConfigError, UnreadableImageError
+from saft_clip.methods import METHODS, find_method
+from saft_clip.methods.base import FROZEN, prompt_loss
+from saft_clip.metrics import MetricsLog, read_metrics
+from saft_clip.models import load_model
+from saft_clip.prompts import class_prompts
+from saft_clip.train import RunData, Trainer, finetune, learning_rate, load_base
+from torch.nn import functional as F
+
+from saft_kernels.delta import SparseDelta
+from saft_kernels.errors import NonFiniteGradientError
+from saft_kernels.mask import CooMask
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    return str(small_checkpoint(tmp_path_factory.mktemp("weights") / "small.safetensors"))
+
+
+@pytest.fixture(scope="module")
+def pets(tmp_path_factory):
+    """Five training images of each of three classes, two for validation, three for testing."""
+    root = tmp_path_factory.mktemp("data") / "pets"
+    for split, count in (("train", 5), ("val", 2), ("test", 3)):
+        write_folder(root / split, {"cat": count, "dog": count, "small_owl": count})
+    return root
+
+
+@pytest.fixture
+def config(weights, pets, tmp_path):
+    """A run of three epochs of four steps."""
+    return FinetuneConfig(
+        train_data=str(pets),
+        model=SMALL,
+        pretrained=weights,
+        shots=5,
+        batch_size=4,
+        epochs=3,
+        lr=1e-2,
+        density=0.01,
+        precision="fp32",
+        output=str(tmp_path / "run"),
+    )
+
+
+def prepared(config):
+    """A method and its training batches, as a run makes them."""
+    clip = load_base(config)
+    data = RunData(config, clip)
+    tokens = class_prompts(data.train.class_names, data.train.templates, clip.tokenizer)
+    method = find_method(config.method)(clip, tokens, config)
+    batches = TrainingBatches(
+        data.train,
+        batch_size=config.batch_size,
+        accum_freq=config.accum_freq,
+        epochs=config.epochs,
+        seed=config.seed,
+    )
+    method.prepare([next(iter(torch.utils.data.DataLoader(data.plain, batch_size=15)))], None)
+    return method, batches
+
+
+# Batches
+
+
+def test_an_epoch_is_every_image_once_in_a_new_order(config, pets):
+    dataset = load_dataset(str(pets), "train", lambda image: image)
+    batches = TrainingBatches(dataset, batch_size=4, accum_freq=2, epochs=3, seed=1)
+    assert (batches.steps_per_epoch, batches.steps) == (2, 6)
+    assert [[len(b) for b in batches.plan(step)] for step in (0, 1)] == [[4, 4], [4, 3]]
+    assert [batches.images_in(step) for step in (0, 1)] == [8, 7]
+    epochs = [
+        [image for step in (2 * e, 2 * e + 1) for batch in batches.plan(step) for image in batch]
+        for e in range(3)
+    ]
+    for number, epoch in enumerate(epochs):
+        assert sorted(epoch) == [(number, index) for index in range(15)]
+    assert len({tuple(index for _, index in epoch) for epoch in epochs}) == 3
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_do_not_depend_on_the_past(config, workers):
+    """Any start and any number of workers give the same crops, and no global state moves."""
+    clip = load_base(config)
+    dataset = RunData(config, clip).train
+    options = {"batch_size": 4, "accum_freq": 2, "epochs": 2, "seed": 1}
+    reference = [list(step) for step in TrainingBatches(dataset, **options).steps_from(0)]
+    before = torch.get_rng_state()
+    batches = TrainingBatches(dataset, **options, workers=workers)
+    again = [list(step) for step in batches.steps_from(1)]
+    assert torch.equal(torch.get_rng_state(), before)
+    assert len(again) == 3
+    for ours, theirs in zip(again, reference[1:], strict=True):
+        for (images, labels), (other_images, other_labels) in zip(ours, theirs, strict=True):
+            assert torch.equal(images, other_images)
+            assert torch.equal(labels, other_labels)
+    assert not torch.equal(reference[0][0][0], reference[2][0][0])
+
+
+def test_image_that_vanishes_during_training(config, tmp_path):
+    root = write_folder(tmp_path / "few", {"a": 2, "b": 2})
+    dataset = load_dataset(str(root), "train", load_base(config).preprocess_train)
+    (root / "a" / "000.png").unlink()
+    options = {"batch_size": 4, "accum_freq": 1, "epochs": 1, "seed": 1, "workers": 1}
+    with pytest.raises(UnreadableImageError, match=r"cannot read the image .*000.png"):
+        list(next(TrainingBatches(dataset, **options).steps_from(0)))
+
+
+# The step
+
+
+def test_loss_is_the_papers_equation_1(weights):
+    clip = load_model(SMALL, weights)
+    tokens = class_prompts(["cat", "dog", "owl"], ["a photo of a {}."], clip.tokenizer)
+    images, labels = torch.randn(5, 3, 16, 16), torch.tensor([0, 1, 2, 1, 0])
+    with torch.no_grad():
+        image = F.normalize(clip.model.encode_image(images), dim=-1)
+        text = F.normalize(clip.model.encode_text(tokens[:, 0]), dim=-1)
+        expected = F.cross_entropy(clip.model.logit_scale.exp() * image @ text.T, labels)
+        found = prompt_loss(clip.model, images, labels, tokens, "fp32")
+        rounded = prompt_loss(clip.model, images, labels, tokens, "amp_bf16")
+    torch.testing.assert_close(found, expected)
+    assert rounded.dtype == torch.float32
+    torch.testing.assert_close(rounded, expected, rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize("method", ["saft", "full"])
+def test_accumulation_is_one_big_batch(config, method):
+    """Seven images in micro-batches of 4 and 3: the short one counts for what it holds."""
+    changed = {"method": method, "augment": False, "shots": 4, "wd": 0.0, "eps": 1.0}
+    # With eps = 1 a step is nearly linear in the gradient, so that a wrong weight shows.
+    weights = []
+    for batch_size, accum_freq in ((12, 1), (5, 3)):
+        ours = config.changed(**changed, batch_size=batch_size, accum_freq=accum_freq)
+        method_, batches = prepared(ours)
+        trainer = Trainer(method_, batches, ours)
+        steps = trainer.steps()
+        first = [next(steps) for _ in range(2)]
+        weights.append((method_.model.state_dict(), first))
+    (one, values), (many, other_values) = weights
+    assert other_values[0]["loss"] == pytest.approx(values[0]["loss"], rel=1e-5)
+    assert other_values[0]["grad_norm"] == pytest.approx(values[0]["grad_norm"], rel=1e-4)
+    for name in one:
+        torch.testing.assert_close(many[name], one[name], rtol=1e-4, atol=1e-6)
+
+
+def test_warm_up_and_cosine():
+    ours = FinetuneConfig(train_data="x", lr=1.0)
+    rates = [learning_rate(step, 100, ours) for step in range(100)]
+    assert rates[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
+    assert rates[10] == 1.0
+    assert rates[55] == pytest.approx(0.5)
+    assert rates == sorted(rates[:10]) + sorted(rates[10:], reverse=True)
+    assert 0 < rates[99] < 1e-3
+    constant_start = FinetuneConfig(train_data="x", lr=1.0, warmup=0)
+    assert learning_rate(0, 100, constant_start) == 1.0
+    assert learning_rate(0, 3, ours.changed(warmup=10)) == 0.1
+
+
+@pytest.mark.parametrize("gradients", ["dense", "streamed"])
+def test_saft_changes_the_selected_entries_only(config, gradients):
+    method, batches = prepared(config.changed(gradients=gradients))
+    base = {name: value.clone() for name, value in method.model.state_dict().items()}
+    list(Trainer(method, batches, config).steps())
+    changed = 0
+    for name, value in method.model.state_dict().items():
+        different = (value != base[name]).flatten()
+        if name in method.mask:
+            changed += int(different[method.mask[name].long()].sum())
+            different[method.mask[name].long()] = False
+        assert not different.any(), name
+    assert changed > 0.9 * method.trained
+    assert not any(name in method.mask for name in FROZEN)
+
+
+def test_gradient_modes_agree(config):
+    results = []
+    for gradients in ("dense", "streamed"):
+        ours = config.changed(gradients=gradients, grad_clip_norm=0.5, accum_freq=2)
+        method, batches = prepared(ours)
+        list(Trainer(method, batches, ours).steps())
+        results.append(method.model.state_dict())
+    for name, value in results[0].items():
+        assert torch.equal(value, results[1][name]), name
+
+
+def test_full_trains_both_encoders_but_not_the_temperature(config):
+    ours = config.changed(method="full")
+    method, batches = prepared(ours)
+    base = {name: value.clone() for name, value in method.model.state_dict().items()}
+    list(Trainer(method, batches, ours).steps())
+    for name, value in method.model.state_dict().items():
+        assert torch.equal(value, base[name]) == (name in FROZEN), name
+    assert method.trained == sum(p.numel() for p in method.model.parameters()) - 1
+
+
+def test_batch_norm_statistics_do_not_move(config, tmp_path):
+    weights = small_checkpoint(tmp_path / "resnet.safetensors", SMALL_RESNET)
+    ours = config.changed(model=SMALL_RESNET, pretrained=str(weights), epochs=1)
+    method, batches = prepared(ours)
+    base = {name: value.clone() for name, value in method.model.named_buffers()}
+    list(Trainer(method, batches, ours).steps())
+    assert any("running_mean" in name for name in base)
+    for name, value in method.model.named_buffers():
+        assert torch.equal(value, base[name]), name
+
+
+def test_gradient_clipping(config):
+    norms = []
+    for limit in (None, 0.1):
+        ours = config.changed(grad_clip_norm=limit)
+        method, batches = prepared(ours)
+        norms.append(next(Trainer(method, batches, ours).steps())["grad_norm"])
+    assert norms[0] == pytest.approx(norms[1])  # what is reported is the norm before clipping
+
+
+def test_loss_that_is_not_finite_stops_before_the_step(config):
+    method, batches = prepared(config)
+    with torch.no_grad():
+        method.model.logit_scale.fill_(math.inf)
+    before = {name: value.clone() for name, value in method.model.state_dict().items()}
+    with pytest.raises(NonFiniteGradientError, match=r"the loss is nan at step 1: lower --lr"):
+        next(Trainer(method, batches, config).steps())
+    for name, value in method.model.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_unknown_method():
+    with pytest.raises(ConfigError, match=r"did you mean saft\? the methods are saft, full"):
+        find_method("saff")
+    assert list(METHODS) == ["saft", "full"]
+
+
+# A run
+
+
+def test_run_writes_everything(config, pets, capsys):
+    shifted = write_folder(Path(config.output).parent / "shifted", {"cat": 3, "dog": 3})
+    ours = config.changed(eval_data=(str(pets), str(shifted)), accum_freq=2, val_frequency=2)
+    result = finetune(ours)
+    names = {path.name for path in result.output.iterdir()}
+    assert names == {
+        *("config.yaml", "inputs.json", "mask.safetensors", "metrics.jsonl"),
+        *("delta.safetensors", "results.json", "report.html"),
+    }
+    assert FinetuneConfig.load(result.output / "config.yaml") == ours
+    lines = read_metrics(result.output / "metrics.jsonl")
+    steps = [line["step"] for line in lines if line["kind"] == "train"]
+    assert steps == [1, 2, 3, 4, 5, 6]
+    validated = [line["epoch"] for line in lines if line["kind"] == "validation"]
+    assert validated == [0, 2, 3]
+    evaluated = [(e["when"], e["dataset"], e["shifted"]) for e in result.results["evaluations"]]
+    assert evaluated == [
+        ("before", "pets", False),
+        ("before", "shifted", True),
+        ("after", "pets", False),
+        ("after", "shifted", True),
+    ]
+    mask = CooMask.load(result.output / "mask.safetensors")
+    blocks = result.results["blocks"]
+    assert result.results["trained"] == mask.nnz == sum(block["trained"] for block in blocks)
+    assert result.results["parameters"] == sum(block["parameters"] for block in blocks)
+
+
+def test_delta_turns_the_base_into_the_trained_model(config):
+    trained = {}
+
+    class Spy(train.Run):
+        def finish(self):
+            trained.update({k: v.clone() for k, v in self.clip.model.state_dict().items()})
+            super().finish()
+
+    original, train.Run = train.Run, Spy
+    try:
+        result = finetune(config)
+    finally:
+        train.Run = original
+    model = load_base(config).model
+    delta = SparseDelta.load(result.artefact)
+    delta.apply_(model)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, trained[name]), name
+    assert delta.metadata["train_data"] == config.train_data
+
+
+def test_full_writes_a_model_that_loads(config):
+    result = finetune(config.changed(method="full", epochs=1))
+    assert result.artefact.name == "model.safetensors"
+    model = load_model(config.model, str(result.artefact)).model
+    base = load_base(config).model
+    assert not torch.equal(model.visual.proj, base.visual.proj)
+    assert torch.equal(model.logit_scale, base.logit_scale)
+
+
+def test_tensorboard(config):
+    result = finetune(config.changed(tensorboard=True, epochs=1))
+    assert list((result.output / "tensorboard").glob("events.*"))
+
+
+def test_tensorboard_that_is_not_installed(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ConfigError, match="pip install tensorboard"):
+        MetricsLog(tmp_path / "metrics.jsonl", tensorboard=tmp_path / "tensorboard")
+
+
+# Going on
+
+
+def run_and_kill(config, moment):
+    """Run in a process of its own until it dies at ``moment``."""
+    file = Path(config.output).with_suffix(".yaml")
+    config.save(file)
+    died = subprocess.run(
+        [sys.executable, Path(__file__).with_name("killed_run.py"), moment, file],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert died.returncode == -signal.SIGKILL, died.stderr
+
+
+def record(output):
+    """The lines of a run's record, without what depends on the clock."""
+    lines = read_metrics(Path(output) / "metrics.jsonl")
+    return [{k: v for k, v in line.items() if k != "images_per_s"} for line in lines]
+
+
+@pytest.mark.parametrize(
+    ("precision", "moments"),
+    [("fp32", ["selection", "step", "checkpoint"]), ("amp_bf16", ["step", "export"])],
+)
+def test_killed_run_continues_bit_for_bit(config, tmp_path, precision, moments):
+    """Kill it again and again, then let it finish: same delta, same record, no line twice."""
+    ours = config.changed(precision=precision, grad_clip_norm=1.0)
+    expected = finetune(ours)
+    killed = ours.changed(output=str(tmp_path / "killed"), resume=True)
+    for moment in moments:
+        run_and_kill(killed, moment)
+        assert not (tmp_path / "killed" / "delta.safetensors").exists()
+    finished = finetune(killed.changed(workers=1))
+    assert finished.artefact.read_bytes() == expected.artefact.read_bytes()
+    assert record(killed.output) == record(ours.output)
+
+
+def stop_at(monkeypatch, step, action):
+    original = Trainer.steps
+
+    def steps(self):
+        for taken in original(self):
+            if self.step == step:
+                action()
+            yield taken
+
+    monkeypatch.setattr(Trainer, "steps", steps)
+
+
+@pytest.mark.parametrize("method", ["saft", "full"])
+@pytest.mark.parametrize("step", [1, 4, 6, 12])
+def test_interrupt_saves_and_says_how_to_go_on(config, monkeypatch, capsys, method, step):
+    """In the middle and at the end of an epoch, whose validation is made up for, and at the end."""
+    ours = config.changed(method=method, epochs=3)
+    other = ours.changed(output=ours.output + " 2")
+    expected = finetune(other)
+    with monkeypatch.context() as patch:
+        stop_at(patch, step, lambda: os.kill(os.getpid(), signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            finetune(ours)
+    assert f"saft finetune --resume --output {ours.output}" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert len(find_checkpoints(Path(ours.output) / "checkpoints")) > 0
+    result = finetune(ours.changed(resume=True))
+    assert f"continuing from step {step} of 12" in capsys.readouterr().err
+    assert result.artefact.read_bytes() == expected.artefact.read_bytes()
+    assert record(ours.output) == record(other.output)
+
+
+def test_second_interrupt_stops_at_once(config, monkeypatch):
+    def twice():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    stop_at(monkeypatch, 1, twice)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(config)
+    assert not find_checkpoints(Path(config.output) / "checkpoints")
+
+
+@pytest.fixture
+def stopped(config, monkeypatch):
+    """A run that was interrupted after its sixth step; its settings, to resume it."""
+    with monkeypatch.context() as patch:
+        stop_at(patch, 6, lambda: os.kill(os.getpid(), signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            finetune(config)
+    return config.changed(resume=True)
+
+
+def test_resume_with_other_settings(stopped):
+    with pytest.raises(ConfigError, match=r"other settings: --epochs is 5, not 3; --lr is"):
+        finetune(stopped.changed(epochs=5, lr=1.0))
+
+
+def test_resume_with_other_data(stopped, pets, tmp_path):
+    image = pets / "train" / "cat" / "002.png"
+    content = image.read_bytes()
+    try:
+        write_image(image, (0, 0, 255))
+        with pytest.raises(ConfigError, match=r"the training data changed .*sha256 \w+, now \w+"):
+            finetune(stopped)
+    finally:
+        image.write_bytes(content)
+
+
+def test_resume_with_other_weights(stopped, weights):
+    content = Path(weights).read_bytes()
+    try:
+        small_checkpoint(Path(weights), seed=5)
+        with pytest.raises(ConfigError, match="the pretrained model changed since"):
+            finetune(stopped)
+    finally:
+        Path(weights).write_bytes(content)
+
+
+def test_resume_from_a_broken_checkpoint_falls_back_only_when_told(stopped, capsys):
+    older, newest = find_checkpoints(Path(stopped.output) / "checkpoints")
+    cut_short(newest)
+    with pytest.raises(CheckpointError, match=f"delete it to continue from .* {older.name}"):
+        finetune(stopped)
+    newest.unlink()
+    finetune(stopped)
+    assert "continuing from step 4 of 12" in capsys.readouterr().err
+
+
+def test_resume_with_a_checkpoint_of_another_run(stopped, monkeypatch):
+    other = stopped.changed(resume=False, output=stopped.output + " 2", seed=2)
+    stop_at(monkeypatch, 7, lambda: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        finetune(other)
+    foreign = find_checkpoints(Path(other.output) / "checkpoints")[-1]
+    shutil.copy(foreign, Path(stopped.output) / "checkpoints")
+    with pytest.raises(
+        CheckpointError, match=r"step-00000007\S* belongs to another run: --seed is 2"
+    ):
+        finetune(stopped)
+
+
+def test_resume_where_nothing_was_started(config, capsys):
+    result = finetune(config.changed(resume=True, epochs=1))
+    assert result.artefact.exists()
+    assert "starting from the beginning" in capsys.readouterr().err
+
+
+def test_resume_of_a_finished_run_changes_nothing(config, capsys):
+    first = finetune(config.changed(epochs=1))
+    files = {path: path.stat().st_mtime_ns for path in first.output.iterdir()}
+    again = finetune(config.changed(epochs=1, resume=True))
+    assert again == first
+    assert files == {path: path.stat().st_mtime_ns for path in first.output.iterdir()}
+    assert "is finished already" in capsys.readouterr().err
+
+
+def test_finished_run_is_not_overwritten(config):
+    finetune(config.changed(epochs=1))
+    with pytest.raises(ConfigError, match=r"already holds a finished run .* another --output"):
+        finetune(config.changed(epochs=1))
+
+
+def test_shortened_record_is_noticed(stopped):
+    metrics = Path(stopped.output) / "metrics.jsonl"
+    cut_short(metrics)
+    before = metrics.read_bytes()
+    with pytest.raises(CheckpointError, match=r"metrics.jsonl is shorter"):
+        finetune(stopped)
+    assert metrics.read_bytes() == before
