@@ -6,13 +6,14 @@ from math import sqrt
 import open_clip
 import pytest
 import torch
+from torch import nn
+
 from clip_helpers import SMALL, cut_short, small_checkpoint, write_folder
 from saft_clip.data import ImageDataset, load_dataset
 from saft_clip.errors import DataError
 from saft_clip.evaluate import embed_classes, evaluate_zero_shot
 from saft_clip.models import ClipModel, load_model
 from saft_clip.prompts import class_prompts
-from torch import nn
 
 
 @pytest.fixture(scope="module")
@@ -179,6 +180,12 @@ def test_bf16_autocast_is_used_and_close(clip, folder):
         evaluate_zero_shot(clip, dataset, precision="amp_bf16")
         evaluate_zero_shot(clip, dataset)
     assert seen == [True, False]
+
+
+def test_near_classes_do_not_tie_under_autocast():
+    """In bf16 these scores would be equal, and a tie counts as wrong."""
+    clip, dataset = stub([[1.0, 1.001, 0.999]], [1], classes=3)
+    assert evaluate_zero_shot(clip, dataset, precision="amp_bf16").top1 == 1.0
 
 
 def test_result_is_json(clip, folder):

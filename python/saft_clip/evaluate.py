@@ -163,7 +163,9 @@ def _rank_images(
             skipped += bad
             if images:
                 features = encode_image(torch.stack(images).to(device)).float()
-                scores = (F.normalize(features, dim=-1) @ classes.T).cpu()
+                # Under autocast the product would be rounded to bf16, and near classes would tie.
+                with torch.autocast(features.device.type, enabled=False):
+                    scores = (F.normalize(features, dim=-1) @ classes.T).cpu()
                 ranks.append(_rank(scores, torch.tensor(truth)))
                 labels += truth
             advance(len(images) + len(bad))
