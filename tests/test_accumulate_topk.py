@@ -207,7 +207,8 @@ def test_wrong_arguments_are_refused(change, message):
     buffer = new_buffer(2, 7, torch.device("cpu"))
     arguments = {
         "acc": torch.zeros(4), "grad": None, "scale": 1.0, "square": False, "key": 0,
-        "offset": 0, "k": 2, "values": buffer.values, "positions": buffer.positions, "state": buffer.state,
+        "offset": 0, "k": 2, "values": buffer.values, "positions": buffer.positions,
+        "state": buffer.state,
     }  # fmt: skip
     with pytest.raises(RuntimeError, match=message):
         ops.accumulate_topk_(**(arguments | change))

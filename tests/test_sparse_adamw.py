@@ -8,10 +8,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tolerances import assert_close
 from torch import Tensor
 
 from saft_kernels import backends, ops
+from tolerances import assert_close
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = ((), (1,), (0, 4), (40, 50), (6, 5, 4, 3), (70_003,))

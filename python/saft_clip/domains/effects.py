@@ -1,7 +1,7 @@
 """Effects on batches of distance fields and images, vectorised in torch.
 
-Every function takes a ``torch.Generator`` (CPU) where it draws numbers, so that a seed fixes the result.
-Images inside this module are float32 in [0, 1].
+Every function takes a ``torch.Generator`` (CPU) where it draws numbers, so that a seed fixes the
+result. Images inside this module are float32 in [0, 1].
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ def warp(
         elastic: standard deviation of the bending displacement, in image pixels.
 
     Returns:
-        float32 [N, 32, 32]. Distances are multiplied by the size, so that they are still in image pixels.
+        float32 [N, 32, 32]. Distances are multiplied by the size, so that they are still in image
+        pixels.
     """
     count = len(fields)
     angle = uniform(count, -rotation, rotation, generator) * (math.pi / 180)
@@ -85,12 +86,12 @@ def fill(fields: Tensor, thicken: Tensor | float = 0.0, softness: Tensor | float
 
 
 def outline(fields: Tensor, width: Tensor | float, softness: Tensor | float = 1.0) -> Tensor:
-    """Ink along the edge only, ``width`` image pixels wide; arguments and result as in :func:`fill`."""
+    """Ink along the edge only, ``width`` image pixels wide; otherwise as :func:`fill`."""
     return (0.5 + (_column(width) / 2 - fields.abs()) / _column(softness)).clamp(0, 1)
 
 
 def coarsen(images: Tensor, side: int) -> Tensor:
-    """Reduce images [N, C, 32, 32] to ``side`` pixels by area, and enlarge them again bilinearly."""
+    """Reduce images [N, C, 32, 32] to ``side`` pixels by area, and enlarge them bilinearly."""
     small = F.interpolate(images, (side, side), mode="area")
     return F.interpolate(small, images.shape[-2:], mode="bilinear", align_corners=False)
 
@@ -111,7 +112,7 @@ def blur(images: Tensor, sigma: Tensor | float) -> Tensor:
 
 
 def add_noise(images: Tensor, sigma: Tensor | float, generator: torch.Generator) -> Tensor:
-    """Add Gaussian noise of the given standard deviation to images [N, C, H, W] and clip to [0, 1]."""
+    """Add Gaussian noise of standard deviation ``sigma`` to images [N, C, H, W]; clip to [0, 1]."""
     noise = torch.randn(images.shape, generator=generator)
     return (images + noise * _column(sigma)[..., None]).clamp(0, 1)
 

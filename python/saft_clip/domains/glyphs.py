@@ -1,11 +1,12 @@
 """Glyphs of matplotlib's bundled TrueType fonts, as signed distance fields.
 
-A distance field holds, at every point of the canvas, the distance to the glyph's edge: positive inside,
-negative outside. Thickness, outline and soft edges are then one elementwise expression on a batch (see
-:mod:`saft_clip.domains.effects`), so that each glyph is rendered only once.
+A distance field holds, at every point of the canvas, the distance to the glyph's edge: positive
+inside, negative outside. Thickness, outline and soft edges are then one elementwise expression on a
+batch (see :mod:`saft_clip.domains.effects`), so that each glyph is rendered only once.
 
-The faces are divided once and for all into pretraining, validation and test faces. No file serves two
-splits, and every test face is of the Computer Modern family, of which no other split has seen a glyph.
+The faces are divided once and for all into pretraining, validation and test faces. No file serves
+two splits, and every test face is of the Computer Modern family, of which no other split has seen a
+glyph.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class Face:
     zero: int | None = ord("0")
 
     def character(self, name: str) -> str | None:
-        """The character that this face shows for a class name such as "7" or "B"; None if it has none."""
+        """The character shown for a class name such as "7" or "B"; None if there is none."""
         if name in LETTERS:
             return chr(self.capitals + LETTERS.index(name))
         return None if self.zero is None else chr(self.zero + DIGITS.index(name))
@@ -101,8 +102,8 @@ def glyph_fields(split: str, names: tuple[str, ...]) -> tuple[torch.Tensor, torc
         names: class names, each a capital letter or a digit.
 
     Returns:
-        fields, float32 [G, 64, 64] in image pixels, and labels, int64 [G], indices into ``names``. A
-        face that lacks a character is passed over, so the number per class may differ.
+        fields, float32 [G, 64, 64] in image pixels, and labels, int64 [G], indices into ``names``.
+        A face that lacks a character is passed over, so the number per class may differ.
 
     Raises:
         MissingExtraError: matplotlib or scipy is not installed.
