@@ -1,0 +1,220 @@
+"""The report page: built from the files of a run, self-contained, and right about the numbers."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+
+import open_clip
+import pytest
+import torch
+
+from clip_helpers import SMALL, SMALL_RESNET, cut_short, small_checkpoint, write_folder
+from saft_clip.config import FinetuneConfig
+from saft_clip.errors import CheckpointError
+from saft_clip.report import accuracy_rows, file_size, write_report
+from saft_clip.results import KINDS, count_blocks, locate
+from saft_clip.train import finetune
+from saft_kernels.mask import CooMask
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+VOID = {"meta", "br", "img", "hr", "link", "input"}
+
+
+class Page(HTMLParser):
+    """Checks that tags are balanced; collects what would be loaded from elsewhere, and the text."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.loaded, self.ids, self.words = [], [], [], []
+        self.feed(text)
+        self.text = " ".join(" ".join(self.words).split())
+
+    def handle_starttag(self, tag, attributes):
+        if tag not in VOID:
+            self.open.append(tag)
+        for name, value in attributes:
+            if name in ("src", "href", "xlink:href", "srcset", "data", "action"):
+                self.loaded.append(value)
+            if name == "id":
+                self.ids.append(value)
+
+    def handle_startendtag(self, tag, attributes):
+        self.handle_starttag(tag, attributes)
+        if tag not in VOID:
+            self.handle_endtag(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    root = tmp_path_factory.mktemp("run")
+    data = root / "pets"
+    for split in ("train", "val", "test"):
+        write_folder(data / split, {"cat": 3, "dog <b>": 3})
+    other = write_folder(root / "other" / "pets", {"cat": 2, "dog <b>": 2})
+    config = FinetuneConfig(
+        train_data=str(data),
+        eval_data=(str(other), str(data)),
+        model=SMALL,
+        pretrained=str(small_checkpoint(root / "small.safetensors")),
+        shots=3,
+        epochs=2,
+        density=0.01,
+        precision="fp32",
+        output=str(root / "out"),
+    )
+    return finetune(config)
+
+
+@pytest.fixture
+def folder(run, tmp_path):
+    return shutil.copytree(run.output, tmp_path / "copy")
+
+
+def test_page_is_whole_and_loads_nothing(run):
+    text = (run.output / "report.html").read_text()
+    page = Page(text)
+    assert page.open == []
+    assert all(link.startswith("#") for link in page.loaded)
+    assert "@import" not in text
+    assert re.findall(r"url\((?!#)", text) == []
+    assert len(page.ids) == len(set(page.ids))
+    assert text.count("<svg") == 3
+
+
+def test_page_says_what_was_found(run):
+    page = Page((run.output / "report.html").read_text())
+    after = {e["spec"]: e for e in run.results["evaluations"] if e["when"] == "after"}
+    for found in after.values():
+        assert f"{100 * found['top1']:.1f}%" in page.text
+    assert f"{run.results['trained']:,}" in page.text
+    assert f"{run.results['parameters']:,}" in page.text
+    assert file_size(run.artefact.stat().st_size) in page.text
+
+
+def test_figures_take_the_pages_colours(run):
+    """No placeholder colour may be left, and no fixed colour but the shapes' defaults."""
+    text = (run.output / "report.html").read_text()
+    svg = "".join(re.findall(r"<svg.*?</svg>", text, flags=re.DOTALL))
+    assert re.findall(r"#[0-9a-f]{2}fe[0-9a-f]{2}", svg) == []
+    assert re.findall(r"(?:fill|stroke): #(?!000000)[0-9a-f]{6}", svg) == []
+    assert "DejaVu" not in svg
+
+
+def test_it_is_built_from_the_folder_alone(folder):
+    written = (folder / "report.html").read_text()
+    (folder / "report.html").unlink()
+    (folder / "delta.safetensors").unlink()
+    assert write_report(folder) == folder / "report.html"
+    assert (folder / "report.html").read_text() == written
+
+
+def test_data_sets_of_one_name_are_told_apart(run):
+    rows = accuracy_rows(run.results["evaluations"])
+    assert [row["shifted"] for row in rows] == [False, True]
+    assert rows[0]["name"].endswith("/pets")
+    assert rows[1]["name"].endswith("other/pets")
+
+
+def test_run_without_evaluation_has_a_report(folder):
+    results = json.loads((folder / "results.json").read_text())
+    results["evaluations"] = []
+    (folder / "results.json").write_text(json.dumps(results))
+    page = Page(write_report(folder).read_text())
+    assert "Accuracy before" not in page.text
+
+
+def test_unfinished_run(folder):
+    (folder / "results.json").unlink()
+    with pytest.raises(CheckpointError, match="holds no finished run"):
+        write_report(folder)
+
+
+@pytest.mark.parametrize("name", ["results.json", "metrics.jsonl"])
+def test_broken_files(folder, name):
+    page = (folder / "report.html").read_bytes()
+    cut_short(folder / name, 0.3)
+    path = folder / name
+    path.write_bytes(path.read_bytes() + b"\n")
+    with pytest.raises(CheckpointError, match=f"{name} is broken"):
+        write_report(folder)
+    assert (folder / "report.html").read_bytes() == page
+
+
+def test_results_of_another_kind(folder):
+    (folder / "results.json").write_text('{"evaluations": []}')
+    with pytest.raises(CheckpointError, match="is not what this release writes"):
+        write_report(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("positional_embedding", ("text", "in", "embedding")),
+        ("token_embedding.weight", ("text", "in", "embedding")),
+        ("text_projection", ("text", "out", "other")),
+        ("ln_final.weight", ("text", "out", "norm")),
+        ("transformer.resblocks.0.attn.in_proj_weight", ("text", "1", "attention")),
+        ("text.transformer.resblocks.11.mlp.c_fc.bias", ("text", "12", "mlp")),
+        ("visual.transformer.resblocks.3.ln_1.weight", ("image", "4", "norm")),
+        ("visual.class_embedding", ("image", "in", "embedding")),
+        ("visual.conv1.weight", ("image", "in", "embedding")),
+        ("visual.ln_pre.bias", ("image", "in", "norm")),
+        ("visual.ln_post.bias", ("image", "out", "norm")),
+        ("visual.proj", ("image", "out", "other")),
+        ("visual.layer2.0.conv1.weight", ("image", "2", "other")),
+        ("visual.layer4.1.bn2.weight", ("image", "4", "norm")),
+        ("visual.attnpool.q_proj.weight", ("image", "out", "attention")),
+        ("visual.trunk.blocks.5.attn.qkv.weight", ("image", "6", "attention")),
+        ("visual.trunk.blocks.5.norm1.weight", ("image", "6", "norm")),
+        ("visual.trunk.patch_embed.proj.weight", ("image", "in", "embedding")),
+    ],
+)
+def test_where_a_parameter_is(name, place):
+    assert locate(name) == place
+
+
+@pytest.mark.parametrize("name", [SMALL, SMALL_RESNET, "ViT-B-16"])
+def test_blocks_add_up(name):
+    with torch.device("meta"):
+        model = open_clip.create_model(name, device="meta", pretrained_image=False)
+    blocks = count_blocks(model, None)
+    assert {block["kind"] for block in blocks} <= set(KINDS)
+    encoders = sum(p.numel() for n, p in model.named_parameters() if n != "logit_scale")
+    assert sum(block["parameters"] for block in blocks) == encoders
+    assert [block["trained"] for block in blocks] == [block["parameters"] for block in blocks]
+    numbered = [b["block"] for b in blocks if b["encoder"] == "image"]
+    assert numbered[0] == "in"
+    assert numbered[-1] == "out"
+
+
+def test_blocks_of_a_mask():
+    model = open_clip.create_model(SMALL)
+    mask = CooMask.from_indices(
+        model,
+        {
+            "visual.proj": torch.arange(5),
+            "transformer.resblocks.0.mlp.c_fc.weight": torch.arange(7),
+        },
+    )
+    trained = [
+        (b["encoder"], b["block"], b["kind"], b["trained"])
+        for b in count_blocks(model, mask)
+        if b["trained"]
+    ]
+    assert trained == [("image", "out", "other", 5), ("text", "1", "mlp", 7)]
+
+
+def test_file_sizes():
+    assert [file_size(n) for n in (0, 999, 1200, 1_234_567, 5e9)] == [
+        *("0 B", "999 B", "1.2 kB", "1.23 MB", "5 GB")
+    ]
