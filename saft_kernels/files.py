@@ -76,6 +76,8 @@ def sort_metadata(path: str | os.PathLike[str]) -> None:
         header = json.loads(file.read(size))
         header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
         text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        if len(text) > size:
+            raise ValueError(f"the header of {path} would grow into its data")
         file.seek(8)
         file.write(text.ljust(size))
 

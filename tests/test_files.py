@@ -174,3 +174,17 @@ def test_same_content_gives_the_same_bytes(tmp_path):
     with safe_open(tmp_path / "file", framework="pt") as file:
         assert file.metadata() == metadata
         assert file.get_tensor("y").tolist() == [0, 1, 2]
+
+
+def test_sorted_metadata_make_the_same_bytes_and_keep_every_character(tmp_path: Path) -> None:
+    texts = {"b": 'quote " \\ é 日 \x00 \x7f \b \f \n \u2028', "a": "1", "c": "", "é": "x"}
+    written = set()
+    for attempt in range(8):
+        path = tmp_path / f"{attempt}.safetensors"
+        save_file({"x": torch.arange(5.0)}, path, texts)
+        sort_metadata(path)
+        written.add(path.read_bytes())
+        assert torch.equal(load_file(path)["x"], torch.arange(5.0))
+        with safe_open(path, framework="pt") as file:
+            assert file.metadata() == texts
+    assert len(written) == 1
