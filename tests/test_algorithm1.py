@@ -8,8 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from tolerances import assert_close
 from torch import Tensor, nn
+
+from saft_kernels import ops
+from saft_kernels.mask import CooMask
+from tolerances import assert_close
 from training import (
     DTYPES,
     MODES,
@@ -23,9 +26,6 @@ from training import (
     small_model,
     snapshot,
 )
-
-from saft_kernels import ops
-from saft_kernels.mask import CooMask
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

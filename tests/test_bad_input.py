@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+
 from clip_helpers import (
     SMALL,
     SMALL_RESNET,
@@ -20,11 +22,9 @@ from clip_helpers import (
     write_image,
     write_split_file,
 )
-from safetensors.torch import load_file, save_file
 from saft_clip import train
 from saft_clip.cli import main
 from saft_kernels.delta import SparseDelta
-
 from saft_kernels.mask import CooMask
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from clip_helpers import SMALL, small_checkpoint, write_folder
 from saft_clip import commands
 from saft_clip.cli import main
@@ -17,7 +18,6 @@ from saft_clip.data import load_dataset
 from saft_clip.evaluate import evaluate_zero_shot
 from saft_clip.models import load_model
 from saft_clip.settings import run_with_settings
-
 from saft_kernels.delta import SparseDelta
 from saft_kernels.errors import SaftError
 from saft_kernels.mask import CooMask

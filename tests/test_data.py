@@ -7,8 +7,9 @@ from collections import defaultdict
 import numpy as np
 import pytest
 import torch
-from clip_helpers import cut_short, write_folder, write_image, write_split_file
 from PIL import Image
+
+from clip_helpers import cut_short, write_folder, write_image, write_split_file
 from saft_clip.data import (
     available_splits,
     drop_unreadable,
@@ -17,7 +18,6 @@ from saft_clip.data import (
 )
 from saft_clip.errors import DataError, UnreadableImageError
 from saft_clip.prompts import DEFAULT_TEMPLATES
-
 from saft_kernels.errors import SaftError
 
 

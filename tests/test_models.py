@@ -6,8 +6,9 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
-from clip_helpers import SMALL, SMALL_RESNET, cut_short, small_checkpoint
 from safetensors.torch import load_file
+
+from clip_helpers import SMALL, SMALL_RESNET, cut_short, small_checkpoint
 from saft_clip.errors import CheckpointError, ModelError
 from saft_clip.models import autocast, load_model, train_mode
 from saft_clip.tiny import TINY_NAME

@@ -16,11 +16,22 @@ from typing import Any
 
 import pytest
 import torch
-import training
 from safetensors.torch import load_file, save_file
-from tolerances import assert_close
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
+
+import training
+from saft_kernels import ops
+from saft_kernels.errors import (
+    MaskError,
+    NonFiniteGradientError,
+    OptimizerError,
+    OptimizerStateError,
+)
+from saft_kernels.mask import CooMask
+from saft_kernels.optim import SparseAdamW
+from saft_kernels.selected_grad import SelectedGrad
+from tolerances import assert_close
 from training import (
     DTYPES,
     MODES,
@@ -36,17 +47,6 @@ from training import (
     snapshot,
     train,
 )
-
-from saft_kernels import ops
-from saft_kernels.errors import (
-    MaskError,
-    NonFiniteGradientError,
-    OptimizerError,
-    OptimizerStateError,
-)
-from saft_kernels.mask import CooMask
-from saft_kernels.optim import SparseAdamW
-from saft_kernels.selected_grad import SelectedGrad
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 schedulers = torch.optim.lr_scheduler

@@ -3,11 +3,12 @@
 import open_clip
 import pytest
 import torch
+from torch.nn import functional as F
+
 from clip_helpers import SMALL
 from saft_clip import prompts
 from saft_clip.errors import DataError
 from saft_clip.prompts import class_prompts, encode_prompts, resolve_templates
-from torch.nn import functional as F
 
 
 @pytest.fixture(scope="module")
