@@ -1,0 +1,1 @@
+"""Benchmarks: every figure of the README is measured here (``python -m bench``)."""

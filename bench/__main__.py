@@ -1,0 +1,135 @@
+"""``python -m bench``: run every case, or list, run some, and report."""
+
+from __future__ import annotations
+
+import re
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from bench import report as reports
+from bench.environment import NOTICEABLE_LOAD, environment
+from bench.models import SMOKE, Setting
+from bench.registry import CASES, run_case
+from saft_clip.console import output, say, warn
+from saft_kernels.errors import SaftError
+
+RESULTS = Path(__file__).parent / "results"
+
+app = typer.Typer(
+    help="Measure kernels, memory and training steps against their baselines.",
+    no_args_is_help=False,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.callback(invoke_without_command=True)
+def everything(context: typer.Context) -> None:
+    """Without a command: run every case and keep the result in bench/results."""
+    if context.invoked_subcommand is None:
+        run(output_file=RESULTS / _file_name(environment()))
+
+
+def _file_name(where: dict[str, Any]) -> str:
+    """One file per release and kind of machine."""
+    machine = f"{where['processor']} {where['threads']} threads"
+    slug = re.sub(r"[^a-z0-9]+", "-", machine.lower()).strip("-")
+    return f"{where['saft_kernels']}-{slug}.json"
+
+
+@app.command("list")
+def list_cases() -> None:
+    """Name the cases."""
+    for case in CASES.values():
+        output.print(f"{case.name:16} {case.summary}")
+
+
+@app.command()
+def run(
+    cases: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[CASE]...", help="Which ones; all if none is named."),
+    ] = None,
+    output_file: Annotated[
+        Path | None, typer.Option("--output", help="Keep the result in this JSON file.")
+    ] = None,
+    model: Annotated[
+        str, typer.Option(help="An open_clip model; its weights are random.")
+    ] = Setting.model,
+    smoke: Annotated[
+        bool, typer.Option(help="A tiny model and two rounds: shows that everything runs.")
+    ] = False,
+) -> None:
+    """Run cases and print the tables."""
+    chosen = _choose(cases)
+    setting = SMOKE if smoke else replace(Setting(), model=model)
+    result = measure_cases(chosen, setting)
+    if output_file is not None:
+        reports.write_result(output_file, result)
+        say(f"result written to {output_file}")
+    print(reports.markdown(result), end="")
+    if any(record["refused"] for record in result["cases"].values()):
+        raise typer.Exit(1)
+
+
+def _choose(names: list[str] | None) -> list[str]:
+    for name in names or ():
+        if name not in CASES:
+            raise reports.ResultError(f"there is no case {name!r}; choose among {', '.join(CASES)}")
+    return names or list(CASES)
+
+
+def measure_cases(names: list[str], setting: Setting) -> dict[str, Any]:
+    """Run the named cases; the whole result, as it is written to a file."""
+    result: dict[str, Any] = {
+        "format": reports.FORMAT,
+        "version": reports.VERSION,
+        "environment": environment(),
+        "setting": asdict(setting),
+        "cases": {},
+    }
+    for name in names:
+        record = result["cases"][name] = run_case(CASES[name], setting)
+        say(f"{name}: {record['seconds']:.0f} s")
+        if record["refused"]:
+            warn(record["refused"])
+        others = record["load"]["others"]
+        if others is not None and others > NOTICEABLE_LOAD:
+            warn(
+                f"other programs used {others:.0%} of the processors; "
+                "run it again on an idle machine"
+            )
+    return result
+
+
+@app.command()
+def report(
+    result: Annotated[Path, typer.Argument(help="A file that `run` wrote.")],
+    update: Annotated[
+        Path | None,
+        typer.Option(help="Rewrite the block between the markers of this Markdown file."),
+    ] = None,
+) -> None:
+    """Print a result as Markdown, or put it into a file."""
+    text = reports.markdown(reports.read_result(result))
+    if update is None:
+        print(text, end="")
+    else:
+        reports.update_block(update, text)
+
+
+def main() -> None:
+    """The command line; an error is one sentence."""
+    try:
+        app()
+    except SaftError as error:
+        say(f"error: {error}")
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,24 @@
+"""Full fine-tuning: the fused AdamW over every parameter."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from bench.baselines import Loss, Step
+from bench.models import ADAMW, candidates
+from saft_kernels import CooMask
+
+
+def full_adamw(model: nn.Module, mask: CooMask, loss: Loss) -> Step:
+    """Train everything; the mask is not used."""
+    optimizer = torch.optim.AdamW(candidates(model).values(), fused=True, **ADAMW)
+
+    def step() -> Tensor:
+        value = loss(model)
+        value.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return value
+
+    return step

@@ -1,0 +1,5 @@
+"""One module per operation of the data path, and one for whole training steps.
+
+Each has a function ``run(setting) -> Outcome``. To add one, write such a module and list it in
+:mod:`bench.registry`.
+"""

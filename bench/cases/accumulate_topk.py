@@ -1,0 +1,158 @@
+"""Stage 1: selecting the k largest of a stream, alone and fused with the accumulation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.baselines.topk import concatenated, split, topk
+from bench.checks import require_same_indices
+from bench.harness import (
+    Contender,
+    Figure,
+    Outcome,
+    measure,
+    require,
+    times_as_long,
+    times_faster,
+)
+from bench.memory import peak_memory
+from bench.models import Setting, candidates, task, workload
+from saft_kernels import StreamingTopK
+
+#: Example counts scale the gradients of batches.
+SCALE = 16.0
+
+
+def run(setting: Setting) -> Outcome:
+    """Selection of given sums on two distributions, then accumulation with and without it."""
+    work = workload(setting)
+    k = work.masks["selected"].nnz
+    torch.manual_seed(0)
+    normal = {name: torch.randn_like(gradient) for name, gradient in work.gradients.items()}
+    outcome = _selection("gradients of a batch", work.gradients, k, setting)
+    outcome += _selection("normal random numbers", normal, k, setting)
+    outcome += _accumulation(normal, work.gradients, k, setting)
+    outcome += _temporaries(setting)
+    return outcome
+
+
+def _selection(data: str, mean: dict[str, Tensor], k: int, setting: Setting) -> Outcome:
+    """Selecting from sums that are there already: every entry has to be read once."""
+    expected = _selected(mean, k)
+    bytes_read = 4 * _numel(mean)
+    flat = concatenated(mean)
+    contenders = [
+        Contender("torch.topk of one vector", lambda: _topk_alone(flat, mean, k), _same(expected)),
+        Contender("concatenation and torch.topk", lambda: topk(mean, k), _same(expected)),
+        Contender("StreamingTopK", lambda: _stream(mean, k), _same(expected), moves=bytes_read),
+    ]
+    timings = measure(f"select from {data}", contenders, setting.kernels)
+    alone, whole, ours = timings.values()
+    return Outcome(
+        list(timings.values()),
+        [
+            times_faster(
+                f"streaming selection against torch.topk on the concatenated mean, {data}",
+                alone,
+                ours,
+                bar=30,
+            ),
+            times_faster(f"the same, with the concatenation it needs, {data}", whole, ours),
+        ],
+    )
+
+
+def _accumulation(
+    sums: dict[str, Tensor], gradients: dict[str, Tensor], k: int, setting: Setting
+) -> Outcome:
+    """The last batch of a selection: add its gradient, and find the k largest sums."""
+
+    def add() -> None:
+        for name, gradient in gradients.items():
+            sums[name].add_(gradient, alpha=SCALE)
+
+    def check_sums(run: Callable[[], Any]) -> Any:
+        expected = {n: s + SCALE * gradients[n] for n, s in sums.items()}
+        result = run()
+        require(all(_close(sums[n], s) for n, s in expected.items()), "the sums are wrong")
+        return result
+
+    def check_both(run: Callable[[], Any]) -> None:
+        result = check_sums(run)
+        require_same_indices(result, _selected(sums, k))
+
+    moves = 12 * _numel(sums)
+    contenders = [
+        Contender("acc.add_(grad)", add, check_sums, moves=moves),
+        Contender(
+            "StreamingTopK.update(acc, grad)",
+            lambda: _stream(sums, k, gradients, SCALE),
+            check_both,
+            moves=moves,
+        ),
+    ]
+    timings = measure("accumulate a gradient", contenders, setting.kernels)
+    plain, fused = timings.values()
+    what = "accumulation fused with selection against acc.add_(grad) alone"
+    return Outcome(list(timings.values()), [times_as_long(what, fused, plain, bar=1.3)])
+
+
+def _temporaries(setting: Setting) -> Outcome:
+    arguments = {"model": setting.model, "density": setting.density}
+    memory = peak_memory("bench.cases.accumulate_topk:fused_pass", **arguments)
+    numel = sum(p.numel() for p in candidates(task(setting.model, 1, 1).model).values())
+    share = (memory.peak - memory.before) / (4 * numel)
+    what = "memory that the fused pass adds, in percent of an fp32 tensor of D entries"
+    return Outcome(figures=[Figure(what, 100 * share, "%", bar=1.0, at_least=False)])
+
+
+def fused_pass(model: str, density: float) -> Callable[[], object]:
+    """The work whose memory is measured: accumulate into existing sums and select."""
+    shapes = [param.shape for param in candidates(task(model, 1, 1).model).values()]
+    sums = {str(i): torch.randn(shape) for i, shape in enumerate(shapes)}
+    gradients = {str(i): torch.randn(shape) for i, shape in enumerate(shapes)}
+    k = int(density * _numel(sums))
+    first = dict(list(sums.items())[:1])
+    _stream(first, 1, gradients, SCALE)  # what is loaded or started at the first use
+    return lambda: _stream(sums, k, gradients, SCALE)
+
+
+def _stream(
+    sums: Mapping[str, Tensor],
+    k: int,
+    gradients: Mapping[str, Tensor] | None = None,
+    scale: float = 1.0,
+) -> dict[Any, Tensor]:
+    top = StreamingTopK(k, keys=list(sums), total=_numel(sums))
+    for name, acc in sums.items():
+        top.update(name, acc, None if gradients is None else gradients[name], scale)
+    return top.finish()
+
+
+def _topk_alone(flat: Tensor, mean: Mapping[str, Tensor], k: int) -> dict[str, Tensor]:
+    return split(mean, flat.topk(k, sorted=False).indices)
+
+
+def _selected(mean: Mapping[str, Tensor], k: int) -> dict[str, Tensor]:
+    """The k best by definition: all above the k-th value, and the first ones that equal it."""
+    flat = concatenated(mean)
+    kth = flat.kthvalue(flat.numel() - k + 1).values
+    above = (flat > kth).nonzero().view(-1)
+    equal = (flat == kth).nonzero().view(-1)[: k - above.numel()]
+    return split(mean, torch.cat([above, equal]))
+
+
+def _same(expected: dict[str, Tensor]) -> Callable[[Callable[[], Any]], None]:
+    return lambda run: require_same_indices(run(), expected)
+
+
+def _close(actual: Tensor, expected: Tensor) -> bool:
+    return torch.allclose(actual, expected, rtol=1e-6, atol=1e-6)
+
+
+def _numel(tensors: Mapping[str, Tensor]) -> int:
+    return sum(tensor.numel() for tensor in tensors.values())

@@ -1,0 +1,133 @@
+"""Stage 5: the delta file, its size and what it takes to write, read, apply and revert it."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from bench.harness import Contender, Figure, Outcome, measure, require, times_faster
+from bench.models import ADAMW, Setting, workload
+from saft_kernels import CooMask, SparseDelta, ops
+
+
+def run(setting: Setting) -> Outcome:
+    """A base, a model that differs from it inside the uniform mask, and the files of both."""
+    work = workload(setting)
+    mask = work.masks["uniform"]
+    base = work.task.model
+    tuned = copy.deepcopy(base)
+    _perturb(tuned, mask)
+    with tempfile.TemporaryDirectory() as folder:
+        return _with_files(Path(folder), base, tuned, mask, setting)
+
+
+@torch.no_grad()
+def _perturb(model: nn.Module, mask: CooMask) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for _, param, indices in mask.parameters(model):
+        noise = torch.randn(indices.numel(), generator=generator).mul_(ADAMW["lr"])
+        ops.scatter_(param, indices, ops.gather(param, indices) + noise)
+
+
+def _with_files(
+    folder: Path, base: nn.Module, tuned: nn.Module, mask: CooMask, setting: Setting
+) -> Outcome:
+    whole, small = folder / "model.safetensors", folder / "delta.safetensors"
+    save_file(_tensors(tuned), whole)
+    delta = SparseDelta.capture(tuned, mask, base)
+    delta.save(small)
+    loaded = SparseDelta.load(small)
+    patched, reloaded = copy.deepcopy(base), copy.deepcopy(base)
+    applied = False
+
+    def switch(wanted: bool, *, verify: bool = False) -> None:
+        nonlocal applied
+        if wanted != applied:
+            (loaded.apply_ if wanted else loaded.revert_)(patched, verify=verify)
+        applied = wanted
+
+    contenders = [
+        Contender(
+            "load_file and load_state_dict of the whole model",
+            lambda: reloaded.load_state_dict(load_file(whole)),
+            _becomes(reloaded, tuned),
+        ),
+        Contender(
+            "SparseDelta.capture", lambda: SparseDelta.capture(tuned, mask, base), _equal(delta)
+        ),
+        Contender("SparseDelta.save", lambda: delta.save(small), _file_as_before(small)),
+        Contender("SparseDelta.load", lambda: SparseDelta.load(small), _equal(delta)),
+        Contender(
+            "SparseDelta.apply_, base verified",
+            lambda: switch(True, verify=True),
+            _becomes(patched, tuned),
+            lambda: switch(False),
+        ),
+        Contender(
+            "SparseDelta.apply_, verify=False",
+            lambda: switch(True),
+            _becomes(patched, tuned),
+            lambda: switch(False),
+        ),
+        Contender(
+            "SparseDelta.revert_, verify=False",
+            lambda: switch(False),
+            _becomes(patched, base),
+            lambda: switch(True),
+        ),
+    ]
+    timings = measure("delta", contenders, setting.kernels)
+    share = 100 * small.stat().st_size / whole.stat().st_size
+    figures = [
+        Figure(
+            "delta file, in percent of the fp32 model's file", share, "%", bar=0.25, at_least=False
+        ),
+        Figure("delta file per selected entry", small.stat().st_size / mask.nnz, "bytes"),
+        times_faster(
+            "switching to a tuned model by a delta (base verified) against loading it whole",
+            timings["load_file and load_state_dict of the whole model"],
+            timings["SparseDelta.apply_, base verified"],
+        ),
+    ]
+    return Outcome(list(timings.values()), figures)
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+
+
+def _becomes(model: nn.Module, other: nn.Module) -> Callable[[Callable[[], Any]], None]:
+    def check(run: Callable[[], Any]) -> None:
+        run()
+        wanted = dict(other.named_parameters())
+        for name, param in model.named_parameters():
+            require(torch.equal(param, wanted[name]), f"{name!r} has other values than it should")
+
+    return check
+
+
+def _equal(delta: SparseDelta) -> Callable[[Callable[[], Any]], None]:
+    def check(run: Callable[[], Any]) -> None:
+        pairs = zip(run().items(), delta.items(), strict=True)
+        for (name, *tensors), (wanted, *others) in pairs:
+            same = name == wanted and all(map(torch.equal, tensors, others))
+            require(same, f"the delta differs at {wanted!r}")
+
+    return check
+
+
+def _file_as_before(path: Path) -> Callable[[Callable[[], Any]], None]:
+    def check(run: Callable[[], Any]) -> None:
+        before = path.read_bytes()
+        path.unlink()
+        run()
+        require(path.read_bytes() == before, "the file differs")
+
+    return check

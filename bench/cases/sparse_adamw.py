@@ -1,0 +1,224 @@
+"""Stage 3: the optimizer step, against the fused dense one on the whole model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bench.checks import reference_step, require_stepped, require_untouched
+from bench.harness import (
+    Contender,
+    Figure,
+    Outcome,
+    Timing,
+    evict_caches,
+    fitted_exponent,
+    measure,
+    require,
+    times_faster,
+)
+from bench.models import (
+    ADAMW,
+    CACHE_LINE,
+    Setting,
+    Workload,
+    cache_lines,
+    candidates,
+    lines_touched,
+    workload,
+)
+from saft_kernels import CooMask, SparseAdamW, ops, sparse_adamw_
+
+#: Least speed-ups over the dense step, by source of the gradients and mask.
+BARS = {
+    ("dense", "uniform"): 30,
+    ("dense", "selected"): 60,
+    ("compact", "uniform"): 50,
+    ("compact", "selected"): 100,
+}
+
+
+def run(setting: Setting) -> Outcome:
+    """Speed on the whole model, bytes of state, growth with nnz and D."""
+    work = workload(setting)
+    outcome = _speed(work, setting)
+    outcome += _state(work)
+    outcome += _growth(work, setting)
+    return outcome
+
+
+# Speed --------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Step:
+    """The arguments of one :func:`saft_kernels.sparse_adamw_` call, ready to be repeated."""
+
+    params: Sequence[Tensor]
+    grads: Sequence[Tensor] | Tensor
+    indices: list[Tensor]
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    step: Tensor
+
+    @classmethod
+    def of(
+        cls, params: Sequence[Tensor], grads: Sequence[Tensor] | Tensor, indices: list[Tensor]
+    ) -> Step:
+        """With a state of zeros."""
+        nnz = sum(index.numel() for index in indices)
+        return cls(
+            params, grads, indices, torch.zeros(nnz), torch.zeros(nnz), torch.zeros(len(params))
+        )
+
+    def __call__(self) -> None:
+        """Take the step."""
+        sparse_adamw_(
+            self.params, self.grads, self.indices, self.exp_avg, self.exp_avg_sq, self.step, **ADAMW
+        )  # fmt: skip
+
+    @property
+    def moves(self) -> int:
+        """Bytes it must move: lines of weights twice and of dense gradients, indices, state."""
+        pairs = zip(self.params, self.indices, strict=True)
+        lines = CACHE_LINE * sum(lines_touched(index, param) for param, index in pairs)
+        nnz = self.exp_avg.numel()
+        gradients = 4 * nnz if isinstance(self.grads, Tensor) else lines
+        return 2 * lines + gradients + (4 + 16) * nnz
+
+
+def _speed(work: Workload, setting: Setting) -> Outcome:
+    """All contenders change one copy of the model, each from caches that a dense step filled."""
+    model = copy.deepcopy(work.task.model)
+    params = candidates(model)
+    for name, param in params.items():
+        param.grad = work.gradients[name]
+    dense = torch.optim.AdamW(params.values(), fused=True, **ADAMW)
+
+    contenders = [
+        Contender("torch.optim.AdamW(fused=True)", dense.step, _dense_check(dense, params, work))
+    ]
+    for kind, mask in work.masks.items():
+        names, indices = zip(*mask.items(), strict=True)
+        chosen = [params[name] for name in names]
+        grads = [work.gradients[name] for name in names]
+        compact = torch.cat([ops.gather(g, i) for g, i in zip(grads, indices, strict=True)])
+        for source, gradient in (("dense", grads), ("compact", compact)):
+            step = Step.of(chosen, gradient, list(indices))
+            check = _sparse_check(params, mask, work)
+            name = f"sparse_adamw_, {source} gradients, {kind} mask"
+            contenders.append(Contender(name, step, check, dense.step, step.moves))
+    optimizer = SparseAdamW(model, work.masks["selected"], gradients="dense", **ADAMW)
+    check = _sparse_check(params, work.masks["selected"], work)
+    contenders.append(
+        Contender(
+            "SparseAdamW.step(), dense gradients, selected mask", optimizer.step, check, dense.step
+        )
+    )
+    timings = measure("optimizer step", contenders, setting.kernels)
+    return Outcome(list(timings.values()), _speed_figures(timings, work.masks, params))
+
+
+def _speed_figures(
+    timings: dict[str, Timing], masks: dict[str, CooMask], params: dict[str, nn.Parameter]
+) -> list[Figure]:
+    baseline = timings["torch.optim.AdamW(fused=True)"]
+    figures = []
+    for (source, kind), bar in BARS.items():
+        what = f"sparse_adamw_ from {source} gradients against fused AdamW, {kind} mask"
+        ours = timings[f"sparse_adamw_, {source} gradients, {kind} mask"]
+        figures.append(times_faster(what, baseline, ours, bar))
+    for kind, mask in masks.items():
+        what = f"selected entries per cache line that holds any, {kind} mask"
+        figures.append(Figure(what, mask.nnz / cache_lines(mask, params), "entries"))
+    return figures
+
+
+def _dense_check(
+    dense: torch.optim.Optimizer, params: dict[str, nn.Parameter], work: Workload
+) -> Callable[[Callable[[], Any]], None]:
+    """Its first step, at the entries of a mask; the state is not reset as it stays dense."""
+
+    def check(run: Callable[[], Any]) -> None:
+        mask = work.masks["uniform"]
+        expected = reference_step(params, work.gradients, mask)
+        require(not dense.state, "the first step was taken before")
+        run()
+        require_stepped(params, expected, mask)
+
+    return check
+
+
+def _sparse_check(
+    params: dict[str, nn.Parameter], mask: CooMask, work: Workload
+) -> Callable[[Callable[[], Any]], None]:
+    """Its first step against the specification, and every other entry bit for bit."""
+
+    def check(run: Callable[[], Any]) -> None:
+        before = {name: param.detach().clone() for name, param in params.items()}
+        expected = reference_step(params, work.gradients, mask)
+        run()
+        require_stepped(params, expected, mask)
+        require_untouched(params, before, mask)
+
+    return check
+
+
+# State --------------------------------------------------------------------------------------------
+
+
+def _state(work: Workload) -> Outcome:
+    """Bytes held per selected entry, for the kind of weights that needs most."""
+    model = copy.deepcopy(work.task.model).to(torch.bfloat16)
+    mask = work.masks["uniform"]
+    optimizer = SparseAdamW(model, mask, gradients="streamed", **ADAMW)
+    total = sum(tensor.nbytes for state in optimizer.state.values() for tensor in state.values())
+    what = "state of SparseAdamW per selected entry: indices, moments, fp32 values of bf16 weights"
+    return Outcome(figures=[Figure(what, total / mask.nnz, "bytes", bar=20, at_least=False)])
+
+
+# Growth -------------------------------------------------------------------------------------------
+
+
+def _growth(work: Workload, setting: Setting) -> Outcome:
+    """Time over the number of selected entries at fixed D, and over D at a fixed number."""
+    numel, nnz = work.numel, work.masks["uniform"].nnz
+    weights, gradients = torch.randn(numel), torch.randn(numel)
+    counts = [nnz // 16, nnz // 4, nnz, 4 * nnz]
+    sizes = [numel // 16, numel // 8, numel // 4, numel // 2, numel]
+    outcome = Outcome()
+    for group, what, sweep, bar in (
+        ("step over nnz", "nnz at fixed D", [(count, numel) for count in counts], 1.1),
+        ("step over D", "D at fixed nnz", [(nnz // 16, size) for size in sizes], 0.2),
+    ):
+        contenders = [_uniform_step(weights[:d], gradients[:d], n) for n, d in sweep]
+        timings = list(measure(group, contenders, setting.kernels).values())
+        exponent = fitted_exponent([n if bar > 1 else d for n, d in sweep], timings)
+        figure = Figure(f"exponent of time over {what}", exponent, "", bar=bar, at_least=False)
+        outcome += Outcome(timings, [figure])
+    return outcome
+
+
+def _uniform_step(weights: Tensor, gradients: Tensor, nnz: int) -> Contender:
+    """One tensor, uniformly drawn entries, cold caches."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randint(weights.numel(), (nnz + nnz // 4,), generator=generator).unique()
+    keep = torch.randperm(drawn.numel(), generator=generator)[:nnz]
+    indices = drawn[keep].sort().values.int()
+    step = Step.of([weights], [gradients], [indices])
+    mask = CooMask({"weights": indices}, {"weights": weights.shape})
+
+    def check(run: Callable[[], Any]) -> None:
+        before = weights.clone()
+        expected = reference_step({"weights": weights}, {"weights": gradients}, mask)
+        run()
+        require_stepped({"weights": weights}, expected, mask)
+        require_untouched({"weights": weights}, {"weights": before}, mask)
+
+    name = f"sparse_adamw_, nnz = {indices.numel():,}, D = {weights.numel():,}"
+    return Contender(name, step, check, evict_caches, step.moves)

@@ -1,0 +1,63 @@
+"""Checks that several cases share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from bench.harness import require
+from bench.models import ADAMW
+from saft_kernels import CooMask, reference
+
+#: How far one AdamW step may be from the specification's: a twentieth of the largest update, for
+#: roundings of the gradient, and three roundings of the weight itself.
+STEP_ATOL = 0.05 * ADAMW["lr"]
+STEP_RTOL = 3 * 2.0**-24
+
+
+def reference_step(
+    weights: Mapping[str, Tensor], gradients: Mapping[str, Tensor], mask: CooMask
+) -> dict[str, Tensor]:
+    """The selected entries after the first AdamW step, by the specification."""
+    values = {n: reference.gather(weights[n].detach(), i) for n, i in mask.items()}
+    grads = torch.cat([reference.gather(gradients[n], i) for n, i in mask.items()])
+    compact = [torch.arange(value.numel()) for value in values.values()]
+    reference.sparse_adamw_(
+        list(values.values()), (), grads, compact,
+        torch.zeros_like(grads), torch.zeros_like(grads), None, torch.zeros(len(values)),
+        torch.tensor(ADAMW["lr"], dtype=torch.float64), 0.9, 0.999, 1e-8, ADAMW["weight_decay"],
+        False, None, None,
+    )  # fmt: skip
+    return values
+
+
+def require_stepped(
+    weights: Mapping[str, Tensor], expected: Mapping[str, Tensor], mask: CooMask
+) -> None:
+    """The selected entries are what the specification makes of them."""
+    for name, indices in mask.items():
+        actual = reference.gather(weights[name].detach(), indices)
+        close = torch.allclose(actual, expected[name], rtol=STEP_RTOL, atol=STEP_ATOL)
+        require(close, f"{name!r} is not where one AdamW step leads")
+
+
+def require_untouched(
+    weights: Mapping[str, Tensor], before: Mapping[str, Tensor], mask: CooMask | None
+) -> None:
+    """Every entry outside the mask (None: every entry) has the bits it had."""
+    for name, original in before.items():
+        actual = weights[name].detach()
+        if mask is not None and name in mask:
+            actual = actual.clone()
+            indices = mask[name]
+            reference.scatter_(actual, indices, reference.gather(original, indices))
+        require(torch.equal(actual, original), f"{name!r} has changed outside the mask")
+
+
+def require_same_indices(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Two selections name the same entries of the same parameters."""
+    require(list(actual) == list(expected), "entries of other parameters are selected")
+    for name, indices in expected.items():
+        require(torch.equal(actual[name], indices), f"other entries of {name!r} are selected")

@@ -1,0 +1,108 @@
+"""What a result was measured on, and what else the machine did meanwhile."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+import saft_kernels
+from saft_kernels import backends
+
+#: Above this share of the processors, other programs disturb what is measured.
+NOTICEABLE_LOAD = 0.1
+
+_ROOT = Path(__file__).parent.parent
+
+
+def environment() -> dict[str, str | int | float]:
+    """Machine, versions and settings, as they are recorded beside every result."""
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "processor": _processor(),
+        "cores": os.cpu_count() or 0,
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "threads": torch.get_num_threads(),
+        "instruction_set": backends.cpu_isa(),
+        "backend": backends.requested_backend() or "cpu",
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "open_clip": version("open_clip_torch"),
+        "saft_kernels": saft_kernels.__version__,
+        "compiler": backends.build_info()["compiler"],
+        "commit": _commit(),
+        "load_average": os.getloadavg()[0],
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def _commit() -> str:
+    """The commit of this checkout, marked if files differ from it; "unknown" outside one."""
+    git = ["git", "-C", str(_ROOT)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, check=True)
+        state = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head.stdout.decode().strip() + (" with changes" if state.stdout else "")
+
+
+@dataclass
+class Load:
+    """How busy other programs kept the machine.
+
+    Attributes:
+        others: share of all processors that they used, 0 to 1; None where it is not known.
+        average: the system's load average over one minute, at the end.
+    """
+
+    others: float | None = None
+    average: float | None = None
+
+
+@contextmanager
+def watch_load() -> Iterator[Load]:
+    """Find out the load during a block; it is filled in when the block ends."""
+    load = Load()
+    start, busy, own = time.perf_counter(), _busy_seconds(), _own_seconds()
+    yield load
+    available = (time.perf_counter() - start) * (os.cpu_count() or 1)
+    end = _busy_seconds()
+    if busy is not None and end is not None:
+        others = (end - busy) - (_own_seconds() - own)
+        load.others = min(max(others / available, 0.0), 1.0)
+    load.average = os.getloadavg()[0]
+
+
+def _busy_seconds() -> float | None:
+    """Processor time that all programs have used since the machine started."""
+    try:
+        first = Path("/proc/stat").read_text().splitlines()[0].split()
+    except OSError:
+        return None
+    user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, first[1:9])
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+
+
+def _own_seconds() -> float:
+    """Processor time of this process and of those it started and has waited for."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system

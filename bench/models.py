@@ -1,0 +1,178 @@
+"""What the cases work on: a CLIP model, a batch, its gradients, and two masks.
+
+The weights are random, as no trained ones can be had everywhere; the shapes are open_clip's, and
+the gradients come from a genuine backward pass of the fine-tuning loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import open_clip
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bench.harness import Effort
+from saft_clip.methods.base import FROZEN, prompt_loss
+from saft_clip.models import load_model
+from saft_clip.prompts import class_prompts
+from saft_kernels import CooMask, select
+
+#: Of every AdamW here: the paper's.
+ADAMW: dict[str, Any] = {"lr": 5e-6, "weight_decay": 0.1}
+
+CACHE_LINE = 64
+
+_SEED = 0
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What to measure on, and how long.
+
+    Attributes:
+        model: an open_clip name, or ``saft-tiny``; always with random weights.
+        images: in a batch.
+        prompts: in a batch, one per class.
+        density: share of the parameters that is selected.
+        kernels: how often short work is timed.
+        steps: how often training steps are timed.
+    """
+
+    model: str = "ViT-B-16"
+    images: int = 16
+    prompts: int = 16
+    density: float = 1e-3
+    kernels: Effort = field(default_factory=Effort)
+    steps: Effort = field(default_factory=lambda: Effort(60, 3, 10, warm_up=0))
+
+
+#: Shows in seconds whether every case runs; what it measures means nothing.
+SMOKE = Setting(
+    model="saft-tiny",
+    images=4,
+    prompts=4,
+    density=1e-2,
+    kernels=Effort(0.0, 2, 2, warm_up=0),
+    steps=Effort(0.0, 2, 2, warm_up=0),
+)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A model in training mode and one batch for it.
+
+    Attributes:
+        model: an open_clip model, fp32.
+        images: float32 [B, 3, H, W].
+        labels: int64 [B].
+        tokens: int64 [C, 1, L], one prompt for each of C classes.
+    """
+
+    model: nn.Module
+    images: Tensor
+    labels: Tensor
+    tokens: Tensor
+
+    def loss(self, model: nn.Module) -> Tensor:
+        """The fine-tuning loss of a copy of the model on the batch (SAFT, Eq. 1)."""
+        return prompt_loss(model, self.images, self.labels, self.tokens, "fp32")
+
+
+def candidates(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of the two encoders by name; the paper trains no others."""
+    return {name: param for name, param in model.named_parameters() if name not in FROZEN}
+
+
+@cache
+def task(model: str, images: int, prompts: int) -> Task:
+    """Build the model and a batch of smooth random images and prompts for real class names."""
+    torch.manual_seed(_SEED)
+    clip = load_model(model, "random")
+    clip.model.train()
+    for name in FROZEN:
+        param = dict(clip.model.named_parameters()).get(name)
+        if param is not None:
+            param.requires_grad_(False)
+    size = clip.model.visual.image_size
+    height, width = size if isinstance(size, tuple) else (size, size)
+    names = open_clip.IMAGENET_CLASSNAMES
+    return Task(
+        clip.model,
+        _smooth_images(images, height, width),
+        torch.arange(images) % prompts,
+        class_prompts(
+            names[:: len(names) // prompts][:prompts], ["a photo of a {}."], clip.tokenizer
+        ),
+    )
+
+
+def _smooth_images(count: int, height: int, width: int) -> Tensor:
+    """Random patches of colour and some noise; noise alone would look all the same to a model."""
+    patches = F.interpolate(torch.randn(count, 3, 14, 14), (height, width), mode="bilinear")
+    return patches + 0.2 * torch.randn(count, 3, height, width)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A task, its loss and gradients, and the masks. Nobody may change these tensors.
+
+    Attributes:
+        task: model and batch.
+        loss: of the batch.
+        gradients: by parameter name, contiguous.
+        masks: ``uniform``, the worst case: nearly every entry on a page of its own; ``selected``,
+            what :func:`saft_kernels.select` chose on the batch.
+    """
+
+    task: Task
+    loss: float
+    gradients: dict[str, Tensor]
+    masks: dict[str, CooMask]
+
+    @property
+    def numel(self) -> int:
+        """The number of candidate entries, D."""
+        return sum(gradient.numel() for gradient in self.gradients.values())
+
+
+@cache
+def workload(setting: Setting) -> Workload:
+    """Everything that the cases share, made once."""
+    own = task(setting.model, setting.images, setting.prompts)
+    selected = select(
+        own.model,
+        lambda model, batch: own.loss(model),
+        [own.images],
+        density=setting.density,
+        exclude=list(FROZEN),
+    )
+    loss = own.loss(own.model)
+    loss.backward()
+    gradients = {name: _take_gradient(param) for name, param in candidates(own.model).items()}
+    masks = {"uniform": uniform_mask(own.model, setting.density), "selected": selected}
+    return Workload(own, loss.item(), gradients, masks)
+
+
+def _take_gradient(param: nn.Parameter) -> Tensor:
+    gradient, param.grad = param.grad, None
+    return torch.zeros_like(param) if gradient is None else gradient.contiguous()
+
+
+def uniform_mask(model: nn.Module, density: float) -> CooMask:
+    """Entries drawn uniformly from all candidates."""
+    return select(model, density=density, score="random", exclude=list(FROZEN), seed=_SEED)
+
+
+def cache_lines(mask: CooMask, tensors: Mapping[str, Tensor]) -> int:
+    """How many cache lines hold the selected entries."""
+    return sum(lines_touched(indices, tensors[name]) for name, indices in mask.items())
+
+
+def lines_touched(indices: Tensor, tensor: Tensor) -> int:
+    """How many cache lines of a contiguous tensor hold the entries at sorted flat indices."""
+    return (indices // (CACHE_LINE // tensor.element_size())).unique_consecutive().numel()

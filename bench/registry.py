@@ -1,0 +1,56 @@
+"""The cases by name, and running one into a record that JSON can hold."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from bench.cases import accumulate_topk, clip_step, delta, gather_scatter, sparse_adamw
+from bench.environment import watch_load
+from bench.harness import Outcome, WrongResultError
+from bench.models import Setting
+
+
+@dataclass(frozen=True)
+class Case:
+    """A part of the data path and what is measured of it."""
+
+    name: str
+    summary: str
+    run: Callable[[Setting], Outcome]
+
+
+#: In the order of the data path, the training step last.
+CASES = {
+    case.name: case
+    for case in (
+        Case("accumulate_topk", "streaming selection and fused accumulation", accumulate_topk.run),
+        Case(
+            "gather_scatter", "values at the indices, out of weights and back", gather_scatter.run
+        ),
+        Case("sparse_adamw", "the optimizer step, its state and its growth", sparse_adamw.run),
+        Case("delta", "the delta file: size, writing, applying, reverting", delta.run),
+        Case("clip_step", "a whole training step: time and peak memory", clip_step.run),
+    )
+}
+
+
+def run_case(case: Case, setting: Setting) -> dict[str, Any]:
+    """Run one case. A wrong result is recorded as ``refused`` in place of times."""
+    start = time.perf_counter()
+    outcome, refused = Outcome(), None
+    with watch_load() as load:
+        try:
+            outcome = case.run(setting)
+        except WrongResultError as error:
+            refused = str(error)
+    return {
+        "summary": case.summary,
+        "seconds": time.perf_counter() - start,
+        "load": asdict(load),
+        "refused": refused,
+        "figures": [{**asdict(figure), "verdict": figure.verdict} for figure in outcome.figures],
+        "timings": [asdict(timing) for timing in outcome.timings],
+    }
