@@ -112,7 +112,7 @@ def gather(dense: Tensor, indices: Tensor) -> Tensor:
     """The entries of ``dense`` at flat indices into its logical row-major order.
 
     Args:
-        dense: any floating dtype, shape and strides (channels_last included).
+        dense: any floating dtype (8-bit ones included), shape and strides (channels_last included).
         indices: int32 or int64 [nnz], strictly increasing, within ``dense``.
 
     Returns:

@@ -10,7 +10,14 @@ from torch import Tensor
 
 from saft_kernels import backends, ops, reference
 
-DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+DTYPES = [
+    torch.float64,
+    torch.float32,
+    torch.bfloat16,
+    torch.float16,
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+]
 
 
 def every_third(numel: int, dtype: torch.dtype = torch.int32) -> Tensor:
@@ -129,7 +136,7 @@ def test_other_bad_arguments_are_refused(device):
     indices = torch.tensor([0, 1], device=device)
     with pytest.raises(RuntimeError, match="share one place"):
         ops.scatter_(torch.zeros(1).expand(3), indices, torch.ones(2))
-    with pytest.raises(RuntimeError, match="dense must be float64"):
+    with pytest.raises(RuntimeError, match="dense must be of a floating type"):
         ops.gather(torch.zeros(3, dtype=torch.int32), indices)
     with pytest.raises(RuntimeError, match="values must be Float"):
         ops.scatter_(torch.zeros(3), indices, torch.ones(2, dtype=torch.float64))
@@ -149,7 +156,8 @@ def test_scattering_moves_the_version_counter(device):
     assert dense._version > before
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+# opcheck itself multiplies its inputs, which torch does not do in 8 bits.
+@pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if dtype.itemsize > 1])
 def test_opcheck(device, dtype):
     dense, indices = torch.randn(7, 9, device=device).to(dtype), every_third(63)
     op = backends.kernels()

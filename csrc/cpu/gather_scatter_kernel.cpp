@@ -48,6 +48,8 @@ void move(const GatherScatter& job, int64_t begin, int64_t end) {
 template <bool scatter>
 void dispatch(const GatherScatter& job, int64_t begin, int64_t end) {
   switch (job.element_size) {
+    case 1:
+      return move<uint8_t, scatter>(job, begin, end);
     case 2:
       return move<uint16_t, scatter>(job, begin, end);
     case 4:

@@ -11,7 +11,7 @@ namespace saft::cpu {
 struct GatherScatter {
   void* dense;
   void* values;      // [indices.n], contiguous
-  int element_size;  // 2, 4 or 8 bytes: values are moved as bits
+  int element_size;  // 1, 2, 4 or 8 bytes: values are moved as bits
   Strided layout;    // of dense
   Indices indices;
 };

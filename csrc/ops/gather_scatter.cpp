@@ -12,9 +12,20 @@ namespace {
 constexpr int64_t kGrain = 2048;  // entries below which a second thread costs more than it brings
 
 void check_floating(const Tensor& dense) {
-  const ScalarType type = dense.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double || is_low_precision(type),
-                  "dense must be float64, float32, bfloat16 or float16, not ", name_of(type));
+  switch (dense.scalar_type()) {
+    case ScalarType::Double:
+    case ScalarType::Float:
+    case ScalarType::BFloat16:
+    case ScalarType::Half:
+    case ScalarType::Float8_e4m3fn:
+    case ScalarType::Float8_e5m2:
+    case ScalarType::Float8_e4m3fnuz:
+    case ScalarType::Float8_e5m2fnuz:
+      return;
+    default:
+      STD_TORCH_CHECK(false, "dense must be of a floating type of one to eight bytes, not ",
+                      name_of(dense.scalar_type()));
+  }
 }
 
 cpu::GatherScatter job_of(const Tensor& dense, const Tensor& indices, const Tensor& values, bool writable) {

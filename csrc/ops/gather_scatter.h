@@ -4,7 +4,7 @@
 // scatter_(dense!, indices [n], values [n])
 //
 // Contract
-// - dense: any floating type of 2, 4 or 8 bytes, any strides; flat indices count in logical row-major order, so a
+// - dense: any floating type of 1, 2, 4 or 8 bytes, any strides; flat indices count in logical row-major order, so a
 //   channels_last weight and its contiguous copy share their indices. scatter_ refuses overlapping elements.
 // - indices: int32 or int64, strictly increasing, in range; checked before anything is read or written.
 // - values: contiguous, the dtype of dense. Bits are moved, never converted.
