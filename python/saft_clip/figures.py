@@ -189,3 +189,87 @@ def blocks_figure(blocks: Sequence[Mapping[str, Any]], kinds: Sequence[str]) -> 
         handles, labels = grid.flat[0].get_legend_handles_labels()
         drawing.legend(handles, labels, loc="outside upper right", ncols=len(kinds))
         return inline_svg(drawing, "blocks", "Trained parameters per block of each encoder")
+
+
+def contenders_figure(groups: Sequence[Mapping[str, Any]]) -> str:
+    """Bars of accuracy with error bars, a group of bars for each role of domains.
+
+    Args:
+        groups: ``name`` and ``statistics``: contender -> (mean, standard error).
+    """
+    names = list(groups[0]["statistics"])
+    width = 0.8 / len(names)
+    with figure(8.9, 3.3) as (drawing, axes):
+        for number, (name, colour) in enumerate(zip(names, ("before", "s2", "after"), strict=True)):
+            places = [i + (number - (len(names) - 1) / 2) * width for i in range(len(groups))]
+            statistics = [group["statistics"][name] for group in groups]
+            axes.bar(
+                places, [mean for mean, _ in statistics], width * 0.9,
+                color=PLACEHOLDERS[colour], label=name,
+            )  # fmt: skip
+            for place, (mean, error) in zip(places, statistics, strict=True):
+                axes.errorbar(
+                    place, mean, error, color=PLACEHOLDERS["ink"], linewidth=1.2, capsize=3
+                )
+                axes.annotate(
+                    f"{100 * mean:.1f}", (place, mean + (0 if error != error else error)),
+                    xytext=(0, 4), textcoords="offset points", ha="center", fontsize=9.5,
+                )  # fmt: skip
+        axes.set_xticks(range(len(groups)), [group["name"] for group in groups])
+        axes.tick_params(axis="x", length=0, labelcolor=PLACEHOLDERS["ink"])
+        axes.grid(axis="x", visible=False)
+        axes.set_ylim(0, 1.08)
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+        drawing.legend(loc="outside upper right", ncols=len(names))
+        return inline_svg(drawing, "contenders", "Accuracy by role of domain and method")
+
+
+def sweep_figure(densities: Sequence[float], panels: Sequence[Mapping[str, Any]]) -> str:
+    """SAFT's accuracy over the density, a panel for each role of domains.
+
+    Args:
+        densities: shares of trained parameters.
+        panels: ``title``, ``saft``: (mean, standard error) per density, ``full``, ``zero-shot``.
+    """
+    with figure(8.9, 3.0, ncols=len(panels), squeeze=False) as (drawing, grid):
+        for axes, panel in zip(grid.flat, panels, strict=True):
+            mean, error = panel["full"]
+            axes.axhspan(mean - error, mean + error, color=PLACEHOLDERS["s2"], alpha=0.18, lw=0)
+            axes.axhline(mean, color=PLACEHOLDERS["s2"], linewidth=1.6, label="full fine-tuning")
+            axes.axhline(
+                panel["zero-shot"][0], color=PLACEHOLDERS["before"], linewidth=1.6,
+                linestyle="--", label="zero-shot",
+            )  # fmt: skip
+            axes.errorbar(
+                densities, *zip(*panel["saft"], strict=True),
+                color=PLACEHOLDERS["after"], marker="o", markersize=5, capsize=3, label="SAFT",
+            )  # fmt: skip
+            axes.set_xscale("log")
+            axes.set_xticks(densities, [f"{100 * density:g}%" for density in densities])
+            axes.minorticks_off()
+            axes.set(title=panel["title"], xlabel="density")
+            axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+        handles, labels = grid.flat[0].get_legend_handles_labels()
+        drawing.legend(handles, labels, loc="outside upper right", ncols=3)
+        return inline_svg(drawing, "sweep", "Accuracy over SAFT's density")
+
+
+def tuning_figure(lines: Sequence[Mapping[str, Any]]) -> str:
+    """Validation accuracy of every trial over its learning rate.
+
+    Args:
+        lines: ``name``, ``full`` (or SAFT), ``lr`` and ``accuracy`` of each trial.
+    """
+    with figure(8.9, 3.0) as (drawing, axes):
+        saft = [line for line in lines if not line["full"]]
+        for line in lines:
+            strength = 1.0 if line["full"] else 0.35 + 0.65 * (saft.index(line) + 1) / len(saft)
+            axes.plot(
+                line["lr"], line["accuracy"], label=line["name"], marker="o", markersize=4,
+                color=PLACEHOLDERS["s2" if line["full"] else "after"], alpha=strength,
+            )  # fmt: skip
+        axes.set_xscale("log")
+        axes.set(xlabel="learning rate", ylabel="validation accuracy")
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+        drawing.legend(loc="outside right center")
+        return inline_svg(drawing, "tuning", "Validation accuracy of every trial")

@@ -8,6 +8,8 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
+from rich.table import Table
+from rich.text import Text
 
 from saft_clip import figures
 from saft_clip.config import FinetuneConfig, dashed
@@ -21,7 +23,7 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 
 def write_report(path: str | Path) -> Path:
-    """Build ``report.html`` of a finished run from the files in its folder.
+    """Build ``report.html`` of a finished run (or demo) from the files in its folder.
 
     Args:
         path: the folder.
@@ -34,6 +36,10 @@ def write_report(path: str | Path) -> Path:
         FileWriteError: if the page cannot be written.
     """
     folder = RunFolder(path)
+    if (folder.path / "demo.json").exists():
+        from saft_clip.demo_page import write_demo_page  # that module builds on this one
+
+        return write_demo_page(folder.path)
     if not folder.finished():
         raise CheckpointError(
             f"{folder.path} holds no finished run (there is no {folder.results.name}): finish it "
@@ -114,6 +120,21 @@ def accuracy_rows(evaluations: Sequence[Mapping[str, Any]]) -> list[dict[str, An
         for spec, new in after.items()
     ]
     return sorted(rows, key=lambda row: row["shifted"])
+
+
+def accuracy_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """The rows for the terminal."""
+    table = Table("data set", caption="top-1 accuracy in %, ± one standard error of the evaluation")
+    for name in ("images", "before", "after", "change"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(
+            Text(row["name"] + (" (shifted)" if row["shifted"] else "")),
+            f"{row['n']:,}",
+            *(f"{points(row[w])} ± {points(row[w + '_stderr'])}" for w in ("before", "after")),
+            signed(row["after"] - row["before"]),
+        )
+    return table
 
 
 def percent(value: float) -> str:

@@ -136,11 +136,7 @@ def describe_data(dataset: ImageDataset, *, content: bool) -> dict[str, Any]:
     digest = hashlib.sha256(json.dumps([dataset.class_names, dataset.templates]).encode())
     for image, label in zip(dataset.images, dataset.labels.tolist(), strict=True):
         digest.update(str(label).encode())
-        if not isinstance(image, str):
-            digest.update(image.tobytes())
-            continue
-        digest.update(Path(image).name.encode())
-        digest.update(Path(image).read_bytes() if content else _size(image).encode())
+        digest.update(_mark(image, content) if isinstance(image, str) else image.tobytes())
     return {
         "images": len(dataset),
         "classes": len(dataset.class_names),
@@ -151,6 +147,14 @@ def describe_data(dataset: ImageDataset, *, content: bool) -> dict[str, Any]:
 def _size(path: str) -> str:
     # A listed image that is missing is skipped, and named, when its turn comes.
     return str(os.stat(path).st_size) if os.path.exists(path) else "missing"
+
+
+def _mark(path: str, content: bool) -> bytes:
+    name = os.path.basename(path).encode()
+    try:
+        return name + (Path(path).read_bytes() if content else b"%d" % os.path.getsize(path))
+    except OSError:  # evaluation names and skips what cannot be read
+        return name
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -27,7 +27,7 @@ from saft_clip.checkpoint import (
     set_random_states,
 )
 from saft_clip.config import FinetuneConfig
-from saft_clip.console import progress, say, warn
+from saft_clip.console import output, progress, say, warn
 from saft_clip.data import ImageDataset, available_splits, drop_unreadable, few_shot, load_dataset
 from saft_clip.errors import CheckpointError
 from saft_clip.evaluate import Evaluation, evaluate_zero_shot
@@ -35,7 +35,7 @@ from saft_clip.methods import Method, find_method
 from saft_clip.metrics import MetricsLog, read_metrics
 from saft_clip.models import ClipModel, load_model, train_mode
 from saft_clip.prompts import class_prompts
-from saft_clip.report import write_report
+from saft_clip.report import accuracy_rows, accuracy_table, write_report
 from saft_clip.results import summarize
 from saft_clip.run_folder import RunFolder, describe_data, read_json
 from saft_kernels.errors import NonFiniteGradientError
@@ -409,6 +409,8 @@ class Run:
         evaluations = [line for line in lines if line["kind"] == "evaluation"]
         self.folder.finish(summarize(self.method, artefact, evaluations, self.seconds))
         write_report(self.folder.path)
+        if evaluations:
+            output.print(accuracy_table(accuracy_rows(evaluations)))
         say(f"wrote {artefact} and {self.folder.report}")
 
     def close(self) -> None:
