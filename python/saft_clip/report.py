@@ -83,7 +83,7 @@ def page_content(
     rows = accuracy_rows(results["evaluations"])
     trained = any(line["kind"] == "train" for line in metrics)
     return {
-        "title": f"{results['model']} fine-tuned with {results['method']}",
+        "title": f"{results['model']}: {results['method']} on {Path(config.train_data).name}",
         "lead": _lead(config, results),
         "tiles": _tiles(rows, results),
         "rows": rows,

@@ -46,7 +46,7 @@ def summarize(
     """
     state = method.model.state_dict()
     return {
-        "method": method.name,
+        "method": method.title,
         "model": method.clip.name,
         "pretrained": method.clip.pretrained,
         "parameters": sum(param.numel() for param in method.encoder_parameters()),

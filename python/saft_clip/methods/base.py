@@ -35,6 +35,8 @@ class Method(ABC):
 
     #: What ``--method`` calls it.
     name: ClassVar[str]
+    #: What pages call it.
+    title: ClassVar[str]
     #: The file that :meth:`export` writes.
     artefact: ClassVar[str]
     #: The trained entries; None if all of the encoders' parameters are trained.

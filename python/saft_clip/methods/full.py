@@ -19,6 +19,7 @@ class Full(Method):
     """``torch.optim.AdamW`` over all parameters of both encoders, weight decay on all of them."""
 
     name = "full"
+    title = "full fine-tuning"
     artefact = "model.safetensors"
 
     def prepare(self, batches: Iterable[Batch], folder: Path | None) -> None:

@@ -29,6 +29,7 @@ class Saft(Method):
     """
 
     name = "saft"
+    title = "SAFT"
     artefact = "delta.safetensors"
 
     def prepare(self, batches: Iterable[Batch], folder: Path | None) -> None:
