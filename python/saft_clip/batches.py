@@ -129,7 +129,8 @@ class _Seeded(Dataset[Any]):
         state = random.getstate(), np.random.get_state()
         with torch.random.fork_rng(devices=[]):
             seed = _mix(self.seed, *key)
-            torch.manual_seed(seed)
+            # torch.manual_seed() would also format a stack trace for a CUDA that may come up later.
+            torch.default_generator.manual_seed(seed)
             random.seed(seed)
             np.random.seed(seed % 2**32)
             try:
