@@ -259,6 +259,17 @@ def test_evaluate_with_a_delta(small, pets, tmp_path, delta):
     assert content["delta"] == path
 
 
+def test_finetune_ends_with_accuracies_before_and_after(small, pets, tmp_path, capsys):
+    run = tmp_path / "run"
+    options = ["--train-data", pets, "--shots", "1", "--epochs", "1", "--output", str(run)]
+    assert main(["finetune", *small, *options]) == 0
+    shown = capsys.readouterr().out
+    evaluations = json.loads((run / "results.json").read_text())["evaluations"]
+    assert len(evaluations) == 2
+    for line in evaluations:
+        assert f"{100 * line['top1']:.2f} ±" in shown
+
+
 def test_evaluate_takes_the_model_from_the_delta(small, pets, tmp_path, capsys):
     run, file = tmp_path / "run", tmp_path / "out.json"
     options = ["--train-data", pets, "--shots", "1", "--epochs", "1", "--output", str(run)]

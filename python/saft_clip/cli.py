@@ -91,10 +91,11 @@ def demo(
 )
 def finetune(context: typer.Context) -> None:
     """Fine-tune a CLIP model on a few images per class; the result is a delta file."""
+    from saft_clip.commands import finetune_command
     from saft_clip.settings import run_with_settings
-    from saft_clip.train import finetune as run
 
-    run_with_settings(run, context.args, name="saft finetune", help=finetune.__doc__ or "")
+    text = finetune.__doc__ or ""
+    run_with_settings(finetune_command, context.args, name="saft finetune", help=text)
 
 
 @app.command()

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
@@ -20,7 +21,7 @@ from saft_clip.methods.base import FROZEN
 from saft_clip.methods.saft import Saft
 from saft_clip.models import load_model
 from saft_clip.prompts import class_prompts
-from saft_clip.train import RunData, load_base
+from saft_clip.train import RunData, finetune, load_base
 from saft_kernels.delta import SparseDelta
 from saft_kernels.errors import FileWriteError
 from saft_kernels.files import atomic_write
@@ -95,6 +96,32 @@ def evaluate_command(
         with atomic_write(json_file) as temporary:
             temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return results
+
+
+def finetune_command(config: FinetuneConfig) -> None:
+    """Fine-tune a model and print what that did to its accuracy."""
+    results = finetune(config).results
+    if results["evaluations"]:
+        output.print(before_and_after_table(results["evaluations"]))
+
+
+def before_and_after_table(evaluations: Sequence[Mapping[str, Any]]) -> Table:
+    """Top-1 accuracy in percent before and after fine-tuning, one row for each data set."""
+    table = Table(caption="top-1 accuracy in %, ± one standard error of the evaluation")
+    table.add_column("data")
+    for name in ("images", "before", "after", "change"):
+        table.add_column(name, justify="right")
+    found = {(line["spec"], line["when"]): line for line in evaluations}
+    for spec in dict.fromkeys(line["spec"] for line in evaluations):
+        before, after = found[spec, "before"], found[spec, "after"]
+        shift = " (shifted)" if after["shifted"] else ""
+        table.add_row(
+            escape(after["dataset"] + shift),
+            f"{after['n']:,}",
+            *(f"{100 * x['top1']:.2f} ± {100 * x['top1_stderr']:.2f}" for x in (before, after)),
+            f"{100 * (after['top1'] - before['top1']):+.2f}",
+        )
+    return table
 
 
 def select_command(config: FinetuneConfig, score: str, file: Path) -> CooMask:
