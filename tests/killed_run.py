@@ -13,13 +13,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import clip_helpers  # noqa: F401  (registers the small models)
 import torch
+
+import clip_helpers  # noqa: F401  (registers the small models)
 from saft_clip import checkpoint
 from saft_clip.config import FinetuneConfig
 from saft_clip.methods import saft
 from saft_clip.train import finetune
-
 from saft_kernels import delta_file
 
 

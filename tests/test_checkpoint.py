@@ -7,8 +7,9 @@ import random
 import numpy as np
 import pytest
 import torch
-from clip_helpers import cut_short
 from safetensors.torch import save_file
+
+from clip_helpers import cut_short
 from saft_clip.checkpoint import (
     find_checkpoints,
     load_checkpoint,
@@ -18,7 +19,6 @@ from saft_clip.checkpoint import (
     set_random_states,
 )
 from saft_clip.errors import CheckpointError
-
 from saft_kernels.errors import FileWriteError
 
 CPU = torch.device("cpu")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from saft_clip.config import FinetuneConfig
 from saft_clip.errors import ConfigError
 

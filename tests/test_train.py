@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn import functional as F
+
 from clip_helpers import SMALL, SMALL_RESNET, cut_short, small_checkpoint, write_folder, write_image
 from saft_clip import train
 from saft_clip.batches import TrainingBatches
@@ -24,9 +26,8 @@ from saft_clip.methods.base import FROZEN, prompt_loss
 from saft_clip.metrics import MetricsLog, read_metrics
 from saft_clip.models import load_model
 from saft_clip.prompts import class_prompts
-from saft_clip.train import RunData, Trainer, finetune, learning_rate, load_base
-from torch.nn import functional as F
-
+from saft_clip.train import RunData, finetune, load_base
+from saft_clip.trainer import Trainer, learning_rate
 from saft_kernels.delta import SparseDelta
 from saft_kernels.errors import NonFiniteGradientError
 from saft_kernels.mask import CooMask

@@ -11,7 +11,7 @@ import signal
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from math import ceil
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -23,6 +23,13 @@ from saft_clip.errors import UnreadableImageError
 
 Batch = tuple[Tensor, Tensor]
 """Images, float32 [B, 3, H, W], and labels, int64 [B]."""
+
+
+class Batches(Protocol):
+    """Batches that can be counted, and gone through repeatedly."""
+
+    def __iter__(self) -> Iterator[Any]: ...  # noqa: D105
+    def __len__(self) -> int: ...  # noqa: D105
 
 
 class TrainingBatches:

@@ -39,7 +39,7 @@ from saft_clip.prompts import class_prompts
 from saft_clip.results import environment
 from saft_clip.run_folder import write_json
 from saft_clip.tiny import TINY_NAME
-from saft_clip.train import Trainer
+from saft_clip.trainer import Trainer
 from saft_kernels.errors import FileWriteError
 
 TRAINED = "mnist"

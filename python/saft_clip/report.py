@@ -8,8 +8,6 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
-from rich.table import Table
-from rich.text import Text
 
 from saft_clip import figures
 from saft_clip.config import FinetuneConfig, dashed
@@ -120,21 +118,6 @@ def accuracy_rows(evaluations: Sequence[Mapping[str, Any]]) -> list[dict[str, An
         for spec, new in after.items()
     ]
     return sorted(rows, key=lambda row: row["shifted"])
-
-
-def accuracy_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """The rows for the terminal."""
-    table = Table("data set", caption="top-1 accuracy in %, ± one standard error of the evaluation")
-    for name in ("images", "before", "after", "change"):
-        table.add_column(name, justify="right")
-    for row in rows:
-        table.add_row(
-            Text(row["name"] + (" (shifted)" if row["shifted"] else "")),
-            f"{row['n']:,}",
-            *(f"{points(row[w])} ± {points(row[w + '_stderr'])}" for w in ("before", "after")),
-            signed(row["after"] - row["before"]),
-        )
-    return table
 
 
 def percent(value: float) -> str:

@@ -1,24 +1,18 @@
-"""Fine-tuning: the training loop, and a whole run from settings to report."""
+"""Fine-tuning: a whole run, from settings to report."""
 
 from __future__ import annotations
 
 import hashlib
 import math
 import shlex
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from saft_clip.batches import Batch, TrainingBatches, ordered_batches
+from saft_clip.batches import TrainingBatches, ordered_batches
 from saft_clip.checkpoint import (
     find_checkpoints,
     load_latest,
@@ -27,18 +21,18 @@ from saft_clip.checkpoint import (
     set_random_states,
 )
 from saft_clip.config import FinetuneConfig
-from saft_clip.console import output, progress, say, warn
+from saft_clip.console import progress, say, warn
 from saft_clip.data import ImageDataset, available_splits, drop_unreadable, few_shot, load_dataset
 from saft_clip.errors import CheckpointError
 from saft_clip.evaluate import Evaluation, evaluate_zero_shot
 from saft_clip.methods import Method, find_method
 from saft_clip.metrics import MetricsLog, read_metrics
-from saft_clip.models import ClipModel, load_model, train_mode
+from saft_clip.models import ClipModel, load_model
 from saft_clip.prompts import class_prompts
-from saft_clip.report import accuracy_rows, accuracy_table, write_report
+from saft_clip.report import write_report
 from saft_clip.results import summarize
 from saft_clip.run_folder import RunFolder, describe_data, read_json
-from saft_kernels.errors import NonFiniteGradientError
+from saft_clip.trainer import Trainer, stop_requests
 from saft_kernels.fingerprint import fingerprints
 
 
@@ -55,105 +49,6 @@ class FinetuneResult:
     output: Path
     artefact: Path
     results: dict[str, Any]
-
-
-# The loop ---------------------------------------------------------------------------------------
-
-
-class Trainer:
-    """Takes the optimizer steps of a run.
-
-    Args:
-        method: prepared, with its optimizer.
-        batches: the training data.
-        config: the run's settings.
-    """
-
-    def __init__(self, method: Method, batches: TrainingBatches, config: FinetuneConfig) -> None:
-        self.method = method
-        self.batches = batches
-        self.config = config
-        self.step = 0
-
-    def steps(self) -> Iterator[dict[str, float]]:
-        """Take the remaining steps; each yields ``loss``, ``lr``, ``grad_norm`` and ``images``.
-
-        Raises:
-            NonFiniteGradientError: if a loss or gradient is NaN or infinite; the weights are those
-                before that step.
-        """
-        for batches in self.batches.steps_from(self.step):
-            train_mode(self.method.model)
-            size = self.batches.images_in(self.step)
-            loss = self._backward(batches, size)
-            norm = self.method.clip_grad_norm_(self.config.grad_clip_norm or math.inf)
-            self._check_finite(loss, norm)
-            lr = learning_rate(self.step, self.batches.steps, self.config)
-            self.method.step(lr)
-            self.step += 1
-            yield {"loss": float(loss), "lr": lr, "grad_norm": float(norm), "images": size}
-
-    def _backward(self, batches: Iterator[Batch], size: int) -> Tensor:
-        """Accumulate the gradient of a step's mean loss over ``size`` images; return the loss."""
-        total = torch.zeros((), device=self.method.device)
-        for images, labels in batches:
-            # A short batch counts for what it holds, so that the gradient is that of one big batch.
-            loss = self.method.loss(images, labels) * (len(labels) / size)
-            loss.backward()
-            total += loss.detach()
-        return total
-
-    def _check_finite(self, loss: Tensor, norm: Tensor) -> None:
-        for what, value in (("loss", loss), ("gradient", norm)):
-            if not math.isfinite(value):
-                raise NonFiniteGradientError(
-                    f"the {what} is {float(value)} at step {self.step + 1}: lower --lr, set "
-                    "--grad-clip-norm, or use --precision fp32"
-                )
-
-
-def learning_rate(step: int, steps: int, config: FinetuneConfig) -> float:
-    """Linear warm-up, then a cosine to zero (Loshchilov & Hutter 2017), per step.
-
-    Args:
-        step: steps taken so far, from 0.
-        steps: of the whole run.
-        config: for ``lr`` and ``warmup``.
-    """
-    warmup = steps // 10 if config.warmup is None else config.warmup
-    if step < warmup:
-        return config.lr * (step + 1) / warmup
-    return config.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
-
-
-@contextmanager
-def stop_requests() -> Iterator[Callable[[], bool]]:
-    """Let Ctrl-C and SIGTERM ask for a stop instead of stopping at once; a second Ctrl-C does.
-
-    Yields:
-        A function that tells whether a stop was asked for.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False  # only the main thread can handle signals
-        return
-    asked = False
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        nonlocal asked
-        if asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        asked = True
-        say("stopping after this step; press Ctrl-C again to stop at once")
-
-    previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: asked
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
-# A whole run ------------------------------------------------------------------------------------
 
 
 def finetune(config: FinetuneConfig) -> FinetuneResult:
@@ -409,8 +304,6 @@ class Run:
         evaluations = [line for line in lines if line["kind"] == "evaluation"]
         self.folder.finish(summarize(self.method, artefact, evaluations, self.seconds))
         write_report(self.folder.path)
-        if evaluations:
-            output.print(accuracy_table(accuracy_rows(evaluations)))
         say(f"wrote {artefact} and {self.folder.report}")
 
     def close(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from saft_clip.batches import Batch
+from saft_clip.batches import Batches
 from saft_clip.config import FinetuneConfig
 from saft_clip.evaluate import embed_classes
 from saft_clip.models import ClipModel, autocast
@@ -53,7 +53,7 @@ class Method(ABC):
             param.requires_grad_(name not in FROZEN)
 
     @abstractmethod
-    def prepare(self, batches: Iterable[Batch], folder: Path | None) -> None:
+    def prepare(self, batches: Batches, folder: Path | None) -> None:
         """Decide what is trained and make the optimizer.
 
         Args:

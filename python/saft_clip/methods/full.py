@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from saft_clip.batches import Batch
+from saft_clip.batches import Batches
 from saft_clip.methods.base import Method, adamw_options
 from saft_kernels.files import atomic_write
 
@@ -22,7 +22,7 @@ class Full(Method):
     title = "full fine-tuning"
     artefact = "model.safetensors"
 
-    def prepare(self, batches: Iterable[Batch], folder: Path | None) -> None:
+    def prepare(self, batches: Batches, folder: Path | None) -> None:
         """Make the optimizer; there is nothing to decide."""
         self.optimizer = torch.optim.AdamW(
             self.encoder_parameters(), fused=True, **adamw_options(self.config)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from saft_clip.batches import Batch
+from saft_clip.batches import Batches
 from saft_clip.console import progress, say
 from saft_clip.errors import CheckpointError
 from saft_clip.methods.base import FROZEN, Method, adamw_options
@@ -32,7 +32,7 @@ class Saft(Method):
     title = "SAFT"
     artefact = "delta.safetensors"
 
-    def prepare(self, batches: Iterable[Batch], folder: Path | None) -> None:
+    def prepare(self, batches: Batches, folder: Path | None) -> None:
         """Select the mask, or take the one that the run has selected already."""
         file = folder / "mask.safetensors" if folder else None
         if file is not None and file.exists():
@@ -47,9 +47,9 @@ class Saft(Method):
             self.model, mask, gradients=self.config.gradients, **adamw_options(self.config)
         )
 
-    def _select(self, batches: Iterable[Batch]) -> CooMask:
+    def _select(self, batches: Batches) -> CooMask:
         self.model.eval()
-        with progress("selecting", len(batches), unit="batches") as advance:  # type: ignore[arg-type]
+        with progress("selecting", len(batches), unit="batches") as advance:
             mask = select(
                 self.model,
                 lambda model, batch: self.loss(*batch),
