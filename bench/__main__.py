@@ -67,10 +67,7 @@ def run(
     """Run cases and print the tables."""
     chosen = _choose(cases)
     setting = SMOKE if smoke else replace(Setting(), model=model)
-    result = measure_cases(chosen, setting)
-    if output_file is not None:
-        reports.write_result(output_file, result)
-        say(f"result written to {output_file}")
+    result = measure_cases(chosen, setting, output_file)
     print(reports.markdown(result), end="")
     if any(record["refused"] for record in result["cases"].values()):
         raise typer.Exit(1)
@@ -83,8 +80,8 @@ def _choose(names: list[str] | None) -> list[str]:
     return names or list(CASES)
 
 
-def measure_cases(names: list[str], setting: Setting) -> dict[str, Any]:
-    """Run the named cases; the whole result, as it is written to a file."""
+def measure_cases(names: list[str], setting: Setting, file: Path | None) -> dict[str, Any]:
+    """Run the named cases; the result so far is in the file, if one is named, after each."""
     result: dict[str, Any] = {
         "format": reports.FORMAT,
         "version": reports.VERSION,
@@ -94,7 +91,9 @@ def measure_cases(names: list[str], setting: Setting) -> dict[str, Any]:
     }
     for name in names:
         record = result["cases"][name] = run_case(CASES[name], setting)
-        say(f"{name}: {record['seconds']:.0f} s")
+        if file is not None:
+            reports.write_result(file, result)
+        say(f"{name}: {record['seconds']:.0f} s" + (f", kept in {file}" if file else ""))
         if record["refused"]:
             warn(record["refused"])
         others = record["load"]["others"]

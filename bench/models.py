@@ -88,8 +88,7 @@ def candidates(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: param for name, param in model.named_parameters() if name not in FROZEN}
 
 
-@cache
-def task(model: str, images: int, prompts: int) -> Task:
+def make_task(model: str, images: int, prompts: int) -> Task:
     """Build the model and a batch of smooth random images and prompts for real class names."""
     torch.manual_seed(_SEED)
     clip = load_model(model, "random")
@@ -98,7 +97,8 @@ def task(model: str, images: int, prompts: int) -> Task:
         param = dict(clip.model.named_parameters()).get(name)
         if param is not None:
             param.requires_grad_(False)
-    size = clip.model.visual.image_size
+    visual: Any = clip.model.visual
+    size = visual.image_size
     height, width = size if isinstance(size, tuple) else (size, size)
     names = open_clip.IMAGENET_CLASSNAMES
     return Task(
@@ -143,7 +143,7 @@ class Workload:
 @cache
 def workload(setting: Setting) -> Workload:
     """Everything that the cases share, made once."""
-    own = task(setting.model, setting.images, setting.prompts)
+    own = make_task(setting.model, setting.images, setting.prompts)
     selected = select(
         own.model,
         lambda model, batch: own.loss(model),

@@ -1,4 +1,4 @@
-"""Global selection in plain torch: concatenate, then ``torch.topk``."""
+"""Global selection in plain torch: concatenate all magnitudes, then ``torch.topk``."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ def concatenated(mean: Mapping[str, Tensor]) -> Tensor:
     return torch.cat([tensor.view(-1) for tensor in mean.values()]).abs_()
 
 
-def topk(mean: Mapping[str, Tensor], k: int) -> dict[str, Tensor]:
-    """The k entries of largest magnitude of all parameters together.
+def topk(magnitude: Tensor, mean: Mapping[str, Tensor], k: int) -> dict[str, Tensor]:
+    """The k largest of ``magnitude = concatenated(mean)``.
 
     Returns:
         Name -> sorted flat indices, int32, for every parameter with any.
     """
-    return split(mean, concatenated(mean).topk(k, sorted=False).indices)
+    return split(magnitude.topk(k, sorted=False).indices, mean)
 
 
-def split(mean: Mapping[str, Tensor], positions: Tensor) -> dict[str, Tensor]:
+def split(positions: Tensor, mean: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Indices per parameter from positions in the concatenated vector, in any order."""
     positions = positions.sort().values
     begins = [0, *accumulate(tensor.numel() for tensor in mean.values())]

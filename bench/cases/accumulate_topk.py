@@ -20,7 +20,7 @@ from bench.harness import (
     times_faster,
 )
 from bench.memory import peak_memory
-from bench.models import Setting, candidates, task, workload
+from bench.models import Setting, candidates, make_task, workload
 from saft_kernels import StreamingTopK
 
 #: Example counts scale the gradients of batches.
@@ -28,15 +28,19 @@ SCALE = 16.0
 
 
 def run(setting: Setting) -> Outcome:
-    """Selection of given sums on two distributions, then accumulation with and without it."""
+    """Both on two distributions: what a model's gradients look like, and the textbook's."""
     work = workload(setting)
     k = work.masks["selected"].nnz
     torch.manual_seed(0)
-    normal = {name: torch.randn_like(gradient) for name, gradient in work.gradients.items()}
-    outcome = _selection("gradients of a batch", work.gradients, k, setting)
-    outcome += _selection("normal random numbers", normal, k, setting)
-    outcome += _accumulation(normal, work.gradients, k, setting)
-    outcome += _temporaries(setting)
+    distributions = {
+        "gradients": {n: SCALE * gradient for n, gradient in work.gradients.items()},
+        "normal numbers": {n: torch.randn_like(g) for n, g in work.gradients.items()},
+    }
+    outcome = Outcome()
+    for data, sums in distributions.items():
+        outcome += _selection(data, sums, k, setting)
+        outcome += _accumulation(data, sums, work.gradients, k, setting)
+    outcome += _temporaries(work.numel, setting)
     return outcome
 
 
@@ -44,30 +48,23 @@ def _selection(data: str, mean: dict[str, Tensor], k: int, setting: Setting) -> 
     """Selecting from sums that are there already: every entry has to be read once."""
     expected = _selected(mean, k)
     bytes_read = 4 * _numel(mean)
-    flat = concatenated(mean)
+    magnitude = concatenated(mean)
     contenders = [
-        Contender("torch.topk of one vector", lambda: _topk_alone(flat, mean, k), _same(expected)),
-        Contender("concatenation and torch.topk", lambda: topk(mean, k), _same(expected)),
+        Contender("torch.topk", lambda: topk(magnitude, mean, k), _same(expected)),
         Contender("StreamingTopK", lambda: _stream(mean, k), _same(expected), moves=bytes_read),
     ]
     timings = measure(f"select from {data}", contenders, setting.kernels)
-    alone, whole, ours = timings.values()
-    return Outcome(
-        list(timings.values()),
-        [
-            times_faster(
-                f"streaming selection against torch.topk on the concatenated mean, {data}",
-                alone,
-                ours,
-                bar=30,
-            ),
-            times_faster(f"the same, with the concatenation it needs, {data}", whole, ours),
-        ],
-    )
+    what = f"streaming selection from {data} against torch.topk on the concatenated magnitudes"
+    plain, ours = timings.values()
+    return Outcome([plain, ours], [times_faster(what, plain, ours, bar=30)])
 
 
 def _accumulation(
-    sums: dict[str, Tensor], gradients: dict[str, Tensor], k: int, setting: Setting
+    data: str,
+    sums: dict[str, Tensor],
+    gradients: dict[str, Tensor],
+    k: int,
+    setting: Setting,
 ) -> Outcome:
     """The last batch of a selection: add its gradient, and find the k largest sums."""
 
@@ -95,24 +92,23 @@ def _accumulation(
             moves=moves,
         ),
     ]
-    timings = measure("accumulate a gradient", contenders, setting.kernels)
+    timings = measure(f"accumulate a gradient, sums of {data}", contenders, setting.kernels)
     plain, fused = timings.values()
-    what = "accumulation fused with selection against acc.add_(grad) alone"
-    return Outcome(list(timings.values()), [times_as_long(what, fused, plain, bar=1.3)])
+    what = f"accumulation fused with selection from {data} against acc.add_(grad) alone"
+    return Outcome([plain, fused], [times_as_long(what, fused, plain, bar=1.3)])
 
 
-def _temporaries(setting: Setting) -> Outcome:
+def _temporaries(numel: int, setting: Setting) -> Outcome:
     arguments = {"model": setting.model, "density": setting.density}
     memory = peak_memory("bench.cases.accumulate_topk:fused_pass", **arguments)
-    numel = sum(p.numel() for p in candidates(task(setting.model, 1, 1).model).values())
     share = (memory.peak - memory.before) / (4 * numel)
-    what = "memory that the fused pass adds, in percent of an fp32 tensor of D entries"
+    what = "all memory that the fused pass adds, in percent of D fp32 numbers"
     return Outcome(figures=[Figure(what, 100 * share, "%", bar=1.0, at_least=False)])
 
 
 def fused_pass(model: str, density: float) -> Callable[[], object]:
     """The work whose memory is measured: accumulate into existing sums and select."""
-    shapes = [param.shape for param in candidates(task(model, 1, 1).model).values()]
+    shapes = [param.shape for param in candidates(make_task(model, 1, 1).model).values()]
     sums = {str(i): torch.randn(shape) for i, shape in enumerate(shapes)}
     gradients = {str(i): torch.randn(shape) for i, shape in enumerate(shapes)}
     k = int(density * _numel(sums))
@@ -133,17 +129,13 @@ def _stream(
     return top.finish()
 
 
-def _topk_alone(flat: Tensor, mean: Mapping[str, Tensor], k: int) -> dict[str, Tensor]:
-    return split(mean, flat.topk(k, sorted=False).indices)
-
-
 def _selected(mean: Mapping[str, Tensor], k: int) -> dict[str, Tensor]:
     """The k best by definition: all above the k-th value, and the first ones that equal it."""
     flat = concatenated(mean)
     kth = flat.kthvalue(flat.numel() - k + 1).values
     above = (flat > kth).nonzero().view(-1)
     equal = (flat == kth).nonzero().view(-1)[: k - above.numel()]
-    return split(mean, torch.cat([above, equal]))
+    return split(torch.cat([above, equal]), mean)
 
 
 def _same(expected: dict[str, Tensor]) -> Callable[[Callable[[], Any]], None]:

@@ -21,7 +21,7 @@ from bench.baselines.masked_adamw import masked_adamw
 from bench.checks import reference_step, require_stepped, require_untouched
 from bench.harness import Contender, Figure, Outcome, Timing, measure, require, times_as_long
 from bench.memory import Memory, peak_memory
-from bench.models import ADAMW, Setting, Workload, candidates, task, uniform_mask, workload
+from bench.models import ADAMW, Setting, Workload, candidates, make_task, uniform_mask, workload
 from saft_kernels import CooMask, SparseAdamW
 
 FULL = "full fine-tuning, fused AdamW"
@@ -121,6 +121,6 @@ def steps(
     method: str, model: str, images: int, prompts: int, density: float
 ) -> Callable[[], object]:
     """The work whose memory is measured: a few training steps."""
-    own = task(model, images, prompts)
+    own = make_task(model, images, prompts)
     step = METHODS[method](own.model, uniform_mask(own.model, density), own.loss)
     return lambda: [step() for _ in range(STEPS)] and None

@@ -185,29 +185,52 @@ def _state(work: Workload) -> Outcome:
 # Growth -------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Sweep:
+    """A series of steps on one tensor.
+
+    Attributes:
+        what: grows.
+        cases: (nnz, D, entries lie below) of every step.
+        sizes: what grows, in each.
+        bar: the largest exponent; None where address translation, not this package, sets it.
+    """
+
+    what: str
+    cases: list[tuple[int, int, int]]
+    sizes: list[int]
+    bar: float | None
+
+
 def _growth(work: Workload, setting: Setting) -> Outcome:
-    """Time over the number of selected entries at fixed D, and over D at a fixed number."""
+    """Time over the number of selected entries at fixed D, and over D at a fixed number.
+
+    The same entries should cost the same in a larger tensor. Entries that spread out over it cost
+    more each, since fewer of them share a page or a part of the page tables.
+    """
     numel, nnz = work.numel, work.masks["uniform"].nnz
-    weights, gradients = torch.randn(numel), torch.randn(numel)
     counts = [nnz // 16, nnz // 4, nnz, 4 * nnz]
     sizes = [numel // 16, numel // 8, numel // 4, numel // 2, numel]
+    few = counts[0]
+    weights, gradients = torch.randn(numel), torch.randn(numel)
     outcome = Outcome()
-    for group, what, sweep, bar in (
-        ("step over nnz", "nnz at fixed D", [(count, numel) for count in counts], 1.1),
-        ("step over D", "D at fixed nnz", [(nnz // 16, size) for size in sizes], 0.2),
+    for sweep in (
+        Sweep("nnz", [(count, numel, numel) for count in counts], counts, 1.1),
+        Sweep("D, the same entries", [(few, size, sizes[0]) for size in sizes], sizes, 0.1),
+        Sweep("D, entries spread over it", [(few, size, size) for size in sizes], sizes, None),
     ):
-        contenders = [_uniform_step(weights[:d], gradients[:d], n) for n, d in sweep]
-        timings = list(measure(group, contenders, setting.kernels).values())
-        exponent = fitted_exponent([n if bar > 1 else d for n, d in sweep], timings)
-        figure = Figure(f"exponent of time over {what}", exponent, "", bar=bar, at_least=False)
-        outcome += Outcome(timings, [figure])
+        contenders = [_step(weights[:d], gradients[:d], n, below) for n, d, below in sweep.cases]
+        timings = list(measure(f"step over {sweep.what}", contenders, setting.kernels).values())
+        exponent = fitted_exponent(sweep.sizes, timings)
+        what = f"exponent of time over {sweep.what}"
+        outcome += Outcome(timings, [Figure(what, exponent, "", bar=sweep.bar, at_least=False)])
     return outcome
 
 
-def _uniform_step(weights: Tensor, gradients: Tensor, nnz: int) -> Contender:
-    """One tensor, uniformly drawn entries, cold caches."""
+def _step(weights: Tensor, gradients: Tensor, nnz: int, below: int) -> Contender:
+    """One tensor, entries drawn uniformly from the first ``below``, cold caches."""
     generator = torch.Generator().manual_seed(0)
-    drawn = torch.randint(weights.numel(), (nnz + nnz // 4,), generator=generator).unique()
+    drawn = torch.randint(below, (nnz + nnz // 4,), generator=generator).unique()
     keep = torch.randperm(drawn.numel(), generator=generator)[:nnz]
     indices = drawn[keep].sort().values.int()
     step = Step.of([weights], [gradients], [indices])

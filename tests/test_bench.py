@@ -1,0 +1,416 @@
+"""The benchmarks' own logic, and every case on a tiny model. No times are judged here."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from bench import report
+from bench.__main__ import app, measure_cases
+from bench.baselines.topk import concatenated, topk
+from bench.cases import accumulate_topk, clip_step, sparse_adamw
+from bench.environment import watch_load
+from bench.harness import (
+    Contender,
+    Effort,
+    Figure,
+    Outcome,
+    Timing,
+    WrongResultError,
+    fitted_exponent,
+    format_seconds,
+    measure,
+    ratio,
+    require,
+    times_faster,
+)
+from bench.memory import MeasurementError, Memory, load_work, peak_memory
+from bench.models import SMOKE, Setting, uniform_mask, workload
+from bench.registry import CASES, Case, run_case
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+TWO_ROUNDS = Effort(seconds=0.0, least=2, most=2, warm_up=1)
+
+
+def timing(*seconds: float, **more: Any) -> Timing:
+    return Timing("group", "name", list(seconds), list(seconds), **more)
+
+
+def accept(run: Callable[[], Any]) -> None:
+    run()
+
+
+# Measuring ----------------------------------------------------------------------------------------
+
+
+def test_wrong_result_is_refused_and_nothing_is_timed() -> None:
+    runs = {"right": 0, "wrong": 0}
+
+    def work(name: str) -> Callable[[], str]:
+        def run() -> str:
+            runs[name] += 1
+            return name
+
+        return run
+
+    def check(run: Callable[[], Any]) -> None:
+        require(run() == "right", "it is wrong")
+
+    contenders = [Contender(name, work(name), check) for name in runs]
+    with pytest.raises(WrongResultError, match=r"group: wrong is not timed: it is wrong"):
+        measure("group", contenders, TWO_ROUNDS)
+    assert runs == {"right": 1, "wrong": 1}
+
+
+@pytest.mark.parametrize("calls", [0, 2])
+def test_check_must_run_the_contender_once(calls: int) -> None:
+    def check(run: Callable[[], Any]) -> None:
+        for _ in range(calls):
+            run()
+
+    with pytest.raises(WrongResultError, match=f"ran it {calls} times, not once"):
+        measure("group", [Contender("name", lambda: None, check)], TWO_ROUNDS)
+
+
+def test_rounds_are_interleaved_shuffled_and_prepared() -> None:
+    log: list[str] = []
+
+    def contender(name: str) -> Contender:
+        return Contender(name, lambda: log.append(name), accept, lambda: log.append(f"-{name}"))
+
+    effort = Effort(seconds=0.0, least=12, most=12, warm_up=1)
+    timings = measure("group", [contender(name) for name in "abc"], effort)
+    assert [len(t.seconds) for t in timings.values()] == [12] * 3
+    assert log[::2] == [f"-{name}" for name in log[1::2]]  # each run right after its preparation
+    runs = log[1::2]
+    rounds = ["".join(runs[i : i + 3]) for i in range(0, len(runs), 3)]
+    assert len(rounds) == 1 + 1 + 12  # checked, warm-up, kept
+    assert {"".join(sorted(order)) for order in rounds} == {"abc"}
+    assert len(set(rounds)) > 3
+
+
+def test_order_of_rounds_is_reproducible() -> None:
+    def order(seed: int) -> list[str]:
+        log: list[str] = []
+        contenders = [Contender(n, lambda n=n: log.append(n), accept) for n in "abcd"]  # type: ignore[misc]
+        measure("group", contenders, Effort(0.0, 5, 5), seed=seed)
+        return log
+
+    assert order(1) == order(1) != order(2)
+
+
+def test_contenders_need_names_of_their_own() -> None:
+    with pytest.raises(ValueError, match="two contenders"):
+        measure("group", [Contender("same", lambda: None, accept)] * 2, TWO_ROUNDS)
+
+
+def test_floor_is_the_time_of_a_copy_of_as_many_bytes() -> None:
+    contenders = [
+        Contender("light", lambda: None, accept, moves=10**6),
+        Contender("heavy", lambda: None, accept, moves=10**9),
+        Contender("unknown", lambda: None, accept),
+    ]
+    light, heavy, unknown = measure("group", contenders, TWO_ROUNDS).values()
+    assert light.floor is not None
+    assert heavy.floor == pytest.approx(1000 * light.floor)
+    assert 1e-7 < light.floor < 1  # between 10 TB/s and 1 MB/s
+    assert unknown.floor is None
+    assert unknown.reached is None
+
+
+def test_effort_bounds_the_rounds() -> None:
+    effort = Effort(seconds=10, least=3, most=20)
+    assert [effort.rounds(each) for each in (100, 1, 1e-6)] == [3, 10, 20]
+
+
+# Statistics ---------------------------------------------------------------------------------------
+
+
+def test_ratio_of_medians_and_its_interval() -> None:
+    noise = random.Random(0).gauss
+    slow = timing(*(noise(10, 0.5) for _ in range(40)))
+    fast = timing(*(noise(2, 0.1) for _ in range(40)))
+    value, low, high = ratio(slow, fast)
+    assert value == pytest.approx(slow.median / fast.median)
+    assert low < 5 < high
+    assert high - low < 0.5
+    assert ratio(slow, fast) == (value, low, high)
+
+
+def test_interval_grows_with_the_noise_and_covers_the_truth() -> None:
+    covered, widths = 0, []
+    for seed in range(60):
+        draw = random.Random(seed)
+        slow = timing(*(draw.gauss(3, 0.3) for _ in range(25)))
+        fast = timing(*(draw.gauss(1, 0.1) for _ in range(25)))
+        _, low, high = ratio(slow, fast)
+        covered += low <= 3 <= high
+        widths.append(high - low)
+    assert covered >= 52  # of 60; 57 are expected of a 95 % interval
+    calm = ratio(timing(*[3.0, 3.01] * 10), timing(*[1.0, 1.01] * 10))
+    assert calm[2] - calm[1] < 0.1 * min(widths)
+
+
+def test_ratio_resamples_rounds_so_that_common_disturbance_cancels() -> None:
+    disturbance = [1.0, 5.0] * 10
+    _, low, high = ratio(
+        timing(*(6 * d for d in disturbance)), timing(*(2 * d for d in disturbance))
+    )
+    assert (low, high) == (3.0, 3.0)
+
+
+def test_figures_against_their_bars() -> None:
+    assert times_faster("it", timing(3, 3), timing(1, 1), bar=3).verdict == "PASS"
+    assert times_faster("it", timing(3, 3), timing(1, 1), bar=3.1).verdict == "MISS"
+    assert Figure("it", 1.4, "", bar=1.3, at_least=False).verdict == "MISS"
+    assert Figure("it", float("nan"), "", bar=1.3, at_least=False).verdict == "MISS"
+    assert Figure("it", 1.4, "").verdict == ""
+
+
+def test_fitted_exponent() -> None:
+    sizes = [10.0, 100.0, 1000.0]
+    squares = [timing(3 * size**2, 3 * size**2) for size in sizes]
+    assert fitted_exponent(sizes, squares) == pytest.approx(2)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (12.34, "12.3 s"),
+        (1.0, "1.00 s"),
+        (0.4321, "432 ms"),
+        (0.0015, "1.50 ms"),
+        (2e-7, "0.200 µs"),
+    ],
+)
+def test_format_seconds(seconds: float, text: str) -> None:
+    assert format_seconds(seconds) == text
+
+
+def test_load_of_other_programs_is_a_share() -> None:
+    with watch_load() as load:
+        sum(range(10**6))
+    assert load.others is None or 0 <= load.others <= 1
+    assert load.average is not None
+
+
+# Memory -------------------------------------------------------------------------------------------
+
+
+def allocate(megabytes: int) -> Callable[[], object]:
+    """Work for :func:`peak_memory`: it fills and frees a tensor."""
+    return lambda: torch.ones(megabytes << 18).sum()
+
+
+def test_peak_memory_sees_what_is_freed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    memory = peak_memory("test_bench:allocate", megabytes=64)
+    assert 64 << 20 <= memory.peak - memory.before < 80 << 20
+
+
+def test_failing_work_is_an_error() -> None:
+    with pytest.raises(MeasurementError, match=r"bench\.memory:nothing could not be measured"):
+        peak_memory("bench.memory:nothing")
+
+
+# Baselines ----------------------------------------------------------------------------------------
+
+
+def test_topk_baseline_splits_by_parameter() -> None:
+    mean = {
+        "a": torch.tensor([[0.0, -9.0], [2.0, 0.0]]),
+        "b": torch.zeros(3),
+        "c": torch.tensor([5.0]),
+    }
+    chosen = topk(concatenated(mean), mean, 3)
+    assert {name: index.tolist() for name, index in chosen.items()} == {"a": [1, 2], "c": [0]}
+
+
+# Cases --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def memory_of_this_process(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Runs the work whose memory is asked for here, which is faster; the functions asked for."""
+    asked: list[str] = []
+
+    def stand_in(function: str, **arguments: Any) -> Memory:
+        asked.append(function)
+        load_work(function, json.loads(json.dumps(arguments)))()
+        return Memory(0, 1 << 20)
+
+    for case in (accumulate_topk, clip_step):
+        monkeypatch.setattr(case, "peak_memory", stand_in)
+    return asked
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_case_runs_on_a_tiny_model(name: str, memory_of_this_process: list[str]) -> None:
+    record = run_case(CASES[name], SMOKE)
+    assert record["refused"] is None
+    assert record["figures"]
+    assert record["timings"] or record["figures"]
+    json.dumps(record, allow_nan=False)
+
+
+def test_cases_do_not_change_what_they_share(memory_of_this_process: list[str]) -> None:
+    work = workload(SMOKE)
+    before = {n: p.detach().clone() for n, p in work.task.model.named_parameters()}
+    gradients = {n: g.clone() for n, g in work.gradients.items()}
+    for case in CASES.values():
+        case.run(SMOKE)
+    for name, param in work.task.model.named_parameters():
+        assert torch.equal(param, before[name]), name
+        assert param.grad is None
+    for name, gradient in work.gradients.items():
+        assert torch.equal(gradient, gradients[name]), name
+    assert work.masks["uniform"] == uniform_mask(work.task.model, SMOKE.density)
+
+
+def test_broken_kernel_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = sparse_adamw.sparse_adamw_
+
+    def no_decay(*arguments: Any, weight_decay: float, **options: Any) -> None:
+        original(*arguments, weight_decay=0.0, **{**options, "lr": 2 * options["lr"]})
+
+    monkeypatch.setattr(sparse_adamw, "sparse_adamw_", no_decay)
+    record = run_case(CASES["sparse_adamw"], SMOKE)
+    assert "not where one AdamW step leads" in record["refused"]
+    assert not record["timings"]
+    assert not record["figures"]
+
+
+def test_write_outside_the_mask_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = sparse_adamw.sparse_adamw_
+
+    def careless(params: Any, *arguments: Any, **options: Any) -> None:
+        original(params, *arguments, **options)
+        params[0].data.view(-1)[:64] += 1e-12  # too little to be seen by a tolerance
+
+    monkeypatch.setattr(sparse_adamw, "sparse_adamw_", careless)
+    assert "changed outside the mask" in run_case(CASES["sparse_adamw"], SMOKE)["refused"]
+
+
+def test_wrong_selection_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    class OneShort(accumulate_topk.StreamingTopK):
+        def finish(self) -> Any:
+            chosen = super().finish()
+            first = next(iter(chosen))
+            chosen[first] = chosen[first][:-1]
+            return chosen
+
+    monkeypatch.setattr(accumulate_topk, "StreamingTopK", OneShort)
+    assert "are selected" in run_case(CASES["accumulate_topk"], SMOKE)["refused"]
+
+
+# Reports ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def result(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """A result with one case that ran and one that was refused."""
+    outcome = Outcome(
+        [timing(0.2, 0.4, floor=0.15, moves=100, peak=3 << 20)],
+        [Figure("speed", 31.5, "times faster", 30.2, 32.9, bar=30, note="3.15 s against 100 ms")],
+    )
+
+    def refuse(setting: Setting) -> Outcome:
+        raise WrongResultError("group: other is not timed: it is wrong")
+
+    monkeypatch.setitem(CASES, "one", Case("one", "a case", lambda setting: outcome))
+    monkeypatch.setitem(CASES, "two", Case("two", "another", refuse))
+    return measure_cases(["one", "two"], SMOKE, None)
+
+
+def test_report_shows_figures_bars_floors_and_refusals(result: dict[str, Any]) -> None:
+    lines = report.markdown(result).splitlines()
+    assert (
+        "| speed | 31.5 (30.2 to 32.9) times faster | 3.15 s against 100 ms | ≥ 30 | PASS |"
+        in lines
+    )
+    assert "| group | name | 300 ms | 250 ms to 350 ms | 150 ms | 50% | 3 MiB |" in lines
+    assert "**two was refused:** group: other is not timed: it is wrong" in lines
+    assert result["environment"]["commit"][:12] in lines[0]
+    assert "saft-tiny (4 images, 4 prompts" in lines[0]
+
+
+def test_report_says_when_the_machine_was_busy(result: dict[str, Any]) -> None:
+    result["cases"]["one"]["load"]["others"] = 0.5
+    assert "Other programs used up to 50% of the processors" in report.markdown(result)
+    assert "disturbs the figures" in report.markdown(result)
+    result["cases"]["one"]["load"]["others"] = 0.01
+    result["cases"]["two"]["load"]["others"] = None
+    assert "disturbs" not in report.markdown(result)
+
+
+def test_result_file_round_trip(result: dict[str, Any], tmp_path: Path) -> None:
+    file = tmp_path / "result.json"
+    report.write_result(file, result)
+    again = report.read_result(file)
+    assert report.markdown(again) == report.markdown(result)
+    assert again["setting"] == json.loads(json.dumps(asdict(SMOKE)))
+    for key in ("processor", "instruction_set", "threads", "torch", "commit", "load_average"):
+        assert key in again["environment"]
+
+
+def test_update_rewrites_the_block_and_nothing_else(result: dict[str, Any], tmp_path: Path) -> None:
+    file, readme = tmp_path / "result.json", tmp_path / "README.md"
+    report.write_result(file, result)
+    readme.write_text(f"before\n{report.BEGIN}\nold figures\n{report.END}\nafter\n")
+    for _ in range(2):
+        done = CliRunner().invoke(app, ["report", str(file), "--update", str(readme)])
+        assert done.exit_code == 0, done.output
+        text = readme.read_text()
+        assert text == f"before\n{report.BEGIN}\n{report.markdown(result)}{report.END}\nafter\n"
+
+
+@pytest.mark.parametrize("text", ["no markers", f"{report.END} {report.BEGIN}", report.BEGIN])
+def test_update_needs_both_markers(text: str, tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text(text)
+    with pytest.raises(report.ResultError, match="no place for the report"):
+        report.update_block(readme, "new")
+    assert readme.read_text() == text
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"format": "saft-bench", "version": 99}'])
+def test_other_files_are_no_results(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "result.json"
+    file.write_text(text)
+    with pytest.raises(report.ResultError, match=r"result\.json"):
+        report.read_result(file)
+
+
+# Command line -------------------------------------------------------------------------------------
+
+
+def test_list_names_every_case() -> None:
+    done = CliRunner().invoke(app, ["list"])
+    assert done.exit_code == 0
+    assert [line.split()[0] for line in done.output.splitlines()] == list(CASES)
+
+
+def test_run_prints_the_report_keeps_the_result_and_fails_on_a_refusal(
+    result: dict[str, Any], tmp_path: Path
+) -> None:
+    file = tmp_path / "result.json"
+    done = CliRunner().invoke(app, ["run", "one", "--smoke", "--output", str(file)])
+    assert done.exit_code == 0, done.output
+    assert "| speed | 31.5" in done.output
+    assert list(report.read_result(file)["cases"]) == ["one"]
+    assert CliRunner().invoke(app, ["run", "two", "--smoke"]).exit_code == 1
+
+
+def test_unknown_case_is_one_sentence() -> None:
+    done = CliRunner().invoke(app, ["run", "nothing"])
+    assert isinstance(done.exception, report.ResultError)
+    assert "there is no case 'nothing'; choose among accumulate_topk" in str(done.exception)
