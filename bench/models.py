@@ -82,6 +82,10 @@ class Task:
         """The fine-tuning loss of a copy of the model on the batch (SAFT, Eq. 1)."""
         return prompt_loss(model, self.images, self.labels, self.tokens, "fp32")
 
+    def part(self, size: int) -> Task:
+        """The same model with the first images and prompts only."""
+        return Task(self.model, self.images[:size], self.labels[:size], self.tokens[:size])
+
 
 def candidates(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters of the two encoders by name; the paper trains no others."""

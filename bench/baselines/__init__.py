@@ -1,7 +1,7 @@
 """What this package is measured against: each a few lines that anyone can read and check.
 
-A training method is a function ``(model, mask, loss) -> step``: it sets everything up, and ``step``
-takes one training step and returns the loss.
+A method of training is a function ``(model, mask, loss) -> step``: it sets everything up, and
+``step`` takes one training step and returns the loss.
 """
 
 from collections.abc import Callable

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
+from collections.abc import Callable
 
-from bench.baselines import Loss, Step
+import torch
+from torch import nn
+
 from bench.models import ADAMW, candidates
 from saft_kernels import CooMask
 
 
-def masked_adamw(model: nn.Module, mask: CooMask, loss: Loss) -> Step:
-    """Train the selected entries with the optimizer of full fine-tuning."""
+def masked_adamw(model: nn.Module, mask: CooMask) -> Callable[[], None]:
+    """The optimizer step, once the dense gradients are there; it masks them in place."""
     params = candidates(model)
     optimizer = torch.optim.AdamW(params.values(), fused=True, **ADAMW)
     pretrained = {name: param.detach().clone() for name, param in params.items()}
@@ -19,17 +20,13 @@ def masked_adamw(model: nn.Module, mask: CooMask, loss: Loss) -> Step:
     for name, indices in mask.items():
         selected[name].view(-1)[indices] = True
 
-    def step() -> Tensor:
-        value = loss(model)
-        value.backward()
+    @torch.no_grad()
+    def step() -> None:
         for name, param in params.items():
             if param.grad is not None:
                 param.grad.mul_(selected[name])
         optimizer.step()
-        optimizer.zero_grad()
-        with torch.no_grad():
-            for name, param in params.items():
-                torch.where(selected[name], param, pretrained[name], out=param)
-        return value
+        for name, param in params.items():
+            torch.where(selected[name], param, pretrained[name], out=param)
 
     return step

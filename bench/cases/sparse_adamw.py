@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from bench.baselines.masked_adamw import masked_adamw
 from bench.checks import reference_step, require_stepped, require_untouched
 from bench.harness import (
     Contender,
@@ -33,6 +34,8 @@ from bench.models import (
     workload,
 )
 from saft_kernels import CooMask, SparseAdamW, ops, sparse_adamw_
+
+DENSE = "torch.optim.AdamW(fused=True)"
 
 #: Least speed-ups over the dense step, by source of the gradients and mask.
 BARS = {
@@ -93,41 +96,61 @@ class Step:
 
 
 def _speed(work: Workload, setting: Setting) -> Outcome:
-    """All contenders change one copy of the model, each from caches that a dense step filled."""
-    model = copy.deepcopy(work.task.model)
+    """Contenders change one copy of the model, each from caches that a dense step has filled."""
+    model = _copy_with_gradients(work, work.gradients)
     params = candidates(model)
-    for name, param in params.items():
-        param.grad = work.gradients[name]
     dense = torch.optim.AdamW(params.values(), fused=True, **ADAMW)
+    checks = {kind: _sparse_check(params, mask, work) for kind, mask in work.masks.items()}
 
     contenders = [
-        Contender("torch.optim.AdamW(fused=True)", dense.step, _dense_check(dense, params, work))
+        Contender(DENSE, dense.step, _dense_check(dense, params, work), moves=28 * work.numel)
     ]
     for kind, mask in work.masks.items():
-        names, indices = zip(*mask.items(), strict=True)
-        chosen = [params[name] for name in names]
-        grads = [work.gradients[name] for name in names]
-        compact = torch.cat([ops.gather(g, i) for g, i in zip(grads, indices, strict=True)])
-        for source, gradient in (("dense", grads), ("compact", compact)):
-            step = Step.of(chosen, gradient, list(indices))
-            check = _sparse_check(params, mask, work)
+        for source, step in _sparse_steps(params, mask, work).items():
             name = f"sparse_adamw_, {source} gradients, {kind} mask"
-            contenders.append(Contender(name, step, check, dense.step, step.moves))
+            contenders.append(Contender(name, step, checks[kind], dense.step, step.moves))
     optimizer = SparseAdamW(model, work.masks["selected"], gradients="dense", **ADAMW)
-    check = _sparse_check(params, work.masks["selected"], work)
-    contenders.append(
-        Contender(
-            "SparseAdamW.step(), dense gradients, selected mask", optimizer.step, check, dense.step
-        )
-    )
+    name = "SparseAdamW.step(), dense gradients, selected mask"
+    contenders.append(Contender(name, optimizer.step, checks["selected"], dense.step))
+    contenders.append(_algorithm1(work, dense))
     timings = measure("optimizer step", contenders, setting.kernels)
     return Outcome(list(timings.values()), _speed_figures(timings, work.masks, params))
 
 
+def _copy_with_gradients(work: Workload, gradients: Mapping[str, Tensor]) -> nn.Module:
+    model = copy.deepcopy(work.task.model)
+    for name, param in candidates(model).items():
+        param.grad = gradients[name]
+    return model
+
+
+def _sparse_steps(
+    params: Mapping[str, nn.Parameter], mask: CooMask, work: Workload
+) -> dict[str, Step]:
+    """One step for each source of gradients."""
+    names, indices = zip(*mask.items(), strict=True)
+    chosen = [params[name] for name in names]
+    grads = [work.gradients[name] for name in names]
+    compact = torch.cat([ops.gather(g, i) for g, i in zip(grads, indices, strict=True)])
+    return {
+        source: Step.of(chosen, gradients, list(indices))
+        for source, gradients in (("dense", grads), ("compact", compact))
+    }
+
+
+def _algorithm1(work: Workload, dense: torch.optim.Optimizer) -> Contender:
+    """With a model and gradients of its own: it masks them in place, every time anew."""
+    model = _copy_with_gradients(work, {name: g.clone() for name, g in work.gradients.items()})
+    mask = work.masks["selected"]
+    check = _sparse_check(candidates(model), mask, work)
+    step = masked_adamw(model, mask)
+    return Contender("Algorithm 1 literally: mask, fused AdamW, reset", step, check, dense.step)
+
+
 def _speed_figures(
-    timings: dict[str, Timing], masks: dict[str, CooMask], params: dict[str, nn.Parameter]
+    timings: Mapping[str, Timing], masks: Mapping[str, CooMask], params: Mapping[str, nn.Parameter]
 ) -> list[Figure]:
-    baseline = timings["torch.optim.AdamW(fused=True)"]
+    baseline = timings[DENSE]
     figures = []
     for (source, kind), bar in BARS.items():
         what = f"sparse_adamw_ from {source} gradients against fused AdamW, {kind} mask"
@@ -140,7 +163,7 @@ def _speed_figures(
 
 
 def _dense_check(
-    dense: torch.optim.Optimizer, params: dict[str, nn.Parameter], work: Workload
+    dense: torch.optim.Optimizer, params: Mapping[str, nn.Parameter], work: Workload
 ) -> Callable[[Callable[[], Any]], None]:
     """Its first step, at the entries of a mask; the state is not reset as it stays dense."""
 
@@ -155,7 +178,7 @@ def _dense_check(
 
 
 def _sparse_check(
-    params: dict[str, nn.Parameter], mask: CooMask, work: Workload
+    params: Mapping[str, nn.Parameter], mask: CooMask, work: Workload
 ) -> Callable[[Callable[[], Any]], None]:
     """Its first step against the specification, and every other entry bit for bit."""
 
