@@ -7,8 +7,7 @@ matplotlib's fonts.
 What is used where, so that a test set is never trained on:
 
 - MNIST is divided per class, by a fixed seed, into four disjoint parts: 100 images for pretraining
-the
-  tiny CLIP, 100 to fine-tune on, 100 to choose hyperparameters on, and 200 to test on.
+  the tiny CLIP, 100 to fine-tune on, 100 to choose hyperparameters on, and 200 to test on.
 - Font faces are divided in the same way (see :mod:`saft_clip.domains.glyphs`); the test faces are
 of a
   family that appears nowhere else.
@@ -239,6 +238,7 @@ def _colour(split: str) -> tuple[Tensor, Tensor]:
 
 
 _FACE_SPLITS = ("pretrain", "val", "test")
+_SHIFT_SPLITS = ("train", "val", "test")
 _RECIPES: dict[str, _Recipe] = {
     "mnist": _Recipe(
         "handwritten digits (MNIST), white on black",
@@ -253,13 +253,13 @@ _RECIPES: dict[str, _Recipe] = {
         DIGITS, _DIGIT_TEMPLATES, _FACE_SPLITS, _plain_glyphs(DIGITS, 20, 22),
     ),
     "inverted": _Recipe(
-        "MNIST, black on white", DIGITS, _HAND_TEMPLATES, ("val", "test"), _inverted
+        "MNIST, black on white", DIGITS, _HAND_TEMPLATES, _SHIFT_SPLITS, _inverted
     ),
     "noisy": _Recipe(
-        "MNIST with strong Gaussian noise", DIGITS, _HAND_TEMPLATES, ("val", "test"), _noisy
+        "MNIST with strong Gaussian noise", DIGITS, _HAND_TEMPLATES, _SHIFT_SPLITS, _noisy
     ),
     "blurred": _Recipe(
-        "MNIST with strong Gaussian blur", DIGITS, _HAND_TEMPLATES, ("val", "test"), _blurred
+        "MNIST with strong Gaussian blur", DIGITS, _HAND_TEMPLATES, _SHIFT_SPLITS, _blurred
     ),
     "sketch": _Recipe(
         "outlines of printed digits in fonts unseen in pretraining, black on white",

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from saft_clip.domains import effects
 
-_COARSE_SIDES = (8, 12, 16)
+_COARSE = ((8, 0.2), (12, 0.1), (16, 0.1))
+"""Pixels per side that an image is reduced to, and how often at full strength."""
 
 
 def random_renderings(fields: Tensor, strength: float, generator: torch.Generator) -> Tensor:
@@ -25,8 +26,8 @@ def random_renderings(fields: Tensor, strength: float, generator: torch.Generato
     images = _random_colours(ink, strength, generator)
     images = _random_sharpness(images, strength, generator)
     count = len(images)
-    noisy = effects.chance(count, 0.35, generator)
-    sigma = effects.uniform(count, 0.0, 0.3 * strength, generator) * noisy
+    sigma = effects.uniform(count, 0.0, 0.3 * strength, generator)
+    sigma = sigma * effects.chance(count, 0.35, generator)
     return effects.add_noise(images, sigma, generator)
 
 
@@ -57,15 +58,15 @@ def _random_ink(fields: Tensor, strength: float, generator: torch.Generator) -> 
 def _random_colours(ink: Tensor, strength: float, generator: torch.Generator) -> Tensor:
     """White on black, black on white, or two colours: float32 [N, 3, 32, 32] in [0, 1]."""
     count = len(ink)
-    coloured = effects.chance(count, 0.4 * strength, generator)
-    inverted = effects.chance(count, 0.4 * strength, generator)
+    is_grey = effects.chance(count, 1 - 0.4 * strength, generator)
     colours = effects.contrasting_colours(count, 0.25, generator)
     grey = torch.tensor([1.0, 0.0])[None, :, None].expand(count, 2, 3)
+    inverted = effects.chance(count, 0.4 * strength, generator)
     grey = torch.where(inverted.view(-1, 1, 1), grey.flip(1), grey)
     grey = grey * effects.uniform(count, 1 - 0.4 * strength, 1.0, generator).view(-1, 1, 1)
-    pairs = torch.where(coloured.view(-1, 1, 1), colours, grey)
-    uneven = coloured & effects.chance(count, 0.5, generator)
-    variation = effects.uniform(count, 0.0, 0.2 * strength, generator) * uneven
+    pairs = torch.where(is_grey.view(-1, 1, 1), grey, colours)
+    variation = effects.uniform(count, 0.0, 0.2 * strength, generator)
+    variation = variation * effects.chance(count, 0.5, generator) * ~is_grey
     background = effects.textured_background(pairs[:, 1], variation, generator)
     return effects.paint(ink, pairs[:, 0], background)
 
@@ -73,9 +74,11 @@ def _random_colours(ink: Tensor, strength: float, generator: torch.Generator) ->
 def _random_sharpness(images: Tensor, strength: float, generator: torch.Generator) -> Tensor:
     """Reduce some images to few pixels and blur some."""
     count = len(images)
-    for side in _COARSE_SIDES:
-        few = effects.chance(count, 0.1 * strength, generator).view(-1, 1, 1, 1)
-        images = torch.where(few, effects.coarsen(images, side), images)
-    sigma = effects.uniform(count, 0.4, 1.8, generator)
-    blurred = effects.chance(count, 0.25 * strength, generator).view(-1, 1, 1, 1)
-    return torch.where(blurred, effects.blur(images, sigma), images)
+    images = images.clone()
+    for side, probability in _COARSE:
+        few = effects.chance(count, probability * strength, generator)
+        images[few] = effects.coarsen(images[few], side)
+    soft = effects.chance(count, 0.25 * strength, generator)
+    sigma = effects.uniform(int(soft.sum()), 0.4, 1.6, generator)
+    images[soft] = effects.blur(images[soft], sigma)
+    return images

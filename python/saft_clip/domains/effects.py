@@ -99,8 +99,10 @@ def coarsen(images: Tensor, side: int) -> Tensor:
 def blur(images: Tensor, sigma: Tensor | float) -> Tensor:
     """Gaussian blur of images [N, C, H, W]; ``sigma`` in pixels, a tensor [N] or one number."""
     count, channels = images.shape[:2]
+    if count == 0:
+        return images
     sigmas = torch.as_tensor(sigma, dtype=torch.float32).expand(count)
-    radius = max(1, math.ceil(3 * float(sigmas.max()))) if count else 1
+    radius = max(1, math.ceil(3 * float(sigmas.max())))
     points = torch.arange(-radius, radius + 1, dtype=torch.float32)
     kernel = torch.exp(-0.5 * (points / sigmas[:, None].clamp(min=1e-3)) ** 2)
     kernel = (kernel / kernel.sum(1, keepdim=True)).repeat_interleave(channels, 0)
