@@ -376,7 +376,8 @@ def _is_text(name: str) -> bool:
 
 
 def _optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         is_matrix = parameter.ndim >= 2 and "embedding" not in name
         (decayed if is_matrix else plain).append(parameter)
