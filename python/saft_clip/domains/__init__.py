@@ -9,8 +9,7 @@ What is used where, so that a test set is never trained on:
 - MNIST is divided per class, by a fixed seed, into four disjoint parts: 100 images for pretraining
   the tiny CLIP, 100 to fine-tune on, 100 to choose hyperparameters on, and 200 to test on.
 - Font faces are divided in the same way (see :mod:`saft_clip.domains.glyphs`); the test faces are
-of a
-  family that appears nowhere else.
+  of a family that appears nowhere else.
 - The UCI digits are a test set only.
 - The shifted variants of MNIST are made from the images of the same split.
 """
