@@ -78,11 +78,14 @@ def demo(
     output: Annotated[Path, typer.Option(help="Folder for everything it writes.")] = Path(
         "saft-demo"
     ),
+    domain: Annotated[
+        str, typer.Option(help="Digits to train on: mnist, noisy, inverted or blurred.")
+    ] = "mnist",
 ) -> None:
     """Compare SAFT with full fine-tuning on the built-in tiny CLIP; needs no network."""
-    from saft_clip.demo import run_demo
+    from saft_clip.demo import Plan, run_demo
 
-    run_demo(output)
+    run_demo(output, Plan(trained=domain))
 
 
 @app.command(

@@ -155,9 +155,10 @@ def _content(summary: Mapping[str, Any], picture: Callable[[str], str]) -> dict[
 def _lead(summary: Mapping[str, Any]) -> str:
     plan = summary["plan"]
     return (
-        f"The built-in tiny CLIP, trained on {plan['shots']} MNIST images per digit for "
-        f"{plan['epochs']} epochs, with {len(plan['seeds'])} seeds. A tiny stand-in: it shows that "
-        "everything works and how to look at it; it does not repeat the paper's experiments."
+        f"The built-in tiny CLIP, trained on {plan['shots']} images per digit of one domain, "
+        f"{plan['trained']} ({summary['domains'][plan['trained']]}), for {plan['epochs']} epochs, "
+        f"with {len(plan['seeds'])} seeds. A tiny stand-in: it shows that everything works and how "
+        "to look at it; it does not repeat the paper's experiments."
     )
 
 
@@ -266,7 +267,7 @@ def _tuning_note(summary: Mapping[str, Any]) -> str:
     return (
         f"{counts['full']} trials of full fine-tuning (learning rates) and {counts['saft']} of "
         "SAFT (learning rates and densities), all with the first seed, compared on "
-        f"{summary['images']['val']} MNIST validation images. Chosen: learning rate "
+        f"{summary['images']['val']} validation images of the training domain. Chosen: rate "
         f"{chosen['full']['lr']:.2g} for full fine-tuning, {chosen['saft']['lr']:.2g} at density "
         f"{percentage(chosen['saft']['density'])} for SAFT."
     )
