@@ -35,10 +35,9 @@ def everything(context: typer.Context) -> None:
 
 
 def _file_name(where: dict[str, Any]) -> str:
-    """One file per release and kind of machine."""
-    machine = f"{where['processor']} {where['threads']} threads"
-    slug = re.sub(r"[^a-z0-9]+", "-", machine.lower()).strip("-")
-    return f"{where['saft_kernels']}-{slug}.json"
+    """One file per kind of machine and release."""
+    machine = f"{where['processor']} {where['cores']} cores".lower()
+    return f"{re.sub(r'[^a-z0-9]+', '-', machine).strip('-')}-{where['saft_kernels']}.json"
 
 
 @app.command("list")

@@ -142,11 +142,14 @@ class Figure:
 
     @property
     def verdict(self) -> str:
-        """PASS, MISS, or nothing where there is no bar."""
+        """PASS, MISS, UNCLEAR if the interval holds the bar, or nothing where there is no bar."""
         if self.bar is None:
             return ""
-        reached = self.value >= self.bar if self.at_least else self.value <= self.bar
-        return "PASS" if reached else "MISS"
+        ends = (self.value,) if self.low is None or self.high is None else (self.low, self.high)
+        reached = {end >= self.bar if self.at_least else end <= self.bar for end in ends}
+        if len(reached) > 1:
+            return "UNCLEAR"
+        return "PASS" if reached.pop() else "MISS"
 
 
 @dataclass

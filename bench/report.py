@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ VERSION = 1
 
 BEGIN = "<!-- bench:begin -->"
 END = "<!-- bench:end -->"
+
+MARK = "†"
 
 
 class ResultError(SaftError, ValueError):
@@ -78,27 +81,38 @@ def update_block(path: Path, text: str) -> None:
 
 def markdown(result: dict[str, Any]) -> str:
     """All of a result: what it ran on, figures beside their bars, times beside their floors."""
-    cases = result["cases"]
+    cases = result["cases"].values()
     parts = [_conditions(result)]
-    parts += [
-        f"**{name} was refused:** {case['refused']}"
-        for name, case in cases.items()
-        if case["refused"]
-    ]
-    figures = [figure for case in cases.values() for figure in figures_of(case)]
-    timings = [timing for case in cases.values() for timing in timings_of(case)]
+    if any(_mark(case) for case in cases):
+        parts.append(_DISTURBED)
+    for name, case in result["cases"].items():
+        if case["refused"]:
+            parts.append(f"**{name} was refused:** {case['refused']}")
+    figures = [_figure_row(figure, _mark(case)) for case in cases for figure in figures_of(case)]
+    timings = [_timing_row(timing, _mark(case)) for case in cases for timing in timings_of(case)]
     if figures:
-        parts.append(_figure_table(figures))
+        parts.append(_table(("what", "measured (95 % interval)", "from", "bar", ""), figures))
     if timings:
-        parts.append(_TIMES + "\n\n" + _timing_table(timings))
+        header = ("work", "by", "time", "quartiles", "floor", "reached", "peak memory")
+        parts += [_TIMES, _table(header, timings)]
     return "\n\n".join(parts) + "\n"
 
 
+_DISTURBED = (
+    f"{MARK} Measured while other programs used more than {NOTICEABLE_LOAD:.0%} of the processors, "
+    "so that times and their ratios mean little."
+)
 _TIMES = (
     "Median times and their quartiles. The floor is the time of a copy, run alongside, of as many "
     "bytes as the work must move. Weights and gradients that are selected entry by entry count as "
-    "whole cache lines."
+    "whole cache lines. Work that reads more than it writes can beat a copy."
 )
+
+
+def _mark(case: dict[str, Any]) -> str:
+    """What marks the rows of a case that was disturbed."""
+    others = case["load"]["others"]
+    return f" {MARK}" if others is not None and others > NOTICEABLE_LOAD else ""
 
 
 def figures_of(case: dict[str, Any]) -> list[Figure]:
@@ -123,14 +137,12 @@ def _conditions(result: dict[str, Any]) -> str:
     loads = [case["load"]["others"] for case in result["cases"].values()]
     known = [load for load in loads if load is not None]
     if known:
-        text += f" Other programs used up to {max(known):.0%} of the processors meanwhile"
-        text += ", which disturbs the figures." if max(known) > NOTICEABLE_LOAD else "."
+        text += f" Other programs used up to {max(known):.0%} of the processors meanwhile."
     return text
 
 
-def _figure_table(figures: list[Figure]) -> str:
-    rows = [(f.what, _value(f), f.note, _bar(f), f.verdict) for f in figures]
-    return _table(("what", "measured (95 % interval)", "from", "bar", ""), rows)
+def _figure_row(figure: Figure, mark: str) -> list[str]:
+    return [figure.what + mark, _value(figure), figure.note, _bar(figure), figure.verdict]
 
 
 def _value(figure: Figure) -> str:
@@ -144,24 +156,20 @@ def _bar(figure: Figure) -> str:
     return f"{'≥' if figure.at_least else '≤'} {figure.bar:g}"
 
 
-def _timing_table(timings: list[Timing]) -> str:
-    header = ("work", "by", "time", "quartiles", "floor", "reached", "peak memory")
-    rows = [
-        (
-            timing.group,
-            timing.name,
-            format_seconds(timing.median),
-            " to ".join(map(format_seconds, timing.spread)),
-            "" if timing.floor is None else format_seconds(timing.floor),
-            "" if timing.reached is None else f"{timing.reached:.0%}",
-            "" if timing.peak is None else f"{timing.peak / 2**20:,.0f} MiB",
-        )
-        for timing in timings
+def _timing_row(timing: Timing, mark: str) -> list[str]:
+    return [
+        timing.group + mark,
+        timing.name,
+        format_seconds(timing.median),
+        " to ".join(map(format_seconds, timing.spread)),
+        "" if timing.floor is None else format_seconds(timing.floor),
+        "" if timing.reached is None else f"{timing.reached:.0%}",
+        "" if timing.peak is None else f"{timing.peak / 2**20:,.0f} MiB",
     ]
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns in which every row is empty are left out."""
     used = [i for i in range(len(header)) if any(row[i] for row in rows)]
-    return _table([header[i] for i in used], [[row[i] for i in used] for row in rows])
-
-
-def _table(header: Any, rows: Any) -> str:
     lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return "\n".join(f"| {' | '.join(line[i] for i in used)} |" for line in lines)

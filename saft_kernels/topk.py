@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,8 +30,7 @@ from saft_kernels.mask import index_dtype
 _MIN_SLACK = 1 << 16
 _MAX_SLACK = 1 << 24
 
-# Reading the state of a GPU waits for it, so there non-finite values are looked for only now and
-# then.
+# Updates between two looks for non-finite values: on a GPU a look waits for all work before it.
 _CHECK_INTERVAL = 64
 
 
@@ -111,8 +111,8 @@ class StreamingTopK:
             final: False accumulates only; the entries must be offered by a later call.
 
         Raises:
-            NonFiniteGradientError: if ``acc`` holds NaN or infinity. On a GPU it may come a few
-                updates later, in :meth:`finish` at the latest.
+            NonFiniteGradientError: if ``acc`` holds NaN or infinity; it may come a few updates
+                later, in :meth:`finish` at the latest.
             SelectionError: if ``keys`` were declared and this is not one of them.
         """
         rank = self._rank(key)
@@ -135,7 +135,7 @@ class StreamingTopK:
             state=self._state,
         )
         self._updates += 1
-        if self.device.type == "cpu" or self._updates % _CHECK_INTERVAL == 0:
+        if self._updates % _CHECK_INTERVAL == 0:
             self._require_finite()
 
     def finish(self) -> dict[Hashable, Tensor]:
@@ -157,18 +157,20 @@ class StreamingTopK:
                 f"{self.k:,} entries are wanted but only {count:,} were offered; "
                 "call update(..., final=True) for every accumulator before finish()"
             )
-        positions = self._positions[:count].sort().values
+        positions = _sorted(self._positions[:count])
         if bool((positions[1:] == positions[:-1]).any()):
             raise SelectionError("an entry was offered twice; offer each one exactly once")
         return self._by_key(positions)
 
     def _by_key(self, positions: Tensor) -> dict[Hashable, Tensor]:
-        ranks, lengths = (positions >> POSITION_BITS).unique_consecutive(return_counts=True)
-        pieces = (positions & (MAX_ELEMENTS - 1)).split(lengths.tolist())
-        keys = list(self._ranks)
+        """Split sorted positions, which are overwritten, into the flat indices of every key."""
+        ranks = torch.arange(len(self._ranks) + 1, device=self.device)
+        ends = torch.searchsorted(positions, ranks << POSITION_BITS)
+        pieces = positions.bitwise_and_(MAX_ELEMENTS - 1).split(ends.diff().tolist())
         return {
-            keys[rank]: piece.to(index_dtype(self._extents[rank]))
-            for rank, piece in zip(ranks.tolist(), pieces, strict=True)
+            key: piece.to(index_dtype(extent))
+            for key, extent, piece in zip(self._ranks, self._extents, pieces, strict=True)
+            if piece.numel()
         }
 
     def _rank(self, key: Hashable) -> int:
@@ -199,6 +201,14 @@ class StreamingTopK:
         )
 
 
+def _sorted(positions: Tensor) -> Tensor:
+    """A sorted copy; without the permutation, which would take as much memory again."""
+    if positions.device.type == "cpu":
+        # They come in a few ascending runs, which NumPy's stable sort only has to merge.
+        return torch.from_numpy(np.sort(positions.numpy(), kind="stable"))
+    return positions.sort().values
+
+
 def _initial_state() -> Tensor:
     state = torch.zeros(STATE_SIZE, dtype=torch.int64)
     state[THRESHOLD] = NO_THRESHOLD
@@ -209,5 +219,8 @@ def _initial_state() -> Tensor:
 
 def _row_major(grad: Tensor) -> Tensor:
     """The gradient as the kernels take it: strided, contiguous, fp32, bf16 or fp16."""
-    grad = grad.detach().to_dense()
-    return (grad if grad.dtype in ops.FLOATING else grad.float()).contiguous()
+    if grad.layout != torch.strided:
+        grad = grad.to_dense()
+    if grad.dtype not in ops.FLOATING:
+        grad = grad.float()
+    return grad.detach().contiguous()

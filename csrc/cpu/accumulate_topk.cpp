@@ -1,7 +1,7 @@
-// Threads scan disjoint ranges and collect the indices of survivors of the threshold in small local batches. A batch
-// is handed to the shared buffer under a lock; when the buffer is full, what no longer reaches the threshold is
-// dropped. A thread that works with an old, lower threshold only hands over more candidates than needed: the result
-// does not depend on when it notices.
+// Threads scan disjoint ranges and collect what survives the threshold in small batches of their own. A batch is copied
+// to the shared buffer under a lock; when the buffer is full, what no longer reaches the threshold is dropped. A thread
+// that works with an old, lower threshold only hands over more candidates than needed: the result does not depend on
+// when it notices.
 //
 // Of D values in random order about k (1 + ln(D / k)) beat the k best before them: eight times k for a thousandth of
 // D. That holds only if the threshold follows closely, hence the histogram: it raises the threshold with every batch.
@@ -24,11 +24,10 @@
 namespace saft::cpu {
 namespace {
 
-constexpr int64_t kChunk = 2048;             // elements per scan: a chunk of acc and grad stays in the L1 cache
-constexpr int64_t kBatch = 4 * kChunk;       // survivors a thread can hold; then it waits for the lock
-constexpr int64_t kEager = 512;              // survivors from which it takes the lock if nobody else has it
-constexpr int64_t kGrain = 16 * kChunk;      // elements below which a second thread costs more than it brings
-constexpr int64_t kSpan = int64_t{1} << 30;  // elements between two batches at most: batches hold 32-bit offsets
+constexpr int64_t kChunk = 2048;         // elements per scan: a chunk of acc and grad stays in the L1 cache
+constexpr int64_t kBatch = 4 * kChunk;   // candidates a thread can hold; then it waits for the lock
+constexpr int64_t kEager = 512;          // candidates from which it takes the lock if nobody else has it
+constexpr int64_t kGrain = 16 * kChunk;  // elements below which a second thread costs more than it brings
 
 constexpr uint32_t kInfinity = 0x7f800000;
 
@@ -51,7 +50,7 @@ struct Bar {
   int64_t tie = kNoPosition;
 
   bool admits(uint32_t candidate, int64_t position) const {
-    return candidate > bits || (candidate == bits && position < tie);
+    return (candidate > bits) | ((candidate == bits) & (position < tie));
   }
 
   // The lowest value that can be admitted anywhere in a chunk that starts at `position`. Without the step up,
@@ -77,29 +76,33 @@ void raise_to_bin(const TopkBuffer& b) {
   }
 }
 
-// Keeps the candidates above the bar, and those equal to it up to the tie itself.
+// Keeps the candidates above the bar, and those equal to it up to the tie itself. Without a branch: it could not be
+// predicted, as about half of the candidates go.
 void drop_below(const TopkBuffer& b, Bar bar) {
+  const int64_t count = b.state[kCount];
   int64_t kept = 0;
-  for (int64_t i = 0; i < b.state[kCount]; ++i) {
+  for (int64_t i = 0; i < count; ++i) {
     const float value = b.values[i];
     const int64_t position = b.positions[i];
     b.values[kept] = value;
     b.positions[kept] = position;
     const uint32_t bits = bits_of(value);
-    kept += bits > bar.bits || (bits == bar.bits && position <= bar.tie);
+    kept += (bits > bar.bits) | ((bits == bar.bits) & (position <= bar.tie));
   }
   b.state[kCount] = kept;
 }
 
 // The k-th best candidate. It lies in the bin that the histogram has reached: fewer than k lie above that bin.
 Bar kth_best(const TopkBuffer& b) {
-  const auto next_edge = static_cast<uint32_t>((b.state[kBin] + 1) << kBinShift);
+  const auto edge = static_cast<uint32_t>(b.state[kBin] << kBinShift);
+  const uint32_t next_edge = edge + (1u << kBinShift);
+  const int64_t count = b.state[kCount];
   std::vector<Bar> in_bin;
   int64_t above = 0;
-  for (int64_t i = 0; i < b.state[kCount]; ++i) {
+  for (int64_t i = 0; i < count; ++i) {
     const uint32_t bits = bits_of(b.values[i]);
     above += bits >= next_edge;
-    if (bits < next_edge) in_bin.push_back({bits, b.positions[i]});
+    if (bits - edge < next_edge - edge) in_bin.push_back({bits, b.positions[i]});
   }
   const auto better = [](const Bar& x, const Bar& y) { return x.bits > y.bits || (x.bits == y.bits && x.tie < y.tie); };
   const auto kth = in_bin.begin() + (b.k - above - 1);
@@ -114,41 +117,38 @@ void make_room(const TopkBuffer& b) {
   if (b.state[kCount] - b.k > (b.capacity - b.k) / 2) compact_topk(b);
 }
 
-// Survivors of a scan: element numbers first + offsets[0, n).
+// What a thread has found since it last held the lock.
 struct Batch {
-  const float* acc;
-  int64_t base;  // position of acc[0]
-  int64_t first;
-  const int32_t* offsets;
-  int64_t n;
+  std::array<float, kBatch> values;
+  std::array<int64_t, kBatch> positions;
+  int64_t n = 0;
+  int64_t nonfinite = kNoPosition;
+
+  bool empty() const { return n == 0 && nonfinite == kNoPosition; }
+
+  void clear() {
+    n = 0;
+    nonfinite = kNoPosition;
+  }
 };
 
-// Appends candidates until they or the room run out; returns how many it has dealt with. Works on copies of the
-// counters: the compiler cannot know that the vectors do not overlap them.
-int64_t fill(const TopkBuffer& b, const Batch& batch, int64_t from) {
-  const Bar bar = bar_of(b.state);
-  const int64_t bin = b.state[kBin];
+// Appends the batch's candidates from `from` on, as many as there is room for; returns the first one left. Works on
+// copies of the counters: the compiler cannot know that the vectors do not overlap them.
+int64_t append_some(const TopkBuffer& b, const Batch& batch, int64_t from) {
   int64_t* const histogram = b.state + kHistogram;
-  int64_t count = b.state[kCount], above = b.state[kAbove], i = from;
-  for (; i < batch.n && count < b.capacity; ++i) {
-    const int64_t element = batch.first + batch.offsets[i];
-    const int64_t position = batch.base + element;
-    const uint32_t bits = bits_of(batch.acc[element]) & 0x7fffffff;
-    if (bits >= kInfinity) {
-      b.state[kNonFinite] = std::min(b.state[kNonFinite], position);
-      continue;
-    }
-    if (!bar.admits(bits, position)) continue;
-    b.values[count] = float_of(bits);
-    b.positions[count] = position;
-    ++count;
-    const int64_t own_bin = bits >> kBinShift;
+  const int64_t bin = b.state[kBin], count = b.state[kCount];
+  const int64_t n = std::min(batch.n - from, b.capacity - count);
+  std::copy_n(batch.values.data() + from, n, b.values + count);
+  std::copy_n(batch.positions.data() + from, n, b.positions + count);
+  int64_t above = 0;
+  for (int64_t i = from; i < from + n; ++i) {
+    const int64_t own_bin = bits_of(batch.values[i]) >> kBinShift;
     ++histogram[own_bin];
     above += own_bin >= bin;
   }
-  b.state[kCount] = count;
-  b.state[kAbove] = above;
-  return i;
+  b.state[kCount] = count + n;
+  b.state[kAbove] += above;
+  return from + n;
 }
 
 // The buffer while several threads fill it.
@@ -169,17 +169,12 @@ class SharedBuffer {
     std::unique_lock lock(mutex_, std::defer_lock);
     if (wait) lock.lock();
     if (!wait && !lock.try_lock()) return false;
-    for (int64_t done = fill(b_, batch, 0); done < batch.n; done = fill(b_, batch, done)) make_room(b_);
+    b_.state[kNonFinite] = std::min(b_.state[kNonFinite], batch.nonfinite);
+    if (batch.n == 0) return true;
+    for (int64_t next = append_some(b_, batch, 0); next < batch.n; next = append_some(b_, batch, next)) make_room(b_);
     raise_to_bin(b_);
     version_.fetch_add(1, std::memory_order_release);
     return true;
-  }
-
-  // Without selection the only survivors are not finite.
-  void report_nonfinite(const Batch& batch) {
-    const std::lock_guard lock(mutex_);
-    for (int64_t i = 0; i < batch.n; ++i)
-      b_.state[kNonFinite] = std::min(b_.state[kNonFinite], batch.base + batch.first + batch.offsets[i]);
   }
 
   bool selects() const { return b_.k > 0; }
@@ -196,39 +191,43 @@ class Worker {
   Worker(const Scan& scan, int64_t base, SharedBuffer& shared) : scan_(scan), base_(base), shared_(shared) {}
 
   void run(int64_t begin, int64_t end) {
-    for (; begin < end; begin += kSpan) run_span(begin, std::min(begin + kSpan, end));
-  }
-
- private:
-  void run_span(int64_t begin, int64_t end) {
     const auto& kernels = accumulate_topk_kernels();
-    first_ = begin;
-    for (int64_t b = begin; b < end; b += kChunk) {
-      const int64_t e = std::min(b + kChunk, end);
-      const auto offset = static_cast<int32_t>(b - begin);
-      pending_ += kernels.scan(scan_, b, e, threshold(b), offset, offsets_.data() + pending_);
-      if (pending_ >= kEager) flush(pending_ > kBatch - kChunk);
+    for (; begin < end; begin += kChunk) {
+      follow_bar();
+      const float threshold = shared_.selects() ? bar_.threshold_from(base_ + begin) : float_of(kInfinity);
+      const int64_t n = kernels.scan(scan_, begin, std::min(begin + kChunk, end), threshold, offsets_.data());
+      collect(begin, n);
+      if (batch_.n >= kEager) flush(batch_.n > kBatch - kChunk);
     }
     flush(true);
   }
 
-  float threshold(int64_t i) {
-    if (!shared_.selects()) return std::numeric_limits<float>::infinity();
-    if (const uint64_t now = shared_.version(); now != seen_) {
-      seen_ = now;
-      bar_ = shared_.bar();
+ private:
+  void follow_bar() {
+    const uint64_t now = shared_.version();
+    if (now == seen_) return;
+    seen_ = now;
+    bar_ = shared_.bar();
+  }
+
+  // The survivors of a chunk that may be among the k best join the batch. Without a branch on the bar, as above.
+  void collect(int64_t begin, int64_t n) {
+    int64_t found = batch_.n;
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t element = begin + offsets_[i];
+      const uint32_t bits = bits_of(scan_.acc[element]) & 0x7fffffff;
+      batch_.values[found] = float_of(bits);
+      batch_.positions[found] = base_ + element;
+      if (bits >= kInfinity)
+        batch_.nonfinite = std::min(batch_.nonfinite, base_ + element);
+      else
+        found += bar_.admits(bits, base_ + element);
     }
-    return bar_.threshold_from(base_ + i);
+    batch_.n = found;
   }
 
   void flush(bool wait) {
-    const Batch batch{scan_.acc, base_, first_, offsets_.data(), pending_};
-    if (pending_ == 0) return;
-    if (!shared_.selects())
-      shared_.report_nonfinite(batch);
-    else if (!shared_.append(batch, wait))
-      return;
-    pending_ = 0;
+    if (!batch_.empty() && shared_.append(batch_, wait)) batch_.clear();
   }
 
   const Scan& scan_;
@@ -236,9 +235,8 @@ class Worker {
   SharedBuffer& shared_;
   Bar bar_;
   uint64_t seen_ = 0;
-  int64_t first_ = 0;
-  int64_t pending_ = 0;
-  std::array<int32_t, kBatch + kSurvivorSlack> offsets_;
+  Batch batch_;
+  std::array<int32_t, kChunk + kSurvivorSlack> offsets_;
 };
 
 }  // namespace
@@ -247,7 +245,6 @@ void compact_topk(const TopkBuffer& b) {
   if (b.k == 0) b.state[kCount] = 0;
   if (b.state[kCount] < b.k || b.k == 0) return;
   raise_to_bin(b);
-  drop_below(b, bar_of(b.state));
   const Bar kth = kth_best(b);
   drop_below(b, kth);
   b.state[kThreshold] = kth.bits;

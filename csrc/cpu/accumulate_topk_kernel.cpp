@@ -53,7 +53,7 @@ int64_t append_survivors(const float* acc, int32_t n, float threshold, int32_t f
 }
 
 template <typename T, bool square>
-int64_t scan_typed(const Scan& scan, int64_t begin, int64_t end, float threshold, int32_t offset, int32_t* survivors) {
+int64_t scan_typed(const Scan& scan, int64_t begin, int64_t end, float threshold, int32_t* survivors) {
   const T* grad = static_cast<const T*>(scan.grad) + begin;
   float* acc = scan.acc + begin;
   const float scale = scan.scale;
@@ -64,28 +64,27 @@ int64_t scan_typed(const Scan& scan, int64_t begin, int64_t end, float threshold
     // A constant trip count lets the compiler unroll the whole block.
     const bool any = size == kBlock ? update<T, square>(acc + b, grad + b, kBlock, scale, threshold)
                                     : update<T, square>(acc + b, grad + b, size, scale, threshold);
-    if (any) found += append_survivors(acc + b, size, threshold, offset + b, survivors + found);
+    if (any) found += append_survivors(acc + b, size, threshold, b, survivors + found);
   }
   return found;
 }
 
 template <typename T>
-int64_t scan_squared(const Scan& scan, int64_t begin, int64_t end, float threshold, int32_t offset,
-                     int32_t* survivors) {
-  return scan.square ? scan_typed<T, true>(scan, begin, end, threshold, offset, survivors)
-                     : scan_typed<T, false>(scan, begin, end, threshold, offset, survivors);
+int64_t scan_squared(const Scan& scan, int64_t begin, int64_t end, float threshold, int32_t* survivors) {
+  return scan.square ? scan_typed<T, true>(scan, begin, end, threshold, survivors)
+                     : scan_typed<T, false>(scan, begin, end, threshold, survivors);
 }
 
-int64_t scan(const Scan& scan, int64_t begin, int64_t end, float threshold, int32_t offset, int32_t* survivors) {
+int64_t scan(const Scan& scan, int64_t begin, int64_t end, float threshold, int32_t* survivors) {
   switch (scan.type) {
     case GradType::fp32:
-      return scan_squared<float>(scan, begin, end, threshold, offset, survivors);
+      return scan_squared<float>(scan, begin, end, threshold, survivors);
     case GradType::bf16:
-      return scan_squared<BFloat16>(scan, begin, end, threshold, offset, survivors);
+      return scan_squared<BFloat16>(scan, begin, end, threshold, survivors);
     case GradType::fp16:
-      return scan_squared<Half>(scan, begin, end, threshold, offset, survivors);
+      return scan_squared<Half>(scan, begin, end, threshold, survivors);
     default:
-      return scan_typed<NoGrad, false>(scan, begin, end, threshold, offset, survivors);
+      return scan_typed<NoGrad, false>(scan, begin, end, threshold, survivors);
   }
 }
 

@@ -22,9 +22,9 @@ struct Scan {
 constexpr int64_t kSurvivorSlack = 16;
 
 struct AccumulateTopkKernels {
-  // For i in [begin, end):  acc[i] += scale * grad[i];  unless |acc[i]| < threshold, append offset + i - begin to
-  // `survivors`. NaN and infinity always survive. Returns the number of survivors.
-  int64_t (*scan)(const Scan& scan, int64_t begin, int64_t end, float threshold, int32_t offset, int32_t* survivors);
+  // For i in [begin, end):  acc[i] += scale * grad[i];  unless |acc[i]| < threshold, append i - begin to `survivors`.
+  // NaN and infinity always survive. Returns the number of survivors.
+  int64_t (*scan)(const Scan& scan, int64_t begin, int64_t end, float threshold, int32_t* survivors);
 };
 
 SAFT_DECLARE_KERNELS(AccumulateTopkKernels, accumulate_topk)
