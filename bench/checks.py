@@ -27,8 +27,7 @@ def reference_step(
     reference.sparse_adamw_(
         list(values.values()), (), grads, compact,
         torch.zeros_like(grads), torch.zeros_like(grads), None, torch.zeros(len(values)),
-        torch.tensor(ADAMW["lr"], dtype=torch.float64), 0.9, 0.999, 1e-8, ADAMW["weight_decay"],
-        False, None, None,
+        ADAMW["lr"], None, 0.9, 0.999, 1e-8, ADAMW["weight_decay"], False, None, None,
     )  # fmt: skip
     return values
 

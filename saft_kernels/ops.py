@@ -202,12 +202,11 @@ def sparse_adamw_(
         RuntimeError: if a shape, dtype, device or index does not fit; nothing is written.
     """
     dense, compact = ((), grads) if isinstance(grads, Tensor) else (grads, None)
-    if not torch.is_tensor(lr):
-        lr = torch.tensor(lr, dtype=torch.float64)
+    rate, lr_tensor = (0.0, lr) if isinstance(lr, Tensor) else (lr, None)
     with torch.no_grad():
         _implementation("sparse_adamw_", exp_avg.device)(
             list(params), list(dense), compact, list(indices),
-            exp_avg, exp_avg_sq, master, step, lr, *betas, eps, weight_decay, maximize,
+            exp_avg, exp_avg_sq, master, step, rate, lr_tensor, *betas, eps, weight_decay, maximize,
             grad_scale, found_inf,
         )  # fmt: skip
     state = (exp_avg, exp_avg_sq, step) if master is None else (exp_avg, exp_avg_sq, step, master)

@@ -100,7 +100,8 @@ def sparse_adamw_(
     exp_avg_sq: Tensor,
     master: Tensor | None,
     step: Tensor,
-    lr: Tensor,
+    lr: float,
+    lr_tensor: Tensor | None,
     beta1: float,
     beta2: float,
     eps: float,
@@ -113,7 +114,7 @@ def sparse_adamw_(
     if found_inf is not None and found_inf.item() != 0:
         return
     step.add_(1)
-    rate = float(lr)
+    rate = lr if lr_tensor is None else float(lr_tensor)
     inverse = 1.0 if grad_scale is None else 1.0 / float(grad_scale)
     begin = 0
     for tensor, (param, index) in enumerate(zip(params, indices, strict=True)):

@@ -285,10 +285,10 @@ def test_wrong_arguments_are_refused_and_nothing_is_written(change, message):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_opcheck(device, dtype):
+@pytest.mark.parametrize("lr_tensor", [None, torch.tensor(0.1, dtype=torch.float64)])
+def test_opcheck(device, dtype, lr_tensor):
     p = problem(dtype, device)
-    lr = torch.tensor(0.1, dtype=torch.float64)
-    numbers = (lr, 0.9, 0.999, 1e-8, 0.1, False, None, None)
+    numbers = (0.1, lr_tensor, 0.9, 0.999, 1e-8, 0.1, False, None, None)
     op = backends.kernels().sparse_adamw_.default
     state = (p.exp_avg, p.exp_avg_sq, p.master, p.step)
     torch.library.opcheck(op, (p.params, p.grads, None, p.indices, *state, *numbers))

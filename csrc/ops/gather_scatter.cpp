@@ -5,11 +5,10 @@
 
 #include "../cpu/gather_scatter_kernel.h"
 #include "indices.h"
+#include "parallel.h"
 
 namespace saft {
 namespace {
-
-constexpr int64_t kGrain = 2048;  // entries below which a second thread costs more than it brings
 
 void check_floating(const Tensor& dense) {
   switch (dense.scalar_type()) {
@@ -40,8 +39,7 @@ Tensor gather(const Tensor& dense, const Tensor& indices) {
   const int64_t n = indices.numel();
   Tensor values = torch::stable::new_empty(dense, {n});
   const cpu::GatherScatter job = job_of(dense, indices, values, false);
-  torch::stable::parallel_for(
-      0, n, kGrain, [&](int64_t begin, int64_t end) { cpu::gather_scatter_kernels().gather(job, begin, end); });
+  parallel_for_entries(n, [&](int64_t begin, int64_t end) { cpu::gather_scatter_kernels().gather(job, begin, end); });
   return values;
 }
 
@@ -50,9 +48,8 @@ void scatter_(const Tensor& dense, const Tensor& indices, const Tensor& values) 
   check_floating(dense);
   check_vector(values, dense.scalar_type(), indices.numel(), "values");
   const cpu::GatherScatter job = job_of(dense, indices, values, true);
-  torch::stable::parallel_for(0, indices.numel(), kGrain, [&](int64_t begin, int64_t end) {
-    cpu::gather_scatter_kernels().scatter(job, begin, end);
-  });
+  parallel_for_entries(indices.numel(),
+                       [&](int64_t begin, int64_t end) { cpu::gather_scatter_kernels().scatter(job, begin, end); });
 }
 
 }  // namespace

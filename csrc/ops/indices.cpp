@@ -27,9 +27,9 @@ template <typename Index>
 bool increasing_below(const Index* index, int64_t n, int64_t numel) {
   if (n == 0) return true;
   if (index[0] < 0 || index[n - 1] >= numel) return false;
-  bool ok = true;
-  for (int64_t i = 1; i < n; ++i) ok &= index[i - 1] < index[i];
-  return ok;
+  Index disorder = 0;  // as wide as an index: the compiler then compares whole vectors
+  for (int64_t i = 1; i < n; ++i) disorder |= index[i - 1] >= index[i];
+  return disorder == 0;
 }
 
 }  // namespace

@@ -1,7 +1,6 @@
 #include "sparse_adamw.h"
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <cmath>
@@ -10,11 +9,10 @@
 
 #include "../cpu/sparse_adamw_kernel.h"
 #include "indices.h"
+#include "parallel.h"
 
 namespace saft {
 namespace {
-
-constexpr int64_t kGrain = 2048;  // entries below which a second thread costs more than it brings
 
 cpu::ParamType param_type(const Tensor& param) {
   check_trainable_dtype(param.scalar_type(), "params");
@@ -118,7 +116,7 @@ void place(Step& step, const std::optional<Tensor>& compact_grad, const Tensor& 
 }
 
 void run(const Step& step, const cpu::AdamW& hyper) {
-  torch::stable::parallel_for(0, step.begins.back(), kGrain, [&](int64_t begin, int64_t end) {
+  parallel_for_entries(step.begins.back(), [&](int64_t begin, int64_t end) {
     const auto& kernels = cpu::sparse_adamw_kernels();
     auto i =
         static_cast<size_t>(std::upper_bound(step.begins.begin(), step.begins.end(), begin) - step.begins.begin() - 1);
@@ -132,15 +130,15 @@ void run(const Step& step, const cpu::AdamW& hyper) {
 
 void sparse_adamw_(const std::vector<Tensor>& params, const std::vector<Tensor>& grads,
                    const std::optional<Tensor>& compact_grad, const std::vector<Tensor>& indices, const Tensor& exp_avg,
-                   const Tensor& exp_avg_sq, const std::optional<Tensor>& master, const Tensor& steps, const Tensor& lr,
-                   double beta1, double beta2, double eps, double weight_decay, bool maximize,
-                   const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf) {
+                   const Tensor& exp_avg_sq, const std::optional<Tensor>& master, const Tensor& steps, double lr,
+                   const std::optional<Tensor>& lr_tensor, double beta1, double beta2, double eps, double weight_decay,
+                   bool maximize, const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf) {
   Step step = check_tensors(params, grads, compact_grad, indices);
   place(step, compact_grad, exp_avg, exp_avg_sq, master);
   check_vector(steps, ScalarType::Float, "step");
   STD_TORCH_CHECK(steps.numel() == static_cast<int64_t>(params.size()), "step must have one element per parameter (",
                   params.size(), "), not ", steps.numel());
-  const double rate = scalar_value(lr, "lr");
+  const double rate = lr_tensor.has_value() ? scalar_value(*lr_tensor, "lr") : lr;
   const double scale = grad_scale.has_value() ? scalar_value(*grad_scale, "grad_scale") : 1.0;
   if (found_inf.has_value() && scalar_value(*found_inf, "found_inf") != 0) return;
 

@@ -1,14 +1,15 @@
 // sparse_adamw_: one AdamW step over the selected entries of many tensors, in one call.
 //
 // sparse_adamw_(params [T]!, grads [T] or [], compact_grad fp32 [n]?, indices [T], exp_avg fp32 [n]!,
-//               exp_avg_sq fp32 [n]!, master fp32 [n]?!, step fp32 [T]!, lr [1], beta1, beta2, eps, weight_decay,
-//               maximize, grad_scale fp32 [1]?, found_inf fp32 [1]?)
+//               exp_avg_sq fp32 [n]!, master fp32 [n]?!, step fp32 [T]!, lr, lr_tensor [1]?, beta1, beta2, eps,
+//               weight_decay, maximize, grad_scale fp32 [1]?, found_inf fp32 [1]?)
 //
 // Contract
 // - n is the total number of indices; the compact vectors hold the tensors' entries one after the other.
 // - Exactly one gradient source: T dense tensors of the params' dtype and shape, any strides; or compact_grad.
 // - params: one dtype. bf16 and fp16 need master, which holds the exact weights: the step updates master and the
 //   weight becomes its rounding. fp32 takes none.
+// - lr_tensor, if given, takes the place of lr and is read when the step runs.
 // - step is incremented first; t = step[i] for tensor i. found_inf != 0: nothing is changed.
 // - Gradients are divided by grad_scale (multiplied by its fp32 reciprocal, as torch's fused AdamW does).
 // - Everything is checked before anything is written. Entries outside the indices keep their bits.
