@@ -48,7 +48,7 @@ class Setting:
     prompts: int = 16
     density: float = 1e-3
     kernels: Effort = field(default_factory=Effort)
-    steps: Effort = field(default_factory=lambda: Effort(60, 3, 10, warm_up=0))
+    steps: Effort = field(default_factory=lambda: Effort(300, 5, 10, warm_up=0))
 
 
 #: Shows in seconds whether every case runs; what it measures means nothing.

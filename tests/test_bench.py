@@ -176,12 +176,20 @@ def test_figures_against_their_bars() -> None:
     assert Figure("it", 1.4, "").verdict == ""
 
 
-@pytest.mark.parametrize(("low", "high"), [(28, 31), (28, 29.9), (30, 34)])
-def test_no_verdict_inside_the_noise(low: float, high: float) -> None:
-    figure = Figure("it", 31, "times faster", low, high, bar=30)
-    assert figure.verdict == {31: "UNCLEAR", 29.9: "MISS", 34: "PASS"}[high]
-    upper = Figure("it", 31, "times the time", low, high, bar=30, at_least=False)
-    assert upper.verdict == {31: "UNCLEAR", 29.9: "PASS", 34: "UNCLEAR"}[high]
+@pytest.mark.parametrize(
+    ("low", "high", "at_least", "verdict"),
+    [
+        (28, 31, True, "UNCLEAR"),
+        (28, 29.9, True, "MISS"),
+        (30, 34, True, "PASS"),
+        (29, 31, False, "UNCLEAR"),
+        (28, 30, False, "PASS"),
+        (30.1, 34, False, "MISS"),
+    ],
+)
+def test_no_verdict_inside_the_noise(low: float, high: float, at_least: bool, verdict: str) -> None:
+    value = (low + high) / 2
+    assert Figure("it", value, "", low, high, bar=30, at_least=at_least).verdict == verdict
 
 
 def test_fitted_exponent() -> None:

@@ -190,24 +190,28 @@ def test_non_finite_values_raise_naming_key_and_index(value: float, final: bool)
     top = StreamingTopK(1, keys=["fine", "broken.weight"])
     top.update("fine", torch.ones(4))
     grad = torch.tensor([1.0, 2.0, value, 3.0])
+    top.update("broken.weight", torch.zeros(4), grad, offset=10, final=final)
     with pytest.raises(NonFiniteGradientError, match=r"'broken\.weight'.*flat index 12") as caught:
-        top.update("broken.weight", torch.zeros(4), grad, offset=10, final=final)
         top.finish()
     assert caught.value.parameter == "broken.weight"
 
 
 def test_a_non_finite_value_raises_long_before_the_end() -> None:
     top = StreamingTopK(1)
-    top.update("broken", torch.full((1,), float("nan")))
-    with pytest.raises(NonFiniteGradientError, match="'broken'"):
+
+    def update_often() -> None:
+        top.update("broken", torch.full((1,), float("nan")))
         for i in range(100):
             top.update(i, torch.ones(1))
+
+    with pytest.raises(NonFiniteGradientError, match="'broken'"):
+        update_often()
 
 
 def test_an_overflowing_sum_is_non_finite() -> None:
     top = StreamingTopK(1)
+    top.update("w", torch.full((2,), 3e38), torch.full((2,), 3e38))
     with pytest.raises(NonFiniteGradientError, match="'w'"):
-        top.update("w", torch.full((2,), 3e38), torch.full((2,), 3e38))
         top.finish()
 
 

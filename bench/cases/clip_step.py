@@ -1,14 +1,16 @@
 """A whole training step on one batch: forward, backward, optimizer; time and peak memory.
 
-The mask is the uniform one: it has entries in nearly every tensor, so that nearly every weight
-gradient has to be computed. A selected mask leaves tensors out and is faster.
+The uniform mask is the worst case: it has entries in nearly every tensor, so that nearly every
+weight gradient has to be computed. The selected mask leaves tensors out, whose gradients are not.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,11 +22,12 @@ from bench.baselines.index_and_hook import index_and_hook
 from bench.checks import reference_step, require_stepped, require_untouched
 from bench.harness import Contender, Figure, Outcome, Timing, measure, require, times_as_long
 from bench.memory import Memory, peak_memory
-from bench.models import ADAMW, Setting, Workload, candidates, make_task, uniform_mask, workload
+from bench.models import ADAMW, Setting, Workload, candidates, make_task, workload
 from saft_kernels import CooMask, SparseAdamW
 
 FULL = "full fine-tuning, fused AdamW"
-STREAMED = "SparseAdamW, streamed gradients"
+STREAMED = "SparseAdamW, streamed gradients, uniform mask"
+SELECTED = "SparseAdamW, streamed gradients, selected mask"
 FLOOR = "floor: every weight frozen"
 
 
@@ -42,11 +45,20 @@ def streamed(model: nn.Module, mask: CooMask, loss: Loss) -> Step:
     return step
 
 
-METHODS: dict[str, Method] = {
-    FULL: full_adamw,
-    "index and hook in plain torch": index_and_hook,
-    STREAMED: streamed,
-    FLOOR: frozen,
+@dataclass(frozen=True)
+class Way:
+    """A method, and the mask it trains: ``uniform`` or ``selected``."""
+
+    method: Method
+    mask: str = "uniform"
+
+
+WAYS: dict[str, Way] = {
+    FULL: Way(full_adamw),
+    "index and hook in plain torch, uniform mask": Way(index_and_hook),
+    STREAMED: Way(streamed),
+    SELECTED: Way(streamed, "selected"),
+    FLOOR: Way(frozen),
 }
 
 
@@ -54,32 +66,38 @@ def run(setting: Setting) -> Outcome:
     """Every method on its own copy of the model, then each in a process of its own."""
     work = workload(setting)
     group = f"training step, {setting.images} images and {setting.prompts} prompts"
-    contenders = [_contender(name, work) for name in METHODS]
+    contenders = [_contender(name, work) for name in WAYS]
     times = measure(group, contenders, setting.steps)
     contenders.clear()  # frees the copies before other processes need the memory
-    memory = {name: _memory(name, setting) for name in METHODS}
+    memory = _memories(work, setting)
     timings = [replace(timing, peak=memory[name].peak) for name, timing in times.items()]
     return Outcome(timings, _figures(times, memory, work.numel))
 
 
 def _figures(times: dict[str, Timing], memory: dict[str, Memory], numel: int) -> list[Figure]:
-    def saved(name: str) -> float:
-        return (memory[FULL].peak - memory[name].peak) / numel
+    def saved(name: str, bar: float | None = None) -> Figure:
+        per_parameter = (memory[FULL].peak - memory[name].peak) / numel
+        what = f"peak memory below full fine-tuning's, per parameter: {name}"
+        return Figure(what, per_parameter, "bytes", bar=bar)
 
-    ours, full, floor = times[STREAMED], times[FULL], times[FLOOR]
+    def time(name: str, bar: float | None = None) -> Figure:
+        what = f"training step against full fine-tuning's: {name}"
+        return times_as_long(what, times[name], times[FULL], bar)
+
     return [
-        times_as_long("streamed training step against full fine-tuning", ours, full, bar=1.0),
-        Figure(
-            "peak memory below full fine-tuning's, per parameter", saved(STREAMED), "bytes", bar=7.5
-        ),
-        Figure("the floor's, likewise", saved(FLOOR), "bytes"),
-        times_as_long("streamed training step against the floor", ours, floor),
+        time(STREAMED, bar=1.0),
+        time(SELECTED, bar=1.0),
+        time(FLOOR),
+        saved(STREAMED, bar=7.5),
+        saved(SELECTED, bar=7.5),
+        saved(FLOOR),
     ]
 
 
 def _contender(name: str, work: Workload) -> Contender:
     model = copy.deepcopy(work.task.model)
-    step = METHODS[name](model, work.masks["uniform"], work.task.loss)
+    way = WAYS[name]
+    step = way.method(model, work.masks[way.mask], work.task.loss)
     return Contender(name, step, _check(name, model, work))
 
 
@@ -87,7 +105,7 @@ def _check(name: str, model: nn.Module, work: Workload) -> Callable[[Callable[[]
     """The first step against the specification at the mask, and the bits of what must stay."""
 
     def check(run: Callable[[], Any]) -> None:
-        mask = work.masks["uniform"]
+        mask = work.masks[WAYS[name].mask]
         base, params = candidates(work.task.model), candidates(model)
         loss = run().item()
         require(
@@ -101,23 +119,27 @@ def _check(name: str, model: nn.Module, work: Workload) -> Callable[[Callable[[]
     return check
 
 
-def _memory(name: str, setting: Setting) -> Memory:
-    return peak_memory(
-        "bench.cases.clip_step:steps",
-        method=name,
-        model=setting.model,
-        images=setting.images,
-        prompts=setting.prompts,
-        density=setting.density,
-    )
+def _memories(work: Workload, setting: Setting) -> dict[str, Memory]:
+    with TemporaryDirectory() as folder:
+        files = {kind: str(Path(folder, f"{kind}.safetensors")) for kind in work.masks}
+        for kind, mask in work.masks.items():
+            mask.save(files[kind])
+        return {
+            name: peak_memory(
+                "bench.cases.clip_step:steps",
+                name=name,
+                mask=files[way.mask],
+                model=setting.model,
+                images=setting.images,
+                prompts=setting.prompts,
+            )
+            for name, way in WAYS.items()
+        }
 
 
-def steps(
-    method: str, model: str, images: int, prompts: int, density: float
-) -> Callable[[], object]:
+def steps(name: str, mask: str, model: str, images: int, prompts: int) -> Callable[[], object]:
     """The work whose memory is measured: a small step, which makes the state, and a whole one."""
     own = make_task(model, images, prompts)
     batches = iter([own.part(1), own])
-    mask = uniform_mask(own.model, density)
-    step = METHODS[method](own.model, mask, lambda model: next(batches).loss(model))
+    step = WAYS[name].method(own.model, CooMask.load(mask), lambda model: next(batches).loss(model))
     return lambda: [step(), step()]
