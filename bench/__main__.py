@@ -111,9 +111,10 @@ def report(
         Path | None,
         typer.Option(help="Rewrite the block between the markers of this Markdown file."),
     ] = None,
+    brief: Annotated[bool, typer.Option("--brief", help="Leave the table of times out.")] = False,
 ) -> None:
     """Print a result as Markdown, or put it into a file."""
-    text = reports.markdown(reports.read_result(result))
+    text = reports.markdown(reports.read_result(result), brief=brief)
     if update is None:
         print(text, end="")
     else:

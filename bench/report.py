@@ -79,8 +79,13 @@ def update_block(path: Path, text: str) -> None:
 # Markdown -----------------------------------------------------------------------------------------
 
 
-def markdown(result: dict[str, Any]) -> str:
-    """All of a result: what it ran on, figures beside their bars, times beside their floors."""
+def markdown(result: dict[str, Any], *, brief: bool = False) -> str:
+    """What a result was measured on, figures beside their bars, times beside their floors.
+
+    Args:
+        result: of a run.
+        brief: leave the times out.
+    """
     cases = result["cases"].values()
     parts = [_conditions(result)]
     if any(_mark(case) for case in cases):
@@ -92,7 +97,7 @@ def markdown(result: dict[str, Any]) -> str:
     timings = [_timing_row(timing, _mark(case)) for case in cases for timing in timings_of(case)]
     if figures:
         parts.append(_table(("what", "measured (95 % interval)", "from", "bar", ""), figures))
-    if timings:
+    if timings and not brief:
         header = ("work", "by", "time", "quartiles", "floor", "reached", "peak memory")
         parts += [_TIMES, _table(header, timings)]
     return "\n\n".join(parts) + "\n"

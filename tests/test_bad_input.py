@@ -209,6 +209,15 @@ def test_mask_of_another_model(fails, interrupted, quick, tmp_path):
     assert content(interrupted) == before
 
 
+def test_given_mask_of_another_model(fails, quick, tmp_path):
+    weights = small_checkpoint(tmp_path / "resnet.safetensors", SMALL_RESNET)
+    other = ["--model", SMALL_RESNET, "--pretrained", weights, "--train-data", tmp_path / "pets"]
+    mask = tmp_path / "mask.safetensors"
+    assert main(["select", *map(str, other), "--shots", "2", "--output", str(mask)]) == 0
+    assert "mask" in fails("finetune", *quick, "--mask", mask)
+    assert not (tmp_path / "run").exists()
+
+
 # Settings
 
 
@@ -374,7 +383,7 @@ def test_mask_and_delta_cut_short(
     assert str(mask) in fails("finetune", *quick, "--resume")
 
 
-def test_missing_files(fails, small, pets, tmp_path):
+def test_missing_files(fails, small, quick, pets, tmp_path):
     missing = tmp_path / "none.safetensors"
     assert str(missing) in fails("delta", "info", missing)
     assert str(missing) in fails("evaluate", *small, "--data", pets, "--delta", missing)
@@ -382,4 +391,5 @@ def test_missing_files(fails, small, pets, tmp_path):
     assert str(missing) in fails(
         "finetune", "--model", SMALL, "--pretrained", missing, "--train-data", pets
     )
+    assert str(missing) in fails("finetune", *quick, "--mask", missing)
     assert str(missing) in fails("report", missing)

@@ -362,6 +362,13 @@ def test_report_shows_figures_bars_floors_and_refusals(result: dict[str, Any]) -
     assert "saft-tiny (4 images, 4 prompts" in lines[0]
 
 
+def test_brief_report_leaves_out_the_times(result: dict[str, Any]) -> None:
+    text = report.markdown(result, brief=True)
+    assert "| speed |" in text
+    assert "Median times" not in text
+    assert "| group |" not in text
+
+
 def test_report_marks_what_was_measured_on_a_busy_machine(result: dict[str, Any]) -> None:
     result["cases"]["one"]["load"]["others"] = 0.5
     text = report.markdown(result)

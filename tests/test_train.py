@@ -285,6 +285,25 @@ def test_run_writes_everything(config, pets, capsys):
     assert result.results["parameters"] == sum(block["parameters"] for block in blocks)
 
 
+def test_a_given_mask_is_trained_instead_of_a_selected_one(config, tmp_path):
+    selected = finetune(config)
+    file = tmp_path / "given.safetensors"
+    shutil.copy(selected.output / "mask.safetensors", file)
+    same = config.changed(mask=str(file), density=0.5, output=str(tmp_path / "again"))
+    again = finetune(same)
+    first, second = (list(SparseDelta.load(run.artefact).items()) for run in (selected, again))
+    for (name, index, value), (other, other_index, other_value) in zip(first, second, strict=True):
+        assert name == other
+        assert torch.equal(index, other_index)
+        assert torch.equal(value, other_value)
+
+
+def test_a_mask_for_a_method_that_takes_none(config, tmp_path):
+    with pytest.raises(ConfigError, match="--method full takes no --mask"):
+        finetune(config.changed(mask=str(tmp_path / "mask.safetensors"), method="full"))
+    assert not Path(config.output).exists()
+
+
 def test_delta_turns_the_base_into_the_trained_model(config):
     trained = {}
 

@@ -90,6 +90,11 @@ class FinetuneConfig:
         "saft", "what is trained: saft (the selected entries) or full (everything)"
     )
     density: float = option(1e-3, "share of the parameters that saft selects", above=0, at_most=1)
+    mask: str | None = option(
+        None,
+        "mask file (of saft select) with the entries that saft trains, whatever --density says "
+        "[default: select them]",
+    )
     gradients: str = option(
         "streamed",
         "how saft obtains gradients: streamed frees each dense one at once, dense keeps them",

@@ -68,9 +68,10 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
         say(f"there is no run in {folder.path} yet: starting from the beginning")
     clip = load_base(config)
     data = RunData(config, clip)
-    folder.start(config, {**data.describe(), "the pretrained model": describe_model(clip)})
     tokens = class_prompts(data.train.class_names, data.train.templates, clip.tokenizer)
-    run = Run(config, folder, clip, data, make_method(clip, tokens, config))
+    method = make_method(clip, tokens, config)
+    folder.start(config, {**data.describe(), "the pretrained model": describe_model(clip)})
+    run = Run(config, folder, clip, data, method)
     try:
         run.prepare()
         run.train()

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from saft_clip.batches import Batches
 from saft_clip.config import FinetuneConfig
+from saft_clip.errors import ConfigError
 from saft_clip.evaluate import embed_classes
 from saft_clip.models import ClipModel, autocast
 from saft_kernels.mask import CooMask
@@ -31,6 +32,9 @@ class Method(ABC):
         clip: the pretrained model, on its device; it is changed in place.
         tokens: int64 [C, T, L], T prompts for each of C classes.
         config: the run's settings.
+
+    Raises:
+        ConfigError: if a mask is given to a method that takes none.
     """
 
     #: What ``--method`` calls it.
@@ -39,11 +43,15 @@ class Method(ABC):
     title: ClassVar[str]
     #: The file that :meth:`export` writes.
     artefact: ClassVar[str]
+    #: Whether ``--mask`` can say what it trains.
+    takes_mask: ClassVar[bool] = False
     #: The trained entries; None if all of the encoders' parameters are trained.
     mask: CooMask | None = None
     optimizer: torch.optim.Optimizer
 
     def __init__(self, clip: ClipModel, tokens: Tensor, config: FinetuneConfig) -> None:
+        if config.mask is not None and not self.takes_mask:
+            raise ConfigError(f"--method {self.name} takes no --mask: leave one of them out")
         self.clip = clip
         self.model = clip.model
         self.config = config

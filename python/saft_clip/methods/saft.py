@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from saft_clip.batches import Batches
+from saft_clip.config import FinetuneConfig
 from saft_clip.console import progress, say
 from saft_clip.errors import CheckpointError
 from saft_clip.methods.base import FROZEN, Method, adamw_options
+from saft_clip.models import ClipModel
 from saft_kernels import ops
 from saft_kernels.delta import SparseDelta
 from saft_kernels.mask import CooMask
@@ -23,22 +25,34 @@ from saft_kernels.select import select
 class Saft(Method):
     """Sparse adaptation (SAFT, Algorithm 1).
 
-    The mask is selected once, over the training images in order and without augmentation, with the
-    training loss in the training precision, the model in eval mode. Then
+    Unless one is given, the mask is selected once, over the training images in order and without
+    augmentation, with the training loss in the training precision, the model in eval mode. Then
     :class:`~saft_kernels.SparseAdamW` trains the selected entries. The result is a delta.
     """
 
     name = "saft"
     title = "SAFT"
     artefact = "delta.safetensors"
+    takes_mask = True
+
+    def __init__(self, clip: ClipModel, tokens: Tensor, config: FinetuneConfig) -> None:
+        """Read the given mask, if there is one.
+
+        Raises:
+            MaskError: if it cannot be read or does not fit the model.
+        """
+        super().__init__(clip, tokens, config)
+        self._given = None if config.mask is None else CooMask.load(config.mask)
+        if self._given is not None:
+            self._given.parameters(self.model)
 
     def prepare(self, batches: Batches, folder: Path | None) -> None:
-        """Select the mask, or take the one that the run has selected already."""
+        """Take the mask that was given or that the run has selected already, or select it."""
         file = folder / "mask.safetensors" if folder else None
         if file is not None and file.exists():
             mask = CooMask.load(file)
         else:
-            mask = self._select(batches)
+            mask = self._select(batches) if self._given is None else self._given
             if file is not None:
                 mask.save(file)
         self._freeze_all_but(mask)
