@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 JOBS   ?= auto
+export SAFT_CUDA ?= AUTO
 
 NATIVE := $(shell find csrc cmake -type f) CMakeLists.txt setup.py pyproject.toml
 
@@ -31,12 +32,17 @@ lint: build  ## check style, types and formatting
 	$(BIN)/clang-format --dry-run -Werror $$(find csrc -name '*.h' -o -name '*.cpp')
 
 wheel: build  ## build the wheel into dist/
-	rm -rf dist
+	rm -rf dist build/lib* build/bdist.*
 	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
 	@test "$$(ls dist | wc -l)" = 1 && ls dist/saft_kernels-*-py3-none-*.whl \
 	  || { echo "expected exactly one py3-none wheel in dist/, found: $$(ls dist)"; exit 1; }
 
 build: $(VENV)/built
+
+# Changes when SAFT_CUDA does, so that the switch takes effect on a checkout that is built already.
+$(VENV)/cuda-$(SAFT_CUDA): $(VENV)/installed
+	@rm -f $(VENV)/cuda-*
+	@touch $@
 
 $(VENV)/installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -48,7 +54,7 @@ $(VENV)/installed: requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 
-$(VENV)/built: $(VENV)/installed $(NATIVE)
+$(VENV)/built: $(VENV)/installed $(VENV)/cuda-$(SAFT_CUDA) $(NATIVE)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
 	@touch $@
 

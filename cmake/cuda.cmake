@@ -5,6 +5,7 @@ if(NOT SAFT_CUDA MATCHES "^(AUTO|ON|OFF)$")
   message(FATAL_ERROR "SAFT_CUDA must be AUTO, ON or OFF, not '${SAFT_CUDA}'.")
 endif()
 
+unset(SAFT_NVCC CACHE)  # it may have come or gone since the last configuration
 find_program(SAFT_NVCC nvcc NO_CMAKE_SYSTEM_PATH)  # PATH only, as the messages say
 if(SAFT_CUDA STREQUAL "OFF")
   set(SAFT_CUDA_STATUS "off (SAFT_CUDA=OFF)")

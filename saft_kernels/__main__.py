@@ -8,6 +8,7 @@ import platform
 import sys
 
 from saft_kernels import backends
+from saft_kernels.errors import BackendUnavailableError
 
 PACKAGES = ("torch", "triton", "numpy", "safetensors")
 
@@ -69,11 +70,16 @@ def sections() -> dict[str, dict[str, str]]:
 
 
 def main() -> int:
-    """Print the report; 1 if the compiled library is missing."""
+    """Print the report; 1 if the compiled library is missing or the environment asks too much."""
     for title, entries in sections().items():
         print(title)
         for name, text in entries.items():
             print(f"  {name:27} {text}")
+    try:
+        backends.require_environment()
+    except BackendUnavailableError as error:
+        print(f"Error: {error}")
+        return 1
     return 0 if backends.library_error() is None else 1
 
 

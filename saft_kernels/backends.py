@@ -33,6 +33,7 @@ LIBRARY = Path(__file__).with_name("libsaft_kernels.so")
 
 _requested: str | None = None
 _load_error: str | None = None
+_environment_error: BackendUnavailableError | None = None
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,16 @@ def use_backend(name: str | None) -> Iterator[None]:
         _requested = previous
 
 
+def require_environment() -> None:
+    """Make sure that what the environment variables ask for can be had; every operation does.
+
+    Raises:
+        BackendUnavailableError: if not. It is not raised on import, so that the diagnostics run.
+    """
+    if _environment_error is not None:
+        raise _environment_error
+
+
 def _require(name: str | None) -> None:
     if name is None:
         return
@@ -101,7 +112,7 @@ def _require(name: str | None) -> None:
         )
     obstacle = _obstacle(name)
     if obstacle is not None:
-        raise BackendUnavailableError(f"backend {name!r} was asked for but {obstacle}")
+        raise BackendUnavailableError(f"the backend {name!r} was asked for: {obstacle}")
 
 
 def _obstacle(name: str) -> str | None:
@@ -140,21 +151,26 @@ def resolve(device: torch.device) -> str:
     Raises:
         BackendUnavailableError: if none does, or if the one asked for does not serve that device.
     """
-    if _requested == "reference":
-        return "reference"
-    kind = device.type
-    name = _requested or kind
-    if name not in BACKENDS:
+    require_environment()
+    if _requested is None:
+        return _default_backend(device)
+    if _requested != "reference" and (_requested == "cpu") != (device.type == "cpu"):
         raise BackendUnavailableError(
-            f"there are no kernels for tensors on {device}; move them to the CPU or a CUDA device, "
-            "or ask for SAFT_BACKEND=reference"
+            f"the backend {_requested!r} was asked for, but the tensors are on {device}"
         )
-    if (name == "cpu") != (kind == "cpu"):
+    _require(_requested)
+    return _requested
+
+
+def _default_backend(device: torch.device) -> str:
+    known = device.type in BACKENDS
+    obstacle = _obstacle(device.type) if known else "this release knows no such device"
+    if obstacle is not None:
         raise BackendUnavailableError(
-            f"backend {name!r} was asked for, but the tensors are on {device}"
+            f"there are no kernels for tensors on {device} ({obstacle}); "
+            "SAFT_BACKEND=reference runs plain torch there"
         )
-    _require(name)
-    return name
+    return device.type
 
 
 def kernels() -> Any:
@@ -202,11 +218,14 @@ def _apply_environment() -> None:
     isa = os.environ.get("SAFT_CPU_ISA") or None
     if isa is not None:
         if _load_error is not None:
-            raise BackendUnavailableError(f"SAFT_CPU_ISA={isa} was asked for but {_load_error}")
+            raise BackendUnavailableError(f"SAFT_CPU_ISA={isa} was asked for: {_load_error}")
         _set_cpu_isa(isa)
     _require(backend)
     _requested = backend
 
 
 _load_library()
-_apply_environment()
+try:
+    _apply_environment()
+except BackendUnavailableError as error:
+    _environment_error = error

@@ -62,9 +62,9 @@ class SparseDelta:
 
         Raises:
             MaskError: if the mask does not fit the model.
-            DeltaError: naming the parameter, if one is missing from the base or has another shape
-                or dtype there, or differs from the base outside the mask, so that the delta would
-                lose that.
+            DeltaError: naming the parameter, if one is missing from the base, has another shape or
+                dtype there, or shares its memory; or differs from the base outside the mask, so
+                that the delta would lose that.
         """
         mask.check(model)
         texts = dict(metadata or {})
@@ -337,7 +337,16 @@ def _base_of(param: Tensor, name: str, base: Mapping[str, Tensor]) -> Tensor:
             f"{original.dtype} {list(original.shape)}; give the model that fine-tuning started "
             "from, in the same dtype"
         )
+    if param.numel() and _same_memory(param, original):
+        raise DeltaError(
+            f"parameter {name!r} of the base is the model's own, so it was changed with it; give a "
+            "copy made before training: copy.deepcopy(model.state_dict())"
+        )
     return original
+
+
+def _same_memory(a: Tensor, b: Tensor) -> bool:
+    return a.device == b.device and a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
 def _indices(mask: CooMask, names: Sequence[str], param: Tensor) -> Tensor:

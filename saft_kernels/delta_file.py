@@ -298,9 +298,8 @@ def _record(row: Row, cursor: _Cursor) -> TensorRecord:
     name, tied, dtype, shape, fingerprint, count = row
     if not count:
         indices = torch.empty(0, dtype=index_dtype(math.prod(shape)))
-        return TensorRecord(
-            name, tied, dtype, shape, fingerprint, indices, torch.empty(0).to(dtype)
-        )
+        # Without values; a file may name dtypes that no plain tensor can have.
+        return TensorRecord(name, tied, dtype, shape, fingerprint, indices, torch.empty(0))
     _require(dtype in _CHANGED_DTYPES.values(), f"{name!r} cannot be changed in {dtype}")
     indices = cursor.take(_index_pool(shape), count)
     values = cursor.take(f"values.{dtype_name(dtype)}", count)

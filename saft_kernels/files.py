@@ -11,6 +11,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from safetensors import SafetensorError
 
@@ -25,6 +26,7 @@ _ADVICE = {
     errno.EPERM: "choose a folder that can be written to",
     errno.ENOENT: "create the folder first",
     errno.ENOTDIR: "choose a path whose parents are folders",
+    errno.EEXIST: "choose a path that is not a file",
     errno.EISDIR: "choose a path that is not a folder",
 }
 
@@ -61,6 +63,22 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def make_folder(path: str | os.PathLike[str]) -> None:
+    """Make a folder and its parents, unless it exists, and find out whether it can be written to.
+
+    Call it before long work, not after it.
+
+    Raises:
+        FileWriteError: if the operating system refuses; the message says what to do about it.
+    """
+    try:
+        os.makedirs(path, exist_ok=True)
+        with TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise _explain(error, path) from error
 
 
 def sort_metadata(path: str | os.PathLike[str]) -> None:

@@ -21,6 +21,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from saft_kernels.batches import count_examples, split_examples, with_last
 from saft_kernels.errors import NonFiniteGradientError, SelectionError
+from saft_kernels.gradients import is_streamed
 from saft_kernels.topk import StreamingTopK
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
@@ -102,14 +103,16 @@ class GradientSelection:
 
         Raises:
             NonFiniteGradientError: if a loss or a gradient is NaN or infinite.
-            SelectionError: if there is no data, the passes do not see the same data, or the loss
-                cannot be used.
+            SelectionError: if there is no data, the passes do not see the same data, the loss
+                cannot be used, or an optimizer streams the gradients.
         """
         if len(chunks) > 1 and isinstance(self._batches, Iterator):
             raise SelectionError(
                 "memory='chunked' goes over the data several times, but batches is an iterator, "
                 "which gives it only once; give a list or a DataLoader"
             )
+        for chunk in chunks:
+            _refuse_streamed(chunk)
         params = {segment.param for chunk in chunks for segment in chunk}
         largest = max(sum(segment.numel for segment in chunk) for chunk in chunks)
         memory = torch.empty(largest, dtype=torch.float32, device=top.device)
@@ -149,7 +152,13 @@ class GradientSelection:
 
     def _parts(self, batch: Any, number: int) -> Iterator[tuple[Any, float, bool]]:
         """(part, its weight, whether it is the last one): what gets a backward pass of its own."""
-        count = operator.index(self._examples(batch))
+        found = self._examples(batch)
+        try:
+            count = operator.index(found)
+        except TypeError:
+            raise SelectionError(
+                f"examples gave {found!r} for batch {number}; it must return a whole number"
+            ) from None
         if count < 1:
             raise SelectionError(f"batch {number} has {count} examples; leave out empty batches")
         if not self._per_example:
@@ -233,8 +242,8 @@ class _Collector:
             grad, param.grad = param.grad, None
             if grad is None:
                 raise SelectionError(
-                    f"another hook of {segment.name!r} took its gradient; remove it (or close the "
-                    "streamed optimizer that set it) before selecting"
+                    f"another hook of {segment.name!r} took its gradient; remove it before "
+                    "selecting"
                 )
             if segment in self._arrived:
                 raise SelectionError(
@@ -254,6 +263,16 @@ class _Collector:
             )
 
         return take
+
+
+def _refuse_streamed(segments: Iterable[Segment]) -> None:
+    """Its hook would come first, leave nothing but its own entries, and lose those it holds."""
+    for segment in segments:
+        if is_streamed(segment.param):
+            raise SelectionError(
+                f"the gradient of {segment.name!r} is streamed to a SparseAdamW; call detach() on "
+                "that optimizer before selecting"
+            )
 
 
 @contextmanager

@@ -65,16 +65,25 @@ class DenseGradients:
 def _dense_grad(state: FlatState, i: int) -> Tensor:
     grad = state.params[i].grad
     assert grad is not None
+    _require_strided(state.names[i], grad)
+    return grad
+
+
+def _require_strided(name: str, grad: Tensor) -> None:
     if grad.layout != torch.strided:
         raise OptimizerError(
-            f"parameter {state.names[i]!r} has a sparse gradient ({grad.layout}); SparseAdamW "
-            "needs a strided one: build the layer without sparse=True"
+            f"parameter {name!r} has a sparse gradient ({grad.layout}); SparseAdamW needs a "
+            "strided one: build the layer without sparse=True"
         )
-    return grad
 
 
 #: The parameters whose gradients are streamed: two sources would take them from each other.
 _streamed: Any = WeakTensorKeyDictionary()
+
+
+def is_streamed(param: Tensor) -> bool:
+    """Whether an optimizer takes the gradients of this parameter as soon as they are made."""
+    return param in _streamed
 
 
 class StreamedGradients:
@@ -102,10 +111,11 @@ class StreamedGradients:
         for state in states:
             flat = torch.zeros_like(state.exp_avg)
             self._flat[state] = flat
-            self._pieces[state] = [state.piece(flat, i, i + 1) for i in range(len(state))]
-            for param, *parts in zip(state.params, self._pieces[state], state.indices, strict=True):
+            pieces = [state.piece(flat, i, i + 1) for i in range(len(state))]
+            self._pieces[state] = pieces
+            for i, param in enumerate(state.params):
                 if param.requires_grad:  # of a copied optimizer it may be frozen by now
-                    hook = _gather_and_free(*parts)
+                    hook = _gather_and_free(state.names[i], pieces[i], state.indices[i])
                     self._handles.append(param.register_post_accumulate_grad_hook(hook))
                 self._params.append(param)
                 _streamed[param] = True
@@ -141,14 +151,14 @@ class StreamedGradients:
 
 def _refuse_second_source(state: FlatState) -> None:
     for name, param in zip(state.names, state.params, strict=True):
-        if param in _streamed:
+        if is_streamed(param):
             raise OptimizerError(
                 f"parameter {name!r} is already streamed by another SparseAdamW; "
                 "call detach() on that one first"
             )
 
 
-def _gather_and_free(values: Tensor, indices: Tensor) -> Callable[[Tensor], None]:
+def _gather_and_free(name: str, values: Tensor, indices: Tensor) -> Callable[[Tensor], None]:
     """The hook of one parameter. It must not refer to the optimizer, or neither would be freed."""
 
     @_disable_dynamo
@@ -156,6 +166,7 @@ def _gather_and_free(values: Tensor, indices: Tensor) -> Callable[[Tensor], None
         grad = param.grad
         if grad is None or isinstance(grad, SelectedGrad):
             return  # accumulated into the values already
+        _require_strided(name, grad)
         values.copy_(ops.gather(grad, indices))
         param.grad = SelectedGrad(param, values, indices)
 

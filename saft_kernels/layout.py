@@ -14,8 +14,8 @@ MAX_ELEMENTS = 1 << POSITION_BITS
 
 # Slots of the int64 state tensor.
 COUNT = 0  #: candidates now in the buffer
-THRESHOLD = 1  #: fp32 bits of the k-th largest score so far; NO_THRESHOLD: nothing is excluded
-TIE = 2  #: position of that k-th candidate: an equal score counts only at a lower position
+THRESHOLD = 1  #: fp32 bits that a score must reach; NO_THRESHOLD: nothing is excluded
+TIE = 2  #: an equal score counts only at a lower position than this; NO_POSITION: at any
 NONFINITE = 3  #: lowest position of a NaN or infinite accumulator; NO_POSITION: none
 # The rest belongs to the compiled kernels and starts as zeros: a histogram of all candidates'
 # values, from which the threshold rises between two compactions (``csrc/ops/accumulate_topk.h``).

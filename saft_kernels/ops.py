@@ -65,8 +65,8 @@ def accumulate_topk_(
 
     ``acc += scale * grad`` (``scale * grad**2`` if ``square``), both roundings kept, so the result
     is bit-identical on every backend. Every finite ``|acc|`` that ranks before the k-th best so far
-    is appended to the candidate buffer; when the buffer is full it is compacted to the k best and
-    the threshold rises. After any sequence of calls that offers each position once,
+    is appended to the candidate buffer; when the buffer is full, candidates that no longer reach
+    the threshold are dropped. After any sequence of calls that offers each position once,
     :func:`compact_topk_` leaves exactly the k best under the order (larger ``|acc|``, then lower
     position), whatever the order of the calls and the number of threads.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
+from numbers import Real
 from typing import Any
 
 import torch
@@ -140,8 +141,8 @@ class SparseAdamW(Optimizer):
             What ``closure`` returned, or None.
 
         Raises:
-            OptimizerError: if a parameter was cast or moved since the optimizer was made, or has a
-                sparse gradient; nothing is written.
+            OptimizerError: if a parameter was cast or moved since the optimizer was made or has a
+                sparse gradient, or an option was changed to a wrong value; nothing is written.
         """
         loss = None
         if closure is not None:
@@ -158,6 +159,8 @@ class SparseAdamW(Optimizer):
         for state in self._all_states():
             state.require_unmoved()
             state.follow_weights_()
+        for group in self.param_groups:  # schedulers and users change them
+            _check_options(group)
         # Every gradient is looked at before any weight is written.
         jobs = [
             (_options(group), state, run, self._source.gradients(state, *run))
@@ -293,6 +296,15 @@ class SparseAdamW(Optimizer):
                 f"the saved optimizer state has groups of {saved} parameters, this optimizer has "
                 f"{own}; it was saved with another mask, model or param_groups"
             )
+        for mine, theirs in zip(self.param_groups, groups, strict=True):
+            # States of other releases and of wrapped models may lack the names.
+            names = theirs.get("param_names", mine["param_names"])
+            for name, other in zip(mine["param_names"], names, strict=True):
+                if name != other:
+                    raise OptimizerStateError(
+                        f"the saved optimizer state holds {other!r} where this optimizer has "
+                        f"{name!r}; it was saved with another model"
+                    )
 
     def _saved_states(
         self, groups: Sequence[Mapping[str, Any]], saved: Mapping[Any, Any]
@@ -342,6 +354,11 @@ def _require_trainable(name: str, param: nn.Parameter) -> None:
         raise OptimizerError(
             f"parameter {name!r} is {param.dtype}; SparseAdamW trains float32, bfloat16 and float16"
         )
+    if param.is_inference():
+        raise OptimizerError(
+            f"parameter {name!r} was made under torch.inference_mode(), so that changes of it "
+            "cannot be noticed; make the model outside of it"
+        )
     if not param.requires_grad:
         raise OptimizerError(
             f"parameter {name!r} has selected entries but requires_grad is False, so it would "
@@ -351,17 +368,24 @@ def _require_trainable(name: str, param: nn.Parameter) -> None:
 
 def _check_options(group: Mapping[str, Any]) -> None:
     lr, (beta1, beta2) = group["lr"], group["betas"]
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise OptimizerError(f"a tensor lr must have one element, not {lr.numel()}")
-    allowed = {
-        f"lr={lr} must not be negative": float(lr) >= 0,
-        f"betas={group['betas']} must lie in [0, 1)": 0 <= beta1 < 1 and 0 <= beta2 < 1,
-        f"eps={group['eps']} must not be negative": group["eps"] >= 0,
-        f"weight_decay={group['weight_decay']} must not be negative": group["weight_decay"] >= 0,
-    }
-    for sentence, holds in allowed.items():
+    if isinstance(lr, Tensor):
+        if lr.numel() != 1 or lr.dtype not in (torch.float32, torch.float64):
+            raise OptimizerError(
+                "a tensor lr must be one float32 or float64 number, not "
+                f"{lr.dtype} {list(lr.shape)}"
+            )
+    elif not isinstance(lr, Real):
+        raise OptimizerError(f"lr={lr!r} must be a number or a tensor, not a {type(lr).__name__}")
+    on_gpu = isinstance(lr, Tensor) and lr.device.type != "cpu"  # reading it would wait
+    rules = (
+        ("lr", on_gpu or float(lr) >= 0, "must not be negative"),
+        ("betas", 0 <= beta1 < 1 and 0 <= beta2 < 1, "must lie in [0, 1)"),
+        ("eps", group["eps"] >= 0, "must not be negative"),
+        ("weight_decay", group["weight_decay"] >= 0, "must not be negative"),
+    )
+    for name, holds, rule in rules:
         if not holds:
-            raise OptimizerError(sentence)
+            raise OptimizerError(f"{name}={group[name]} {rule}")
 
 
 Selected = Sequence[tuple[str, nn.Parameter, Tensor]]

@@ -81,11 +81,23 @@ def _keep_best(
 
 def gather(dense: Tensor, indices: Tensor) -> Tensor:
     """``dense.flatten()[indices]`` in logical row-major order, whatever the memory layout."""
+    _check_indices(dense, indices)
     return dense.reshape(-1)[indices.long()]
+
+
+def _check_indices(dense: Tensor, indices: Tensor) -> None:
+    if indices.numel() == 0:
+        return
+    increase = bool((indices[1:] > indices[:-1]).all())
+    if not increase or int(indices[0]) < 0 or int(indices[-1]) >= dense.numel():
+        raise RuntimeError(
+            f"indices must increase strictly and lie within the tensor's {dense.numel()} elements"
+        )
 
 
 def scatter_(dense: Tensor, indices: Tensor, values: Tensor) -> None:
     """``dense.flatten()[indices] = values`` in logical row-major order, for any memory layout."""
+    _check_indices(dense, indices)
     if indices.numel():
         shaped = dense if dense.dim() else dense.view(1)
         shaped[torch.unravel_index(indices.long(), shaped.shape)] = values

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
 from fractions import Fraction
 from itertools import accumulate
+from numbers import Real
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -80,7 +81,8 @@ def select(
         score: one of the above.
         include: which parameters are candidates, by name: a shell pattern (``fnmatch``), several
             of them, or a function; None: all. A tied parameter may be matched by any of its names.
-        exclude: which ones are not; wins over ``include``.
+        exclude: which ones are not; wins over ``include``. Patterns that match nothing are fine, so
+            that one list serves many models.
         examples: batch -> its number of examples; None takes the leading dimension of its first
             tensor, 1 if it has none.
         memory: ``full``, or ``chunked``: the accumulator holds one contiguous part of the
@@ -139,8 +141,8 @@ def number_of_entries(density: float, numel: int) -> int:
     Raises:
         SelectionError: if the density is outside (0, 1], or if the result is zero.
     """
-    if not 0 < density <= 1:
-        raise SelectionError(f"density is {density}; it must be above 0 and at most 1")
+    if not isinstance(density, Real) or not 0 < density <= 1:
+        raise SelectionError(f"density is {density!r}; it must be above 0 and at most 1")
     largest = Fraction(density) + Fraction(math.ulp(density)) / 2
     k = min(math.floor(largest * numel), numel)
     if k == 0:

@@ -147,7 +147,7 @@ class StreamingTopK:
 
         Raises:
             NonFiniteGradientError: if an accumulator held NaN or infinity.
-            SelectionError: if fewer than k entries were offered, or one was offered twice.
+            SelectionError: if fewer than k entries were offered, or one of the k best twice.
         """
         ops.compact_topk_(self.k, self._values, self._positions, self._state)
         self._require_finite()

@@ -28,8 +28,10 @@ def number_of_threads(count: int) -> Iterator[None]:
     """Let torch use ``count`` threads inside the block."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
-    yield
-    torch.set_num_threads(before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.fixture(params=[1, 2, 7])

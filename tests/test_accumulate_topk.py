@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from saft_kernels import backends, layout, ops
+from saft_kernels import StreamingTopK, backends, layout, ops
 from saft_kernels.layout import COUNT, NONFINITE, THRESHOLD
 
 GRAD_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -103,6 +103,41 @@ def test_same_result_for_any_number_of_threads(device, threads):
     torch.manual_seed(0)
     accs = [torch.randn(300_001, device=device)]
     check_against_specification(accs, [torch.randn_like(accs[0])], k=1_000, room=500)
+
+
+DISTRIBUTIONS = {
+    "normal": lambda x: x,
+    "few values": lambda x: (3 * x).round(),
+    "rising": lambda x: x.abs().sort().values,
+    "falling": lambda x: x.abs().sort(descending=True).values,
+    "equal": torch.zeros_like,
+}
+
+
+@pytest.mark.parametrize("room", [1, 100, 3000])
+@pytest.mark.parametrize("k", [1, 700, 40_000])
+@pytest.mark.parametrize("data", DISTRIBUTIONS)
+def test_batches_of_several_threads_in_a_tight_buffer(threads, data, k, room):
+    """Every batch meets a full buffer; the later key comes first, so that ties are settled late."""
+    generator = torch.Generator().manual_seed(k + room)
+    values = DISTRIBUTIONS[data](torch.randn(200_000, generator=generator))
+    accs = [values[:70_000], values[70_000:]]
+    positions = run(accs, [None, None], k=k, room=room, order=(1, 0)).positions
+    best = values.abs().argsort(descending=True, stable=True)[:k].sort().values
+    first, second = best[best < 70_000], best[best >= 70_000] - 70_000
+    expected = torch.cat([first, second + (1 << layout.POSITION_BITS)])
+    assert torch.equal(positions, expected)
+
+
+def test_backends_may_take_turns_on_one_buffer():
+    accs = [torch.randn(5_000, generator=torch.Generator().manual_seed(i)) for i in range(4)]
+    top = StreamingTopK(300, keys=range(4))
+    for i, acc in enumerate(accs):
+        with backends.use_backend("reference" if i % 2 == 0 else "cpu"):
+            top.update(i, acc)
+    found = torch.cat([index + 5_000 * key for key, index in top.finish().items()])
+    best = torch.cat(accs).abs().topk(300).indices.sort().values
+    assert torch.equal(found, best)
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(4))))

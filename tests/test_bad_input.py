@@ -231,7 +231,7 @@ def test_density_outside_its_range(fails, small, pets, tmp_path, density):
 
 def test_unknown_backend():
     done = subprocess.run(
-        [sys.executable, "-m", "saft_clip", "doctor"],
+        [sys.executable, "-m", "saft_clip", "evaluate", "--model", "saft-tiny", "--data", "x"],
         env=os.environ | {"SAFT_BACKEND": "nonsense"},
         capture_output=True,
         text=True,

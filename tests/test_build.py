@@ -64,6 +64,15 @@ def test_wrong_torch_folder_is_an_error(tmp_path):
     assert "Install torch first" in failed.stderr
 
 
+def test_torch_older_than_the_stable_abi_target_is_an_error(tmp_path):
+    header = tmp_path / "include" / "torch" / "headeronly" / "version.h"
+    header.parent.mkdir(parents=True)
+    header.write_text("#define TORCH_VERSION_MAJOR 2\n\n#define TORCH_VERSION_MINOR 10\n")
+    failed = configure(tmp_path / "build", f"-DSAFT_TORCH_ROOT={tmp_path}")
+    assert failed.returncode != 0
+    assert "torch 2.11 or later is needed, 2.10 was found" in " ".join(failed.stderr.split())
+
+
 def test_missing_torch_is_one_clear_sentence(monkeypatch):
     monkeypatch.setattr(setuptools, "setup", lambda **_: None)
     module = runpy.run_path(str(ROOT / "setup.py"))

@@ -248,7 +248,17 @@ def test_a_base_of_another_kind_is_refused(change: Callable[[Any], Any], message
     state = dict(base.state_dict())
     change(state)
     with pytest.raises(DeltaError, match=message):
-        SparseDelta.capture(base, make_mask(base), state)
+        SparseDelta.capture(make_base(), make_mask(base), state)
+
+
+@pytest.mark.parametrize("alias", [lambda model: model, lambda model: model.state_dict()])
+def test_a_base_that_was_trained_along_is_refused(alias: Callable[[Any], Any]) -> None:
+    model = make_base()
+    mask = make_mask(model)
+    base = alias(model)
+    tune(model, mask)
+    with pytest.raises(DeltaError, match=r"is the model's own.*copy\.deepcopy"):
+        SparseDelta.capture(model, mask, base)
 
 
 def test_a_mask_of_another_model_is_refused() -> None:
@@ -515,6 +525,7 @@ FORGERIES: dict[str, tuple[Callable[..., Any], str]] = {
     "shape smaller": (edit_row(3, [20]), "out of range|not sorted"),
     "shape is text": (edit_row(3, "72"), "shape of 'conv.weight' is impossible"),
     "dtype unknown": (edit_row(2, "float128"), "dtype of 'conv.weight' is unknown"),
+    "dtype quantized": (edit_row(2, "quint8"), "cannot be changed in torch.quint8"),
     "dtype an integer": (edit_row(2, "int32"), "cannot be changed in torch.int32"),
     "dtype of no pool": (edit_row(2, "float64"), r"'values.float64' is missing"),
     "fingerprint": (edit_row(4, "xyz"), "fingerprint of 'conv.weight' is malformed"),
@@ -564,6 +575,14 @@ def test_a_forged_file_is_refused(saved: Path, case: str) -> None:
 def test_the_forging_helper_itself_writes_files_that_load(saved: Path) -> None:
     write_forged(saved, *parts_of(saved))
     assert SparseDelta.load(saved).nnz == sum(SELECTED.values())
+
+
+def test_a_row_without_entries_may_name_any_dtype(saved: Path) -> None:
+    texts, tensors = parts_of(saved)
+    edit_rows(lambda rows: rows.append(["odd", [], "quint8", [3], "0" * 32, 0]))(texts, tensors)
+    write_forged(saved, texts, tensors)
+    with pytest.raises(DeltaError, match="no parameter 'odd'"):
+        SparseDelta.load(saved).apply_(make_base())
 
 
 def test_a_huge_claimed_shape_costs_nothing(saved: Path) -> None:
@@ -675,14 +694,14 @@ def test_a_full_disk_keeps_the_old_file(saved: Path, monkeypatch: pytest.MonkeyP
 
 
 SMALL_DISK = """
-import resource, sys, torch
+import copy, resource, sys, torch
 from saft_kernels import CooMask
 from saft_kernels.delta import SparseDelta
 from saft_kernels.errors import FileWriteError
 
 model = torch.nn.Linear(64, 64)
 mask = CooMask.from_indices(model, {"weight": torch.arange(4096)})
-delta = SparseDelta.capture(model, mask, model)
+delta = SparseDelta.capture(model, mask, copy.deepcopy(model))
 resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
 try:
     delta.save(sys.argv[1])

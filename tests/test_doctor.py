@@ -15,6 +15,8 @@ from saft_kernels.errors import BackendUnavailableError
 
 INDICES = torch.tensor([0], dtype=torch.int32)
 
+USE = "import torch; from saft_kernels import ops; ops.gather(torch.zeros(3), torch.tensor([0]))"
+
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
@@ -45,10 +47,19 @@ def test_environment_forces_the_instruction_set(isa):
 
 
 def test_unknown_instruction_set_is_an_error():
-    failed = run("-m", "saft_kernels", SAFT_CPU_ISA="mmx")
-    assert failed.returncode != 0
-    assert "'mmx'" in failed.stderr
+    failed = run("-c", USE, SAFT_CPU_ISA="mmx")
+    assert "BackendUnavailableError: CPU instruction set 'mmx'" in failed.stderr
     assert "baseline" in failed.stderr
+
+
+@pytest.mark.parametrize("wrong", [{"SAFT_CPU_ISA": "mmx"}, {"SAFT_BACKEND": "tpu"}])
+def test_the_report_comes_also_where_the_environment_asks_for_too_much(wrong):
+    (asked,) = wrong.values()
+    failed = run("-m", "saft_kernels", **wrong)
+    assert failed.returncode == 1
+    assert "Backends" in failed.stdout
+    assert f"Error: {'CPU' if asked == 'mmx' else 'there'}" in failed.stdout
+    assert "Traceback" not in failed.stderr
 
 
 def test_environment_chooses_the_backend():
@@ -62,8 +73,9 @@ def test_unavailable_backend_is_an_error_and_never_a_fallback(name):
         pytest.skip("CUDA works here")
     with pytest.raises(BackendUnavailableError, match=name), backends.use_backend(name):
         pass
-    failed = run("-c", "import saft_kernels", SAFT_BACKEND=name)
-    assert "BackendUnavailableError" in failed.stderr
+    failed = run("-c", USE, SAFT_BACKEND=name)
+    assert f"BackendUnavailableError: the{'re is no' if name == 'tpu' else ''}" in failed.stderr
+    assert f"backend {name!r}" in failed.stderr
 
 
 def test_backend_for_another_device_is_an_error():

@@ -132,10 +132,22 @@ def test_bad_indices_are_refused_and_nothing_is_written(device, indices, message
     assert (dense == 0).all()
 
 
+@pytest.mark.parametrize("indices", [[-1, 2], [0, 10], [2, 2], [3, 1]])
+def test_the_specification_refuses_bad_indices_too(indices):
+    dense = torch.zeros(10)
+    with backends.use_backend("reference"):
+        with pytest.raises(RuntimeError, match="increase strictly and lie within"):
+            ops.gather(dense, torch.tensor(indices))
+        with pytest.raises(RuntimeError, match="increase strictly and lie within"):
+            ops.scatter_(dense, torch.tensor(indices), torch.ones(2))
+    assert (dense == 0).all()
+
+
 def test_other_bad_arguments_are_refused(device):
     indices = torch.tensor([0, 1], device=device)
-    with pytest.raises(RuntimeError, match="share one place"):
-        ops.scatter_(torch.zeros(1).expand(3), indices, torch.ones(2))
+    for overlapping in (torch.zeros(1).expand(3), torch.zeros(5).as_strided((3, 3), (1, 1))):
+        with pytest.raises(RuntimeError, match="share one place"):
+            ops.scatter_(overlapping, indices, torch.ones(2))
     with pytest.raises(RuntimeError, match="dense must be of a floating type"):
         ops.gather(torch.zeros(3, dtype=torch.int32), indices)
     with pytest.raises(RuntimeError, match="values must be Float"):

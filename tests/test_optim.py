@@ -30,6 +30,7 @@ from saft_kernels.errors import (
 )
 from saft_kernels.mask import CooMask
 from saft_kernels.optim import SparseAdamW
+from saft_kernels.select import select
 from saft_kernels.selected_grad import SelectedGrad
 from tolerances import assert_close
 from training import (
@@ -368,7 +369,9 @@ def test_adding_a_group_later_is_refused() -> None:
     [
         ({"lr": -1.0}, "lr=-1.0 must not be negative"),
         ({"lr": float("nan")}, "lr=nan"),
-        ({"lr": torch.ones(2)}, "one element"),
+        ({"lr": torch.ones(2)}, r"not torch.float32 \[2\]"),
+        ({"lr": torch.ones(1, dtype=torch.bfloat16)}, r"not torch.bfloat16 \[1\]"),
+        ({"lr": "1e-3"}, "lr='1e-3' must be a number or a tensor, not a str"),
         ({"betas": (0.9, 1.0)}, r"must lie in \[0, 1\)"),
         ({"eps": -1e-8}, "eps=-1e-08"),
         ({"weight_decay": -0.1}, "weight_decay=-0.1"),
@@ -378,6 +381,45 @@ def test_adding_a_group_later_is_refused() -> None:
 def test_an_impossible_option_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(OptimizerError, match=message):
         make_optimizer(small_model(), "dense", **options)
+
+
+@pytest.mark.parametrize("lr", [-1.0, torch.ones(1, dtype=torch.bfloat16), "1e-3"])
+def test_an_option_that_becomes_impossible_writes_nothing(lr: Any) -> None:
+    model = small_model()
+    groups = [{"params": [model.scale]}, {"params": model.head.parameters()}]
+    optimizer = make_optimizer(model, "dense", param_groups=groups)
+    backward(model, 0)
+    optimizer.param_groups[1]["lr"] = lr
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(OptimizerError, match="lr"):
+        optimizer.step()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(float(state["step"]) == 0 for state in optimizer.state.values())
+
+
+def test_a_sparse_gradient_is_refused_when_it_is_streamed() -> None:
+    model = nn.Embedding(8, 2, sparse=True)
+    mask = select(model, density=0.5, score="random")
+    optimizer = SparseAdamW(model, mask, gradients="streamed")
+    with pytest.raises(OptimizerError, match=r"'weight'.*build the layer without sparse=True"):
+        model(torch.tensor([1, 2])).sum().backward()
+    optimizer.detach()
+
+
+def test_weights_made_in_inference_mode_are_refused() -> None:
+    with torch.inference_mode():
+        model = nn.Linear(3, 3)
+    mask = CooMask.from_indices(model, {"weight": torch.tensor([0])})
+    with pytest.raises(OptimizerError, match="inference_mode"):
+        SparseAdamW(model, mask)
+
+
+def test_a_state_with_parameters_in_another_order_is_refused() -> None:
+    first = nn.ModuleDict({"a": nn.Linear(3, 3), "b": nn.Linear(3, 3)})
+    second = nn.ModuleDict({"b": nn.Linear(3, 3), "a": nn.Linear(3, 3)})
+    saved = SparseAdamW(first, full_mask(first)).state_dict()
+    with pytest.raises(OptimizerStateError, match=r"holds 'a\.weight'.*has 'b\.weight'"):
+        SparseAdamW(second, full_mask(second)).load_state_dict(saved)
 
 
 def test_an_unknown_gradient_mode_is_refused_with_the_modes_there_are() -> None:

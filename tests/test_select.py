@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from saft_kernels.batches import count_examples, split_examples, with_last
 from saft_kernels.errors import NonFiniteGradientError, SelectionError
 from saft_kernels.mask import CooMask
+from saft_kernels.optim import SparseAdamW
 from saft_kernels.select import number_of_entries, select
 
 Batch = tuple[Tensor, Tensor]
@@ -797,6 +798,24 @@ def test_a_hook_that_takes_the_gradient_first_is_noticed(model: Net, batches: li
     model.head.weight.register_post_accumulate_grad_hook(take)
     with pytest.raises(SelectionError, match=r"another hook of 'head\.weight' took its gradient"):
         select(model, loss_fn, batches, 0.1)
+
+
+def test_a_model_with_a_streamed_optimizer_is_refused(model: Net, batches: list[Batch]) -> None:
+    mask = select(model, density=0.05, score="random")
+    optimizer = SparseAdamW(model, mask, gradients="streamed")
+    loss_fn(model, batches[0]).backward()
+    pending = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    values = {name: grad.values().clone() for name, grad in pending.items()}
+    for param in model.parameters():
+        param.requires_grad_(True)
+    with pytest.raises(SelectionError, match=r"is streamed to a SparseAdamW; call detach\(\)"):
+        select(model, loss_fn, batches, 0.1)
+    assert values
+    for name, param in model.named_parameters():
+        assert param.grad is pending.get(name)
+        assert name not in values or torch.equal(param.grad.values(), values[name])
+    optimizer.detach()
+    assert select(model, loss_fn, batches, 0.1).nnz
 
 
 def test_reentrant_checkpointing_is_refused_where_it_would_be_wrong() -> None:

@@ -119,6 +119,21 @@ def test_equals_specification(device, dtype, compact, options):
     assert_equals_specification(problem(dtype, device, **options), compact)
 
 
+@pytest.mark.parametrize("beta1", [0.0, 0.3, 0.5, 0.9])
+def test_first_moment_of_gradients_that_shrink_a_billionfold(device, beta1):
+    """A moment that is interpolated from the far end would lose the small gradient."""
+    gradients = torch.tensor([[1e5, -1e5, 3.0], [1e-4, 1e-4, -1e-8]])
+    weight, index = torch.zeros(3, device=device), torch.arange(3, device=device)
+    m, v, step = (torch.zeros(n, device=device) for n in (3, 3, 1))
+    expected = torch.zeros(3)
+    for gradient in gradients:
+        ops.sparse_adamw_(
+            [weight], gradient.to(device), [index], m, v, step, lr=0.1, betas=(beta1, 0.5)
+        )
+        expected.lerp_(gradient, 1 - beta1)
+    assert torch.equal(m.cpu(), expected)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_same_bits_on_every_implementation(dtype):
     outcomes = []

@@ -14,12 +14,12 @@
 #include <array>
 #include <atomic>
 #include <cmath>
-#include <cstring>
 #include <limits>
 #include <mutex>
 #include <vector>
 
 #include "../ops/accumulate_topk.h"
+#include "numbers.h"
 
 namespace saft::cpu {
 namespace {
@@ -30,18 +30,6 @@ constexpr int64_t kEager = 512;          // candidates from which it takes the l
 constexpr int64_t kGrain = 16 * kChunk;  // elements below which a second thread costs more than it brings
 
 constexpr uint32_t kInfinity = 0x7f800000;
-
-uint32_t bits_of(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  return bits;
-}
-
-float float_of(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
 
 // What a candidate has to beat: bits above `bits`, or equal to them at a position below `tie`. Non-negative floats
 // order as their bits do.
@@ -55,7 +43,7 @@ struct Bar {
 
   // The lowest value that can be admitted anywhere in a chunk that starts at `position`. Without the step up,
   // a tensor of equal values (zeros, say) would send every element past the tie to the slow path.
-  float threshold_from(int64_t position) const { return float_of(position < tie ? bits : bits + 1); }
+  float threshold_from(int64_t position) const { return from_bits(position < tie ? bits : bits + 1); }
 };
 
 Bar bar_of(const int64_t* state) {
@@ -92,22 +80,36 @@ void drop_below(const TopkBuffer& b, Bar bar) {
   b.state[kCount] = kept;
 }
 
-// The k-th best candidate. It lies in the bin that the histogram has reached: fewer than k lie above that bin.
+// Which candidates have values in [low, high).
+std::vector<int64_t> between(const TopkBuffer& b, uint32_t low, uint32_t high) {
+  const auto lies_between = [=](float value) { return bits_of(value) - low < high - low; };
+  const int64_t count = b.state[kCount];
+  std::vector<int64_t> found;
+  found.reserve(std::count_if(b.values, b.values + count, lies_between));
+  for (int64_t i = 0; i < count; ++i)
+    if (lies_between(b.values[i])) found.push_back(i);
+  return found;
+}
+
+// The k-th best candidate. It lies in the bin that the histogram has reached: fewer than k lie above that bin. All
+// candidates are looked at where that does not hold, as when another backend has filled the buffer.
 Bar kth_best(const TopkBuffer& b) {
   const auto edge = static_cast<uint32_t>(b.state[kBin] << kBinShift);
   const uint32_t next_edge = edge + (1u << kBinShift);
-  const int64_t count = b.state[kCount];
-  std::vector<Bar> in_bin;
-  int64_t above = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    const uint32_t bits = bits_of(b.values[i]);
-    above += bits >= next_edge;
-    if (bits - edge < next_edge - edge) in_bin.push_back({bits, b.positions[i]});
+  const int64_t above =
+      std::count_if(b.values, b.values + b.state[kCount], [=](float value) { return bits_of(value) >= next_edge; });
+  std::vector<int64_t> candidates = between(b, edge, next_edge);
+  int64_t rank = b.k - above - 1;
+  if (rank < 0 || rank >= static_cast<int64_t>(candidates.size())) {
+    candidates = between(b, 0, kInfinity);
+    rank = b.k - 1;
   }
-  const auto better = [](const Bar& x, const Bar& y) { return x.bits > y.bits || (x.bits == y.bits && x.tie < y.tie); };
-  const auto kth = in_bin.begin() + (b.k - above - 1);
-  std::nth_element(in_bin.begin(), kth, in_bin.end(), better);
-  return *kth;
+  const auto better = [&](int64_t i, int64_t j) {
+    return b.values[i] > b.values[j] || (b.values[i] == b.values[j] && b.positions[i] < b.positions[j]);
+  };
+  std::nth_element(candidates.begin(), candidates.begin() + rank, candidates.end(), better);
+  const int64_t kth = candidates[rank];
+  return {bits_of(b.values[kth]), b.positions[kth]};
 }
 
 // Drops what no longer reaches the threshold; where that is little (equal values, mostly), keeps only the k best.
@@ -194,7 +196,7 @@ class Worker {
     const auto& kernels = accumulate_topk_kernels();
     for (; begin < end; begin += kChunk) {
       follow_bar();
-      const float threshold = shared_.selects() ? bar_.threshold_from(base_ + begin) : float_of(kInfinity);
+      const float threshold = shared_.selects() ? bar_.threshold_from(base_ + begin) : from_bits(kInfinity);
       const int64_t n = kernels.scan(scan_, begin, std::min(begin + kChunk, end), threshold, offsets_.data());
       collect(begin, n);
       if (batch_.n >= kEager) flush(batch_.n > kBatch - kChunk);
@@ -216,7 +218,7 @@ class Worker {
     for (int64_t i = 0; i < n; ++i) {
       const int64_t element = begin + offsets_[i];
       const uint32_t bits = bits_of(scan_.acc[element]) & 0x7fffffff;
-      batch_.values[found] = float_of(bits);
+      batch_.values[found] = from_bits(bits);
       batch_.positions[found] = base_ + element;
       if (bits >= kInfinity)
         batch_.nonfinite = std::min(batch_.nonfinite, base_ + element);

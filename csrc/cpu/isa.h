@@ -1,9 +1,10 @@
 // CPU instruction sets: every kernel file (cpu/*_kernel.cpp) is compiled once for each of them, inside
 // namespace saft::cpu::SAFT_CPU_ISA, and the one to run is chosen by CPUID when the library is first used.
 //
-// A kernel file may include nothing but headers without code of external linkage (this one, the kernel
-// headers, numbers.h): an inline function compiled here with AVX-512 would be merged by the linker with its
-// baseline twin and crash an older CPU. The build fails if such a symbol appears (cmake/check_isa_object.cmake).
+// A kernel file may include nothing but headers whose code has internal linkage (this one, the kernel
+// headers, numbers.h, simd.h, strided.h): an inline function compiled here with AVX-512 would be merged by the linker
+// with its baseline twin and crash an older CPU. The build fails if such a symbol appears
+// (cmake/check_isa_object.cmake).
 #pragma once
 
 #include <string>

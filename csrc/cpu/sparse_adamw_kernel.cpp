@@ -1,5 +1,5 @@
 // for each selected entry (w, g, m, v):
-//   m += (1 - beta1) (g - m)
+//   m  = lerp(m, g, 1 - beta1)
 //   v  = beta2 v + (1 - beta2) g^2
 //   w  = w (1 - lr weight_decay) - step_size m / (sqrt(v) / bias_correction2 + eps)
 //
@@ -23,11 +23,16 @@ void gather_block(const T* from, const int64_t* places, int64_t n, float* to) {
   for (int64_t i = 0; i < n; ++i) to[i] = to_float(from[places[i]]);
 }
 
+// As torch: starts from the end that is nearer, so that beta1 = 0 gives g itself.
+inline float lerp(float m, float g, const AdamW& h) {
+  return h.one_minus_beta1 < 0.5f ? m + h.one_minus_beta1 * (g - m) : g - (g - m) * h.beta1;
+}
+
 void update_block(const AdamWSegment& s, const AdamW& h, int64_t n, const float* __restrict grad, float* __restrict w,
                   float* __restrict exp_avg, float* __restrict exp_avg_sq) {
   for (int64_t i = 0; i < n; ++i) {
     const float g = grad[i] * h.inverse_grad_scale * h.sign;
-    const float m = exp_avg[i] + h.one_minus_beta1 * (g - exp_avg[i]);
+    const float m = lerp(exp_avg[i], g, h);
     const float v = exp_avg_sq[i] * h.beta2 + h.one_minus_beta2 * g * g;
     exp_avg[i] = m;
     exp_avg_sq[i] = v;

@@ -12,6 +12,7 @@ enum class ParamType { fp32, bf16, fp16 };
 
 // Factors that all tensors of a step share, rounded to fp32 as torch rounds its scalars.
 struct AdamW {
+  float beta1;
   float one_minus_beta1;
   float beta2;
   float one_minus_beta2;

@@ -1,5 +1,8 @@
 #include "indices.h"
 
+#include <algorithm>
+#include <numeric>
+
 namespace saft {
 namespace {
 
@@ -23,6 +26,20 @@ cpu::Strided merged(const Tensor& dense, const char* name) {
   return layout;
 }
 
+// Whether elements may share a place: some stride does not step over all that the smaller strides reach.
+bool overlaps(const cpu::Strided& layout) {
+  int order[cpu::kMaxDims];
+  std::iota(order, order + layout.dims, 0);
+  std::sort(order, order + layout.dims, [&](int a, int b) { return layout.strides[a] < layout.strides[b]; });
+  int64_t reach = 0;
+  for (int i = 0; i < layout.dims; ++i) {
+    const int d = order[i];
+    if (layout.strides[d] <= reach) return true;
+    reach += (layout.sizes[d] - 1) * layout.strides[d];
+  }
+  return false;
+}
+
 template <typename Index>
 bool increasing_below(const Index* index, int64_t n, int64_t numel) {
   if (n == 0) return true;
@@ -38,8 +55,8 @@ cpu::Strided strided_of(const Tensor& dense, bool writable, const char* name) {
   check_cpu(dense, name);
   if (dense.is_contiguous()) return {};
   cpu::Strided layout = merged(dense, name);
-  for (int d = 0; writable && d < layout.dims; ++d)
-    STD_TORCH_CHECK(layout.strides[d] != 0, name, " is expanded: several elements share one place in memory");
+  STD_TORCH_CHECK(!writable || dense.numel() == 0 || !overlaps(layout), name,
+                  " is expanded or overlaps itself: several elements share one place in memory");
   return layout;
 }
 

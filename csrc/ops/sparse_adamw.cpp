@@ -149,6 +149,7 @@ void sparse_adamw_(const std::vector<Tensor>& params, const std::vector<Tensor>&
     step.segments[i].bias_correction2 = static_cast<float>(std::sqrt(1 - std::pow(beta2, taken[i])));
   }
   run(step, {
+                .beta1 = 1 - static_cast<float>(1 - beta1),
                 .one_minus_beta1 = static_cast<float>(1 - beta1),
                 .beta2 = static_cast<float>(beta2),
                 .one_minus_beta2 = static_cast<float>(1 - beta2),

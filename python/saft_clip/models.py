@@ -20,6 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from saft_clip.console import say
 from saft_clip.errors import CheckpointError, ModelError
 from saft_clip.tiny import TINY_NAME, TINY_WEIGHTS, register_tiny
+from saft_kernels.backends import require_environment
 
 #: open_clip's ``--precision`` names that are supported: weights are fp32 in both.
 PRECISIONS = ("fp32", "amp_bf16")
@@ -72,10 +73,12 @@ def load_model(
             (OpenAI's are); a tag brings this with it.
 
     Raises:
+        BackendUnavailableError: if the environment asks for kernels that cannot run here.
         ModelError: if there is no such model, tag, precision or device, the weights cannot be
             downloaded, or belong to another architecture.
         CheckpointError: if the checkpoint file is broken or cut short.
     """
+    require_environment()
     check_precision(precision)
     _check_device(device)
     register_tiny()
