@@ -1,6 +1,8 @@
 """The ``saft`` command: options, results on stdout, exit codes."""
 
 import json
+import os
+import re
 import shlex
 import subprocess
 import sys
@@ -11,9 +13,10 @@ import pytest
 import torch
 
 from clip_helpers import SMALL, small_checkpoint, write_folder
-from saft_clip import commands
+from saft_clip import commands, settings
 from saft_clip.cli import main
 from saft_clip.config import FinetuneConfig, dashed
+from saft_clip.console import progress
 from saft_clip.data import load_dataset
 from saft_clip.evaluate import evaluate_zero_shot
 from saft_clip.models import load_model
@@ -142,8 +145,8 @@ def test_finetune_help_names_every_option(capsys, monkeypatch):
     shown = capsys.readouterr().out
     for item in fields(FinetuneConfig):
         assert f"--{dashed(item.name)}" in shown
-    assert "[default: 5e-06]" in shown
-    assert "[default: a tenth of all]" in shown
+    assert "[default: 5e-06, the paper's]" in shown
+    assert "[default: a tenth of all, ours]" in shown
 
 
 def test_options_win_over_the_file_of_settings(tmp_path):
@@ -329,3 +332,65 @@ def test_doctor(capsys):
     shown = capsys.readouterr().out
     for word in ("torch", "open_clip", "saft-tiny", "reference"):
         assert word in shown
+
+
+def test_results_of_the_same_name_are_told_apart(small, pets, tmp_path, monkeypatch):
+    other = write_folder(tmp_path / "other" / Path(pets).name, {"cat": 2, "dog": 2})
+    tables = []
+    monkeypatch.setattr("saft_clip.commands.output.print", tables.append)
+    assert main(["evaluate", *small, "--data", pets, "--data", str(other)]) == 0
+    assert list(tables[0].columns[0].cells) == [pets, str(other), "mean"]
+
+
+def test_results_are_written_before_they_are_shown(small, pets, tmp_path, monkeypatch):
+    def fail(*arguments):
+        raise UnicodeEncodeError("ascii", "±", 0, 1, "not in range")
+
+    monkeypatch.setattr("saft_clip.commands.output.print", fail)
+    file = tmp_path / "results.json"
+    with pytest.raises(UnicodeEncodeError):
+        main(["evaluate", *small, "--data", pets, "--json", str(file)])
+    assert json.loads(file.read_text())["results"]
+
+
+def test_a_terminal_without_unicode(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "saft_clip", "finetune", "--help"],
+        env=os.environ | {"PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "--train-data" in done.stdout
+
+
+def test_results_that_cannot_be_written_are_noticed_before_the_work(small, tmp_path, capsys):
+    command = ["evaluate", *small, "--data", "nowhere", "--json", str(tmp_path)]
+    assert main(command) == 1
+    assert "it is a folder; name a file in it" in capsys.readouterr().err
+
+
+def test_a_moved_run_is_resumed_where_it_is(tmp_path):
+    FinetuneConfig(train_data="pets", output=str(tmp_path / "before")).save(
+        tmp_path / "config.yaml"
+    )
+    given = {"resume": True, "output": str(tmp_path)}
+    assert settings._configure(None, given).output == str(tmp_path)
+
+
+def test_help_says_where_defaults_come_from(capsys):
+    main(["finetune", "--help"])
+    shown = capsys.readouterr().out
+    assert "the paper's]" in shown
+    assert "ours]" in shown
+
+
+def test_progress_without_a_terminal_is_a_line_now_and_then(monkeypatch, capsys):
+    monkeypatch.setattr("saft_clip.console.LINE_INTERVAL", 0.0)
+    with progress("training", 4) as advance:
+        advance(1)
+        advance(2, note="epoch 1")
+    lines = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(r"training: 1 of 4 images, [\d.,]+ images/s, 0:00:0\d left", lines[0])
+    assert lines[1].endswith(" left, epoch 1")

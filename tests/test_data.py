@@ -1,7 +1,10 @@
 """Image folders, CoOp split files, built-in domains, few-shot samples and unreadable images."""
 
+import json
+import os
 import pickle
 import random
+import shutil
 from collections import defaultdict
 
 import numpy as np
@@ -12,10 +15,14 @@ from PIL import Image
 from clip_helpers import cut_short, write_folder, write_image, write_split_file
 from saft_clip.data import (
     available_splits,
+    distinct_names,
     drop_unreadable,
     few_shot,
     load_dataset,
+    printable,
+    require_classes,
 )
+from saft_clip.data.dataset import _to_rgb
 from saft_clip.errors import DataError, UnreadableImageError
 from saft_clip.prompts import DEFAULT_TEMPLATES
 from saft_kernels.errors import SaftError
@@ -74,13 +81,88 @@ def test_templates_are_resolved(tmp_path):
         load(root, templates="nonsense")
 
 
-def test_every_image_mode_becomes_rgb(tmp_path):
-    for mode in ("L", "P", "RGBA", "1", "CMYK"):
-        suffix = "jpg" if mode == "CMYK" else "png"
-        (tmp_path / "x").mkdir(exist_ok=True)
-        Image.new(mode, (5, 4)).save(tmp_path / "x" / f"{mode}.{suffix}")
-    dataset = load(tmp_path)
-    assert [tuple(dataset[i][0].shape) for i in range(5)] == [(4, 5, 3)] * 5
+def decoded(tmp_path, image, suffix="png", **options):
+    """The pixels [H, W, 3] that loading gives once the image has been saved."""
+    (tmp_path / "x").mkdir(exist_ok=True)
+    image.save(tmp_path / "x" / f"image.{suffix}", **options)
+    return load(tmp_path)[0][0]
+
+
+def with_palette(mode, colours, indices):
+    image = Image.new(mode, (len(indices), 1))
+    image.putpalette([value for colour in colours for value in colour])
+    image.putdata([(index, 255) for index in indices] if mode == "PA" else indices)
+    return image
+
+
+RED, GREEN, BLACK, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 0), (255, 255, 255)
+
+
+@pytest.mark.parametrize(
+    ("mode", "suffix", "colour", "expected"),
+    [
+        ("1", "png", 1, WHITE),
+        ("L", "png", 77, (77, 77, 77)),
+        ("RGB", "png", (1, 2, 3), (1, 2, 3)),
+        ("CMYK", "tif", (0, 255, 255, 0), RED),
+        ("RGBA", "png", (1, 2, 3, 255), (1, 2, 3)),
+        ("RGBA", "png", (0, 0, 0, 0), WHITE),
+        ("RGBA", "png", (255, 0, 0, 128), (255, 127, 127)),
+        ("RGBA", "webp", (0, 0, 0, 0), WHITE),
+        ("LA", "png", (50, 255), (50, 50, 50)),
+        ("LA", "png", (0, 0), WHITE),
+        ("I;16", "png", 0, BLACK),
+        ("I;16", "png", 0x4321, (0x43,) * 3),
+        ("I;16", "tif", 0xFFFF, WHITE),
+        ("I;16", "tif", 200, BLACK),
+        ("I;16B", "tif", 0x4321, (0x43,) * 3),
+        ("I", "tif", 200, (200,) * 3),
+        ("I", "tif", 0x4321, (0x43,) * 3),
+        ("I", "pgm", 0x4321, (0x43,) * 3),
+        ("F", "tif", 0.5, (128,) * 3),
+        ("F", "tif", 1.0, WHITE),
+        ("F", "tif", 200.4, (200,) * 3),
+    ],
+)
+def test_every_image_mode_becomes_rgb(tmp_path, mode, suffix, colour, expected):
+    """An older test looked at shapes only: 16 bits became white, what was transparent black."""
+    found = decoded(tmp_path, Image.new(mode, (5, 4), colour), suffix)
+    assert torch.equal(found, torch.tensor(expected, dtype=torch.uint8).expand(4, 5, 3))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("suffix", ["png", "gif", "tif"])
+def test_palettes_become_rgb(tmp_path, suffix):
+    image = with_palette("P", [RED, GREEN, BLACK], [0, 1, 2])
+    assert decoded(tmp_path, image, suffix)[0].tolist() == [[255, 0, 0], [0, 255, 0], [0, 0, 0]]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    ("suffix", "transparency"), [("png", 2), ("gif", 2), ("png", b"\xff\xff\x00")]
+)
+def test_transparent_palette_entries_become_white(tmp_path, suffix, transparency):
+    """Pillow warns of the last kind unless its alpha is taken along."""
+    image = with_palette("P", [RED, GREEN, BLACK], [0, 1, 2])
+    found = decoded(tmp_path, image, suffix, transparency=transparency)
+    assert found[0].tolist() == [[255, 0, 0], [0, 255, 0], [255, 255, 255]]
+
+
+def test_palette_with_alpha_becomes_rgb():
+    image = with_palette("PA", [RED, GREEN], [0, 1])
+    image.putalpha(Image.fromarray(np.array([[255, 0]], np.uint8)))
+    assert np.array(_to_rgb(image)).tolist() == [[[255, 0, 0], [255, 255, 255]]]
+
+
+@pytest.mark.parametrize(
+    ("mode", "values"),
+    [("I", [0, 70_000]), ("I", [-1, 9]), ("F", [-0.5, 1]), ("F", [0, 300]), ("F", [0, np.nan])],
+)
+def test_unknown_ranges_are_unreadable(tmp_path, mode, values):
+    image = Image.new(mode, (2, 1))
+    image.putdata(values)
+    with pytest.raises(UnreadableImageError, match="of which none is known to be white"):
+        decoded(tmp_path, image, "tif")
 
 
 def test_bad_folders(tmp_path):
@@ -98,10 +180,57 @@ def test_bad_folders(tmp_path):
         load(tmp_path, "training")
 
 
+def test_links_back_are_not_followed(tmp_path):
+    root = write_folder(tmp_path / "digits", {"one": 3, "zero": 3})
+    expected = load(root)
+    (root / "loop").symlink_to(".")
+    (root / "zero" / "again").symlink_to(".")
+    (root / "zero" / "up").symlink_to(tmp_path)
+    assert load(root).images == expected.images
+    assert load(root).class_names == expected.class_names
+
+
+def test_links_to_other_places_are_followed_once(tmp_path):
+    elsewhere = write_folder(tmp_path / "elsewhere", {"deep": 2, "more": 1})
+    root = write_folder(tmp_path / "things", {"ant": 1})
+    (root / "bee").symlink_to(elsewhere / "deep")
+    for name in ("x", "y"):
+        (root / "ant" / name).symlink_to(elsewhere / "more")
+    (elsewhere / "more" / "back").symlink_to(root / "ant" / "y")
+    paths = ["ant/000.png", "ant/x/000.png", "bee/000.png", "bee/001.png"]
+    assert load(root).images == [str(root / path) for path in paths]
+
+
 def test_two_folders_of_one_class(tmp_path):
     write_folder(tmp_path, {"big cat": 1, "big_cat": 1})
     with pytest.raises(DataError, match="stand for the class 'big cat'"):
         load(tmp_path)
+
+
+def test_names_that_are_not_utf8(tmp_path, capsys):
+    root = write_folder(tmp_path / "data", {"ant": 2, "bee": 2})
+    shutil.copy(root / "ant" / "000.png", os.fsencode(root / "ant") + b"/\xff\xfe.png")
+    with open(os.fsencode(root / "ant") + b"/\xff.png", "wb") as file:
+        file.write(b"this is no image")
+    os.rename(root / "bee", os.fsencode(root) + b"/b\xffe")
+    os.rename(root, os.fsencode(tmp_path) + b"/\xff")
+    kept = drop_unreadable(load(os.fsdecode(os.fsencode(tmp_path) + b"/\xff")))
+    assert kept.name == r"\udcff"
+    assert kept.class_names == ("ant", r"b\udcffe")
+    assert len(kept) == 5
+    assert all(kept[i][0].shape == (20, 24, 3) for i in range(5))
+    assert [line.split(": ")[0] for line in kept.skipped] == [rf"{tmp_path}/\udcff/ant/\udcff.png"]
+    assert r"ant/\udcff.png" in capsys.readouterr().err
+
+
+def test_printable():
+    assert printable("ä b") == "ä b"
+    assert printable(os.fsdecode(b"a\xff")) == r"a\udcff"
+
+
+def test_distinct_names():
+    assert distinct_names(["a/x", "b/x", "c/y"], ["x", "x", "y"]) == ["a/x", "b/x", "y"]
+    assert distinct_names(["a/\udcff"], ["\udcff"]) == [r"\udcff"]
 
 
 # CoOp split files
@@ -173,6 +302,22 @@ def test_malformed_split_files(tmp_path, content, message):
         load(file)
 
 
+def test_empty_splits_are_not_there(tmp_path):
+    rows = [["x.jpg", 0, "a"]]
+    write_image(tmp_path / "x.jpg")
+    file = tmp_path / "split.json"
+    file.write_text(json.dumps({"train": rows, "val": [], "test": None}))
+    assert available_splits(str(file)) == ("train",)
+    assert len(load(file)) == 1
+    with pytest.raises(DataError, match=r"'val' of .* is empty"):
+        load(file, "val")
+    with pytest.raises(DataError, match="has no split 'test', only train, val"):
+        load(file, "test")
+    file.write_text('{"train": null}')
+    with pytest.raises(DataError, match="holds no split"):
+        load(file)
+
+
 def test_missing_split_file(tmp_path):
     with pytest.raises(DataError, match=r"split file .*none.json cannot be read: No such file"):
         load(tmp_path / "none.json")
@@ -197,6 +342,17 @@ def test_builtin_domain_errors():
         load("builtin:mnits")
     with pytest.raises(SaftError, match="has no split 'train'"):
         load("builtin:uci", "train")
+
+
+# Training sets
+
+
+def test_one_class_is_nothing_to_train_on(tmp_path):
+    one = write_folder(tmp_path / "one", {"zero": 2})
+    with pytest.raises(DataError, match=r"at least two classes, one has one \('zero'\)"):
+        require_classes(load(one))
+    assert len(load(one, "test")) == 2
+    require_classes(load(write_folder(tmp_path / "two", {"zero": 1, "one": 1})))
 
 
 # Few-shot samples

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+import os
+import signal
+from dataclasses import asdict, replace
 from io import StringIO
 from math import isnan, sqrt
 
@@ -28,7 +30,7 @@ from saft_clip.demo import (
 )
 from saft_clip.demo_page import accuracy, contender_outcomes, summary_table, written
 from saft_clip.domains import DOMAINS
-from saft_clip.errors import CheckpointError
+from saft_clip.errors import CheckpointError, ConfigError, TrialError
 from saft_clip.models import load_model
 from saft_clip.report import write_report
 from saft_kernels.delta import SparseDelta
@@ -193,5 +195,30 @@ def test_page_of_a_broken_folder(demo, tmp_path):
 
 def test_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(FileWriteError, match="give an --output that can be written to"):
+    with pytest.raises(FileWriteError, match="choose a path whose parents are folders"):
         run_demo(tmp_path / "file" / "demo", SMALL_PLAN)
+
+
+@pytest.mark.parametrize("domain", ["uci", "letters", "nonsense"])
+def test_domain_that_cannot_be_trained_on(tmp_path, domain):
+    with pytest.raises(ConfigError, match="trains on mnist or inverted or noisy or blurred"):
+        run_demo(tmp_path / "demo", replace(SMALL_PLAN, trained=domain))
+    assert not (tmp_path / "demo").exists()
+
+
+def test_a_fine_tuning_run_is_not_overwritten(tmp_path):
+    (tmp_path / "config.yaml").write_text("precious")
+    with pytest.raises(ConfigError, match="holds a run of saft finetune"):
+        run_demo(tmp_path, SMALL_PLAN)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+
+
+def test_killed_worker_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr("saft_clip.demo._work", kill_this_process)
+    with pytest.raises(TrialError, match="a worker process of the demo was killed"):
+        run_demo(tmp_path, SMALL_PLAN)
+    assert not list(tmp_path.glob(".trials-*"))
+
+
+def kill_this_process(trial):
+    os.kill(os.getpid(), signal.SIGKILL)

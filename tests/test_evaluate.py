@@ -1,7 +1,10 @@
 """Zero-shot evaluation: against open_clip's own classifier, and against cases counted by hand."""
 
 import json
+import os
+import shutil
 from math import sqrt
+from pathlib import Path
 
 import open_clip
 import pytest
@@ -140,6 +143,17 @@ def test_unreadable_images_are_skipped_and_named(clip, folder, workers):
         str(folder / "bee" / "001.png"),
         str(folder / "bee" / "002.png"),
     ]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_file_names_that_are_not_utf8(clip, folder, workers, capsys):
+    good, bad = (os.fsencode(folder / "bee") + name for name in (b"/\xff\xfe.png", b"/\xff.png"))
+    shutil.copy(folder / "bee" / "000.png", good)
+    Path(os.fsdecode(bad)).write_text("this is no image")
+    result = evaluate_zero_shot(clip, load(clip, folder), workers=workers)
+    assert result.n == 13
+    assert [line.split(": ")[0] for line in result.skipped] == [rf"{folder}/bee/\udcff.png"]
+    assert r"\udcff.png" in capsys.readouterr().err
 
 
 def test_warning_of_unreadable_images(clip, folder, capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 from html.parser import HTMLParser
 
@@ -12,8 +13,10 @@ import pytest
 import torch
 
 from clip_helpers import SMALL, SMALL_RESNET, cut_short, small_checkpoint, write_folder
+from saft_clip.cli import main
 from saft_clip.config import FinetuneConfig
 from saft_clip.errors import CheckpointError
+from saft_clip.metrics import MetricsLog, read_metrics
 from saft_clip.report import accuracy_rows, file_size, write_report
 from saft_clip.results import KINDS, count_blocks, locate
 from saft_clip.train import finetune
@@ -66,10 +69,12 @@ def run(tmp_path_factory):
         eval_data=(str(other), str(data)),
         model=SMALL,
         pretrained=str(small_checkpoint(root / "small.safetensors")),
+        force_quick_gelu=True,
+        template=("a drawing of a {}.", "the {}"),
         shots=3,
         epochs=2,
         density=0.01,
-        precision="fp32",
+        lr=1e-3,
         output=str(root / "out"),
     )
     return finetune(config)
@@ -77,7 +82,24 @@ def run(tmp_path_factory):
 
 @pytest.fixture
 def folder(run, tmp_path):
-    return shutil.copytree(run.output, tmp_path / "copy")
+    return shutil.copytree(run.output, tmp_path / "a copy")
+
+
+def change_results(folder, change):
+    """Let ``change`` edit the results of a run."""
+    results = json.loads((folder / "results.json").read_text())
+    change(results)
+    (folder / "results.json").write_text(json.dumps(results))
+
+
+def change_config(folder, **values):
+    FinetuneConfig.load(folder / "config.yaml").changed(**values).save(folder / "config.yaml")
+
+
+def usage(folder):
+    """The words of the command with which the page says how to use the result."""
+    page = Page(write_report(folder).read_text())
+    return shlex.split(re.search(r"saft evaluate.*?(?= Settings and)", page.text)[0])
 
 
 def test_page_is_whole_and_loads_nothing(run):
@@ -110,8 +132,10 @@ def test_figures_take_the_pages_colours(run):
     assert "DejaVu" not in svg
 
 
-def test_it_is_built_from_the_folder_alone(folder):
+def test_it_is_built_from_the_folder_alone(run, folder):
     written = (folder / "report.html").read_text()
+    written = written.replace(f"{run.output}/delta", f"&#39;{folder}/delta")
+    written = written.replace("delta.safetensors --", "delta.safetensors&#39; --")
     (folder / "report.html").unlink()
     (folder / "delta.safetensors").unlink()
     assert write_report(folder) == folder / "report.html"
@@ -126,11 +150,87 @@ def test_data_sets_of_one_name_are_told_apart(run):
 
 
 def test_run_without_evaluation_has_a_report(folder):
-    results = json.loads((folder / "results.json").read_text())
-    results["evaluations"] = []
-    (folder / "results.json").write_text(json.dumps(results))
+    change_results(folder, lambda results: results.update(evaluations=[]))
     page = Page(write_report(folder).read_text())
     assert "Accuracy before" not in page.text
+
+
+def test_page_says_which_images_were_trained_on(folder):
+    def mark(results):
+        for line in results["evaluations"]:
+            line["includes_training"] = not line["shifted"]
+
+    note = "its images include the training images"
+    assert note not in Page(write_report(folder).read_text()).text
+    change_results(folder, mark)
+    text = write_report(folder).read_text()
+    rows = re.findall(r"<tr>.*?</tr>", text, flags=re.DOTALL)
+    assert ["in distribution" in row for row in rows if note in row] == [True]
+    assert Page(text).text.count("; training images included") == 1
+
+
+def test_the_command_on_the_page_gives_the_accuracy_on_the_page(run, folder, tmp_path):
+    """Templates, precision and QuickGELU were missing once, and nothing was quoted."""
+    program, *arguments = usage(folder)
+    assert program == "saft"
+    assert arguments[arguments.index("--delta") + 1] == str(folder / "delta.safetensors")
+    assert main([*arguments, "--json", str(tmp_path / "again.json")]) == 0
+    again = json.loads((tmp_path / "again.json").read_text())["results"]
+    after = [line for line in run.results["evaluations"] if line["when"] == "after"]
+    assert [line["data"] for line in again] == [line["spec"] for line in after]
+    for found, line in zip(again, after, strict=True):
+        assert {key: line[key] for key in found if key != "data"} == {
+            key: value for key, value in found.items() if key != "data"
+        }
+
+
+def test_command_of_a_run_with_defaults_is_short(folder):
+    values = {"force_quick_gelu": False, "template": (), "precision": "fp32"}
+    change_config(folder, **values, eval_data=("builtin:mnist",))
+    change_results(folder, lambda results: results.update(model="saft-tiny", pretrained="builtin"))
+    delta = str(folder / "delta.safetensors")
+    expected = ["--model", "saft-tiny", "--delta", delta, "--data", "builtin:mnist"]
+    assert usage(folder) == ["saft", "evaluate", *expected]
+
+
+def test_command_of_full_fine_tuning_keeps_what_the_tag_brought(folder):
+    change_config(folder, force_quick_gelu=False, template=(), device="cuda", eval_data=("x y",))
+    outcome = {"model": "ViT-B-16", "pretrained": "openai", "artefact": "model.safetensors"}
+    change_results(folder, lambda results: results.update(outcome))
+    model = ["--model", "ViT-B-16", "--force-quick-gelu"]
+    weights = ["--pretrained", str(folder / "model.safetensors")]
+    where = ["--precision", "amp_bf16", "--device", "cuda", "--data", "x y"]
+    assert usage(folder) == ["saft", "evaluate", *model, *weights, *where]
+
+
+def test_page_of_a_given_mask(run, folder):
+    change_config(folder, mask="ours.safetensors", density=0.5)
+    page = Page(write_report(folder).read_text())
+    share = run.results["trained"] / run.results["parameters"]
+    assert (
+        f"The {run.results['trained']:,} entries of the given mask ours.safetensors." in page.text
+    )
+    assert f"density {share:.3g} (of the given mask)" in page.text
+    assert "largest mean gradient" not in page.text
+
+
+def test_names_that_are_not_utf8(folder):
+    def rename(results):
+        for line in results["evaluations"]:
+            line["dataset"] = line["spec"] = line["spec"] + "\udcff"
+
+    change_results(folder, rename)
+    page = Page(write_report(folder).read_text())
+    assert r"/other/pets\udcff" in page.text
+
+
+def test_record_of_names_that_are_not_utf8(tmp_path):
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log.write("evaluation", 3, dataset="Tiere ä", skipped=["a/\udcff\udcfe.png: broken \\udcff"])
+    log.close()
+    [line] = read_metrics(tmp_path / "metrics.jsonl")
+    assert line["dataset"] == "Tiere ä"
+    assert line["skipped"] == ["a/\udcff\udcfe.png: broken \\udcff"]
 
 
 def test_unfinished_run(folder):

@@ -20,7 +20,7 @@ from saft_clip.batches import TrainingBatches
 from saft_clip.checkpoint import find_checkpoints
 from saft_clip.config import FinetuneConfig
 from saft_clip.data import load_dataset
-from saft_clip.errors import CheckpointError, ConfigError, UnreadableImageError
+from saft_clip.errors import CheckpointError, ConfigError, DataError, UnreadableImageError
 from saft_clip.methods import METHODS, find_method
 from saft_clip.methods.base import FROZEN, prompt_loss
 from saft_clip.metrics import MetricsLog, read_metrics
@@ -29,7 +29,7 @@ from saft_clip.prompts import class_prompts
 from saft_clip.train import RunData, finetune, load_base
 from saft_clip.trainer import Trainer, learning_rate
 from saft_kernels.delta import SparseDelta
-from saft_kernels.errors import NonFiniteGradientError
+from saft_kernels.errors import NonFiniteGradientError, SelectionError
 from saft_kernels.mask import CooMask
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -515,3 +515,104 @@ def test_shortened_record_is_noticed(stopped):
     with pytest.raises(CheckpointError, match=r"metrics.jsonl is shorter"):
         finetune(stopped)
     assert metrics.read_bytes() == before
+
+
+# Folders
+
+
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("name", ["model.safetensors", "mask.safetensors", "report.html"])
+def test_files_of_somebody_else_are_not_overwritten(config, name, resume):
+    """Not even with --resume; nor is a mask that lies there trained without being asked for."""
+    folder = Path(config.output)
+    folder.mkdir()
+    (folder / name).write_text("precious")
+    with pytest.raises(ConfigError, match=rf"holds {name}, which is not of a run"):
+        finetune(config.changed(resume=resume))
+    assert [path.name for path in folder.iterdir()] == [name]
+    assert (folder / name).read_text() == "precious"
+
+
+def test_a_run_that_fails_before_it_has_done_anything_can_be_corrected(config):
+    with pytest.raises(SelectionError, match="selects no entry"):
+        finetune(config.changed(density=1e-9))
+    assert list(Path(config.output).iterdir()) == []
+    assert finetune(config.changed(epochs=1)).artefact.exists()
+
+
+def test_a_run_that_fails_after_the_selection_keeps_it(config, monkeypatch):
+    def fail():
+        raise NonFiniteGradientError("no")
+
+    stop_at(monkeypatch, 1, fail)
+    with pytest.raises(NonFiniteGradientError):
+        finetune(config)
+    kept = {path.name for path in Path(config.output).iterdir()}
+    assert {"config.yaml", "mask.safetensors"} <= kept
+
+
+def test_a_missing_report_of_a_finished_run_is_made_up_for(config):
+    result = finetune(config.changed(epochs=1))
+    (result.output / "report.html").unlink()
+    finetune(config.changed(epochs=1, resume=True))
+    assert (result.output / "report.html").exists()
+
+
+def test_interrupt_during_a_validation(config, monkeypatch, capsys):
+    """The run stops after it, and goes on as if it had not been stopped."""
+    other = config.changed(output=config.output + " 2")
+    expected = finetune(other)
+    validate = train.Run._validate
+
+    def interrupted(run):
+        validate(run)
+        if run.trainer.step == 8:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Run, "_validate", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(config)
+    result = finetune(config.changed(resume=True))
+    assert "continuing from step 8 of 12" in capsys.readouterr().err
+    assert result.artefact.read_bytes() == expected.artefact.read_bytes()
+    assert record(config.output) == record(other.output)
+
+
+def test_weights_that_are_not_finite_are_no_result(config, monkeypatch):
+    def diverge(run):
+        with torch.no_grad():
+            next(run.clip.model.parameters()).fill_(math.inf)
+
+    monkeypatch.setattr(train.Run, "train", diverge)
+    with pytest.raises(NonFiniteGradientError, match="training has diverged"):
+        finetune(config)
+    assert not (Path(config.output) / "delta.safetensors").exists()
+
+
+# What is evaluated
+
+
+def test_the_same_data_by_another_path_are_not_shifted(config, tmp_path, capsys):
+    pets = write_folder(tmp_path / "flat", {"cat": 5, "dog": 5})
+    ours = config.changed(train_data=f"{pets}/", eval_data=(str(pets),), epochs=1)
+    evaluations = finetune(ours).results["evaluations"]
+    assert [(e["shifted"], e["includes_training"]) for e in evaluations] == [(False, True)] * 2
+    assert "training images included" in capsys.readouterr().err
+
+
+def test_a_test_split_is_free_of_training_images(config):
+    evaluations = finetune(config.changed(epochs=1)).results["evaluations"]
+    assert [(e["shifted"], e["includes_training"]) for e in evaluations] == [(False, False)] * 2
+
+
+def test_nothing_to_evaluate_is_said(config, tmp_path, capsys):
+    pets = write_folder(tmp_path / "flat", {"cat": 5, "dog": 5})
+    finetune(config.changed(train_data=str(pets), epochs=1))
+    assert "nothing to evaluate" in capsys.readouterr().err
+
+
+def test_one_class_cannot_be_trained_on(config, tmp_path):
+    cats = write_folder(tmp_path / "cats", {"cat": 5})
+    with pytest.raises(DataError, match="at least two classes"):
+        finetune(config.changed(train_data=str(cats)))

@@ -6,6 +6,7 @@ Every command imports what it needs when it runs, so that ``saft --help`` does n
 from __future__ import annotations
 
 import errno
+import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -79,7 +80,7 @@ def demo(
         "saft-demo"
     ),
     domain: Annotated[
-        str, typer.Option(help="Digits to train on: mnist, noisy, inverted or blurred.")
+        str, typer.Option(help="Digits to train on: mnist, inverted, noisy or blurred.")
     ] = "mnist",
 ) -> None:
     """Compare SAFT with full fine-tuning on the built-in tiny CLIP; needs no network."""
@@ -213,9 +214,10 @@ def report(
     run: Annotated[Path, typer.Argument(help="Output folder of a run.")],
 ) -> None:
     """Write the report page of a run again, from its metrics."""
+    from saft_clip.console import say
     from saft_clip.report import write_report
 
-    write_report(run)
+    say(f"wrote {write_report(run)}")
 
 
 @app.command()
@@ -232,6 +234,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     0: done. 1: an error, explained in one sentence on stderr. 2: wrong usage. 130: interrupted by
     the user. Anything unexpected keeps its traceback.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # not every terminal can show a ± sign
     try:
         app(args=None if arguments is None else list(arguments), prog_name="saft")
     except SystemExit as done:
@@ -247,7 +252,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _explain(error: Exception) -> str | None:
     """The one sentence that says what went wrong; None if this error was not expected."""
-    # Not imported here: importing the package may be what has just failed, on a wrong SAFT_BACKEND.
+    # Not imported here: it takes seconds, and importing it may be what has just failed.
     errors = sys.modules.get("saft_kernels.errors")
     if errors is not None and isinstance(error, errors.SaftError):
         return " ".join(str(error).split())

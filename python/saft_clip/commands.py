@@ -15,7 +15,7 @@ from rich.table import Table
 from saft_clip.batches import ordered_batches
 from saft_clip.config import DEFAULT_PRETRAINED, FinetuneConfig
 from saft_clip.console import output, progress, say
-from saft_clip.data import load_dataset
+from saft_clip.data import distinct_names, load_dataset
 from saft_clip.evaluate import Evaluation, evaluate_zero_shot
 from saft_clip.methods.base import FROZEN
 from saft_clip.methods.saft import Saft
@@ -79,8 +79,6 @@ def evaluate_command(
         )
         for dataset in datasets
     ]
-    what = f"{clip.name}, {clip.pretrained}" + (f", {delta}" if delta else "")
-    output.print(evaluation_table(results, what))
     if json_file is not None:
         content = {
             "model": clip.name,
@@ -95,6 +93,8 @@ def evaluate_command(
         }
         with atomic_write(json_file) as temporary:
             temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    what = f"{clip.name}, {clip.pretrained}" + (f", {delta}" if delta else "")
+    output.print(evaluation_table(data, results, what))
     return results
 
 
@@ -108,20 +108,27 @@ def finetune_command(config: FinetuneConfig) -> None:
 def before_and_after_table(evaluations: Sequence[Mapping[str, Any]]) -> Table:
     """Top-1 accuracy in percent before and after fine-tuning, one row for each data set."""
     table = Table(caption="top-1 accuracy in %, ± one standard error of the evaluation")
-    table.add_column("data")
+    table.add_column("data", overflow="fold")
     for name in ("images", "before", "after", "change"):
         table.add_column(name, justify="right")
     found = {(line["spec"], line["when"]): line for line in evaluations}
-    for spec in dict.fromkeys(line["spec"] for line in evaluations):
+    specs = list(dict.fromkeys(line["spec"] for line in evaluations))
+    names = distinct_names(specs, [found[spec, "after"]["dataset"] for spec in specs])
+    for spec, name in zip(specs, names, strict=True):
         before, after = found[spec, "before"], found[spec, "after"]
-        shift = " (shifted)" if after["shifted"] else ""
         table.add_row(
-            escape(after["dataset"] + shift),
+            escape(name + _remark(after)),
             f"{after['n']:,}",
             *(f"{100 * x['top1']:.2f} ± {100 * x['top1_stderr']:.2f}" for x in (before, after)),
             f"{100 * (after['top1'] - before['top1']):+.2f}",
         )
     return table
+
+
+def _remark(evaluation: Mapping[str, Any]) -> str:
+    if evaluation.get("includes_training"):
+        return " (training images included)"
+    return " (shifted)" if evaluation["shifted"] else ""
 
 
 def select_command(config: FinetuneConfig, score: str, file: Path) -> CooMask:
@@ -166,15 +173,16 @@ def delta_info_command(file: Path) -> None:
     output.print(table)
 
 
-def evaluation_table(results: Sequence[Evaluation], title: str) -> Table:
+def evaluation_table(specs: Sequence[str], results: Sequence[Evaluation], title: str) -> Table:
     """Accuracies in percent, one row for each data set and their mean."""
     table = Table(title=escape(title), caption="accuracies in %, ± one standard error")
-    table.add_column("data")
+    table.add_column("data", overflow="fold")
     for name in ("images", "top-1", "top-5", "mean per class"):
         table.add_column(name, justify="right")
-    for result in results:
+    names = distinct_names(specs, [result.dataset for result in results])
+    for name, result in zip(names, results, strict=True):
         table.add_row(
-            escape(result.dataset),
+            escape(name),
             f"{result.n:,}",
             f"{100 * result.top1:.2f} ± {100 * result.top1_stderr:.2f}",
             f"{100 * result.top5:.2f}",
@@ -192,6 +200,8 @@ def evaluation_table(results: Sequence[Evaluation], title: str) -> Table:
 
 def _check_folder(file: Path) -> None:
     """Find out before the work, not after it, that a result cannot be written."""
+    if file.is_dir():
+        raise FileWriteError(f"{file} cannot be written: it is a folder; name a file in it")
     if not file.parent.is_dir():
         raise FileWriteError(f"{file} cannot be written: there is no folder {file.parent}")
     if not os.access(file.parent, os.W_OK):

@@ -9,6 +9,7 @@ the warm-up, augmentation, gradient clipping, the seed. AdamW's betas and eps ar
 from __future__ import annotations
 
 import difflib
+import math
 import shlex
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
@@ -21,7 +22,10 @@ import yaml
 from saft_clip.errors import ConfigError
 from saft_kernels.files import atomic_write
 
+PAPER, OURS, TORCH = "the paper's", "ours", "torch's"
+
 GRADIENTS = ("dense", "streamed")
+#: open_clip's ``--precision`` names that are supported: weights are fp32 in both.
 PRECISIONS = ("fp32", "amp_bf16")
 
 #: Weights that stand in for ``pretrained=None``; ``saft-tiny`` knows its own.
@@ -37,17 +41,24 @@ def option(
     at_most: float | None = None,
     below: float | None = None,
     choices: tuple[str, ...] | None = None,
+    source: str | None = None,
     may_change: bool = False,
 ) -> Any:
     """A dataclass field that knows its help text and its limits.
 
-    ``may_change`` marks a setting that does not influence the result, so that a resumed run may
-    have another value of it.
+    ``source`` says where the default comes from. ``may_change`` marks a setting that does not
+    influence the result, so that a resumed run may have another value of it.
     """
     limits = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
     return field(
         default=default,
-        metadata={"help": help, "limits": limits, "choices": choices, "may_change": may_change},
+        metadata={
+            "help": help,
+            "limits": limits,
+            "choices": choices,
+            "source": source,
+            "may_change": may_change,
+        },
     )
 
 
@@ -76,20 +87,24 @@ class FinetuneConfig:
         False, "continue the run in the output folder after an interruption", may_change=True
     )
 
-    model: str = option("ViT-B-16", "open_clip model name, or saft-tiny")
+    model: str = option("ViT-B-16", "open_clip model name, or saft-tiny", source=PAPER)
     pretrained: str | None = option(
         None,
         "open_clip tag or checkpoint file [default: openai for ViT-B-16, built in for saft-tiny]",
     )
     force_quick_gelu: bool = option(False, "build the model with QuickGELU, for such a checkpoint")
     template: tuple[str, ...] = option(
-        (), "prompt template with {} for the class name [default: the data set's own]"
+        (),
+        "prompt template with {} for the class name, openai (80 templates), simple (7) or a text "
+        "file of templates [default: the data set's own]",
     )
 
     method: str = option(
         "saft", "what is trained: saft (the selected entries) or full (everything)"
     )
-    density: float = option(1e-3, "share of the parameters that saft selects", above=0, at_most=1)
+    density: float = option(
+        1e-3, "share of the parameters that saft selects", above=0, at_most=1, source=PAPER
+    )
     mask: str | None = option(
         None,
         "mask file (of saft select) with the entries that saft trains, whatever --density says "
@@ -100,21 +115,25 @@ class FinetuneConfig:
         "how saft obtains gradients: streamed frees each dense one at once, dense keeps them",
         choices=GRADIENTS,
     )
-    shots: int = option(16, "training images per class; 0 takes all", at_least=0)
-    seed: int = option(1, "seed of the few-shot sample, the order and the augmentation", at_least=0)
-    augment: bool = option(True, "random crops, as open_clip trains with")
+    shots: int = option(16, "training images per class; 0 takes all", at_least=0, source=PAPER)
+    seed: int = option(
+        1, "seed of the few-shot sample, the order and the augmentation", at_least=0, source=OURS
+    )
+    augment: bool = option(True, "random crops, as open_clip trains with", source=OURS)
 
-    epochs: int = option(10, "passes over the training data", at_least=1)
-    batch_size: int = option(32, "images per forward pass", at_least=1)
-    accum_freq: int = option(1, "forward passes per optimizer step", at_least=1)
-    lr: float = option(5e-6, "peak learning rate", above=0)
-    wd: float = option(0.1, "weight decay", at_least=0)
-    beta1: float = option(0.9, "AdamW's beta 1", at_least=0, below=1)
-    beta2: float = option(0.999, "AdamW's beta 2", at_least=0, below=1)
-    eps: float = option(1e-8, "AdamW's epsilon", above=0)
-    warmup: int | None = option(None, "warm-up steps [default: a tenth of all]", at_least=0)
+    epochs: int = option(10, "passes over the training data", at_least=1, source=OURS)
+    batch_size: int = option(32, "images per forward pass", at_least=1, source=OURS)
+    accum_freq: int = option(1, "forward passes per optimizer step", at_least=1, source=OURS)
+    lr: float = option(5e-6, "peak learning rate", above=0, source=PAPER)
+    wd: float = option(0.1, "weight decay", at_least=0, source=PAPER)
+    beta1: float = option(0.9, "AdamW's beta 1", at_least=0, below=1, source=TORCH)
+    beta2: float = option(0.999, "AdamW's beta 2", at_least=0, below=1, source=TORCH)
+    eps: float = option(1e-8, "AdamW's epsilon", above=0, source=TORCH)
+    warmup: int | None = option(None, "warm-up steps [default: a tenth of all, ours]", at_least=0)
     grad_clip_norm: float | None = option(None, "largest norm of the trained gradient", above=0)
-    precision: str = option("amp_bf16", "arithmetic of the forward pass", choices=PRECISIONS)
+    precision: str = option(
+        "amp_bf16", "arithmetic of the forward pass", choices=PRECISIONS, source=PAPER
+    )
     device: str = option("cpu", "cpu or cuda")
 
     val_frequency: int = option(1, "epochs between validations; 0 for none", at_least=0)
@@ -261,6 +280,8 @@ def _describe(hint: Any) -> str:
 def _check_limits(name: str, value: Any, limits: dict[str, float | None]) -> None:
     if value is None:
         return
+    if isinstance(value, float) and math.isinf(value):
+        raise ConfigError(f"--{dashed(name)} must be finite, not {value}")
     tests = {
         "at_least": lambda limit: value >= limit,
         "above": lambda limit: value > limit,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 from rich.console import Console
 from rich.progress import (
@@ -19,6 +21,9 @@ from rich.text import Text
 
 #: Messages and progress bars. Not shown as bars when stderr is not a terminal.
 console = Console(stderr=True, highlight=False)
+
+#: Seconds between two lines of progress where there is no terminal.
+LINE_INTERVAL = 60.0
 
 #: Results: tables and what other programs may read.
 output = Console(highlight=False)
@@ -36,7 +41,7 @@ class _RateColumn(ProgressColumn):
 def progress(
     description: str, total: int, *, unit: str = "images", show: bool = True
 ) -> Iterator[Callable[..., None]]:
-    """A progress bar with throughput and time left; silent where stderr is not a terminal.
+    """A progress bar with throughput and time left; a line a minute where there is no terminal.
 
     Args:
         description: what is being done, shown before the bar.
@@ -58,6 +63,7 @@ def progress(
         console=console,
         disable=not (show and console.is_terminal),
     )
+    lines = _ProgressLines(description, total, unit) if show and not console.is_terminal else None
     with bar:
         task = bar.add_task(description, total=total, unit=unit, note="")
 
@@ -65,8 +71,35 @@ def progress(
             bar.advance(task, n)
             if note is not None:
                 bar.update(task, note=note)
+            if lines is not None:
+                lines.advance(n, note)
 
         yield advance
+
+
+class _ProgressLines:
+    """Progress for log files: one line in :data:`LINE_INTERVAL` seconds at most."""
+
+    def __init__(self, description: str, total: int, unit: str) -> None:
+        self._description, self._total, self._unit = description, total, unit
+        self._done = 0
+        self._note = ""
+        self._start = self._last = time.monotonic()
+
+    def advance(self, n: int, note: str | None) -> None:
+        self._done += n
+        self._note = self._note if note is None else note
+        now = time.monotonic()
+        if now - self._last >= LINE_INTERVAL:
+            self._last = now
+            self._say(now - self._start)
+
+    def _say(self, seconds: float) -> None:
+        rate = self._done / seconds
+        left = timedelta(seconds=round((self._total - self._done) / rate))
+        line = f"{self._description}: {self._done:,} of {self._total:,} {self._unit}, "
+        line += f"{rate:,.1f} {self._unit}/s, {left} left"
+        say(f"{line}, {self._note}" if self._note else line)
 
 
 def say(message: str) -> None:

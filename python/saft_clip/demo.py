@@ -16,9 +16,11 @@ import multiprocessing
 import os
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -35,17 +37,17 @@ from saft_clip.config import FinetuneConfig
 from saft_clip.console import console, output, progress, say
 from saft_clip.data import ImageDataset, few_shot, load_dataset
 from saft_clip.demo_page import SUMMARY, summary_table, write_demo_page
-from saft_clip.domains import DOMAINS
-from saft_clip.errors import ConfigError
+from saft_clip.domains import DOMAINS, domain_splits
+from saft_clip.errors import ConfigError, TrialError
 from saft_clip.evaluate import evaluate_zero_shot
 from saft_clip.methods import Method, find_method
 from saft_clip.models import ClipModel, load_model
 from saft_clip.prompts import class_prompts
 from saft_clip.results import environment
-from saft_clip.run_folder import write_json
+from saft_clip.run_folder import RunFolder, write_json
 from saft_clip.tiny import TINY_NAME
 from saft_clip.trainer import Trainer
-from saft_kernels.errors import FileWriteError
+from saft_kernels.files import make_folder
 
 DIGITS = ("mnist", "uci", "fonts", "inverted", "noisy", "blurred", "sketch", "colour")
 NEW_CLASSES = "letters"
@@ -143,16 +145,18 @@ def run_demo(folder: Path, plan: Plan | None = None) -> dict[str, Any]:
         What ``demo.json`` holds.
 
     Raises:
-        ConfigError: if the domain to train on is not one of the digits'.
-        DomainError: if it has no training images.
+        ConfigError: if the domain cannot be trained on, or the folder holds a fine-tuning run.
         FileWriteError: if the folder cannot be written to.
         MissingExtraError: if the packages with the images are not installed.
     """
     plan = plan or Plan()
-    if plan.trained not in DIGITS:
-        raise ConfigError(f"the demo trains on one of {', '.join(DIGITS)}, not on {plan.trained!r}")
+    trainable = [name for name in DIGITS if "train" in domain_splits(name)]
+    if plan.trained not in trainable:
+        raise ConfigError(f"the demo trains on {' or '.join(trainable)}, not on {plan.trained!r}")
+    if RunFolder(folder).started():
+        raise ConfigError(f"{folder} holds a run of saft finetune: give another --output")
     start = time.perf_counter()
-    _make(folder / "samples")
+    make_folder(folder / "samples")
     for left in folder.glob(f"{_SCRATCH}*"):  # by a demo that was killed
         shutil.rmtree(left, ignore_errors=True)
     say("comparing SAFT with full fine-tuning on the built-in tiny CLIP")
@@ -316,7 +320,7 @@ def _train(trial: Trial, plan: Plan, clip: ClipModel, images: ImageDataset, fold
         precision="fp32",
         augment=False,
     )
-    _make(folder)
+    make_folder(folder)
     sample = few_shot(images, config.shots, config.seed)
     tokens = class_prompts(sample.class_names, sample.templates, clip.tokenizer)
     method = find_method(config.method)(clip, tokens, config)
@@ -356,20 +360,48 @@ def _workers(
 ) -> Iterator[ProcessPoolExecutor]:
     """One process per core with one thread each: a model this small gains nothing from threads."""
     pool = ProcessPoolExecutor(
-        min(len(os.sched_getaffinity(0)), number_of_trials(plan)),
+        min(_cores(), number_of_trials(plan)),
         multiprocessing.get_context("spawn"),
         _start_worker,
         (folder, plan, data),
     )
     try:
         yield pool
+    except BrokenProcessPool:
+        raise TrialError(
+            "a worker process of the demo was killed, as happens when memory runs out; close other "
+            "programs and run it again"
+        ) from None
+    except KeyboardInterrupt:
+        say("interrupted; nothing was kept")
+        for worker in multiprocessing.active_children():
+            worker.terminate()
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
 
 
+def _cores() -> int:
+    """How many this process may use, where the system tells."""
+    allowed = getattr(os, "sched_getaffinity", None)
+    return len(allowed(0)) if allowed else os.cpu_count() or 1
+
+
+@contextmanager
+def _interrupts_for_parent_only() -> Iterator[None]:
+    """Processes that are started inside ignore Ctrl-C from their first moment on."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread can handle signals
+        return
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
 def _start_worker(folder: Path, plan: Plan, data: dict[str, PreparedImages]) -> None:
     global _context
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     console.quiet = True  # only the main process talks
     _context = (plan, load_model(TINY_NAME), data, folder)
@@ -381,20 +413,11 @@ def _work(trial: Trial) -> Outcome:
 
 
 def _run_all(pool: ProcessPoolExecutor, trials: Sequence[Trial], advance: Any) -> list[Outcome]:
-    futures = {pool.submit(_work, trial): trial for trial in trials}
+    with _interrupts_for_parent_only():
+        futures = {pool.submit(_work, trial): trial for trial in trials}
     outcomes = {}
     for future in as_completed(futures):
         trial = futures[future]
         outcomes[trial] = future.result()
         advance(note=f"{trial.method} lr {trial.lr:g}")
     return [outcomes[trial] for trial in trials]
-
-
-def _make(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise FileWriteError(
-            f"the folder {folder} cannot be made ({error.strerror}): give an --output that can be "
-            "written to"
-        ) from error

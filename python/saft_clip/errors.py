@@ -17,6 +17,10 @@ class CheckpointError(SaftError, ValueError):
     """A checkpoint file is broken, cut short, or belongs to another run or model."""
 
 
+class TrialError(SaftError, RuntimeError):
+    """A process that ran a part of the work has died."""
+
+
 class DataError(SaftError, ValueError):
     """A data set is missing, empty, malformed, or too small for what was asked."""
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from saft_clip.console import progress
-from saft_clip.data import ImageDataset, say_skipped
+from saft_clip.data import ImageDataset, printable, say_skipped
 from saft_clip.errors import DataError, UnreadableImageError
 from saft_clip.models import ClipModel, autocast
 from saft_clip.prompts import PROMPT_BATCH, class_prompts, encode_prompts
@@ -137,7 +137,9 @@ class _Tolerant(Dataset[Any]):
 
 def _collate(items: Sequence[Any]) -> tuple[list[Tensor], list[int], list[str]]:
     bad = [
-        f"{item.path}: {item.reason}" for item in items if isinstance(item, UnreadableImageError)
+        printable(f"{item.path}: {item.reason}")
+        for item in items
+        if isinstance(item, UnreadableImageError)
     ]
     good = [item for item in items if not isinstance(item, UnreadableImageError)]
     return [image for image, _ in good], [label for _, label in good], bad

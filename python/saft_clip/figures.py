@@ -8,14 +8,25 @@ from __future__ import annotations
 
 import io
 import re
+import unicodedata
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from math import ceil
 from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
+from matplotlib.ticker import (
+    AutoLocator,
+    EngFormatter,
+    MaxNLocator,
+    NullFormatter,
+    PercentFormatter,
+    StrMethodFormatter,
+)
 
 #: CSS variable of the page -> the colour that stands for it while matplotlib draws.
 PLACEHOLDERS = {
@@ -25,8 +36,12 @@ PLACEHOLDERS = {
     )
 }
 
+#: A curve of fewer points needs markers and a wider axis to be seen.
+FEW = 3
+
 _STYLE: Any = {
     "svg.fonttype": "none",
+    "text.parse_math": False,  # a name may hold $
     "font.size": 10.5,
     "text.color": PLACEHOLDERS["ink"],
     "axes.labelcolor": PLACEHOLDERS["muted"],
@@ -72,14 +87,16 @@ def inline_svg(drawing: Figure, name: str, description: str) -> str:
         description: for those who cannot see it.
     """
     buffer = io.StringIO()
-    with mpl.rc_context({**_STYLE, "svg.hashsalt": name}):
+    with mpl.rc_context({**_STYLE, "svg.hashsalt": name}), warnings.catch_warnings():
+        # Text stays text: the page's reader has the font that is missing here.
+        warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font", UserWarning)
         drawing.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r"font(-family)?: ([\d.]+px)?[^;\"]*DejaVu[^;\"]*", _font_size, svg)
     # Ids such as axes_1 come from a counter and would repeat in the page's next figure.
-    svg = re.sub(r'<g id="(?!m[0-9a-f]{10})[^"]*">', "<g>", svg)
+    svg = re.sub(r'<g id="(?!m[0-9a-f]{10})[^"]*"(/?)>', r"<g\1>", svg)
     for variable, colour in PLACEHOLDERS.items():
         svg = svg.replace(colour, f"var(--{variable})")
     opening, rest = svg.split(">", 1)
@@ -91,6 +108,50 @@ def inline_svg(drawing: Figure, name: str, description: str) -> str:
 
 def _font_size(match: re.Match[str]) -> str:
     return f"font-size: {match.group(2)}" if match.group(2) else "font-family: inherit"
+
+
+def shortened(name: str, width: int = 30) -> str:
+    """The name with an ellipsis in its middle, if it takes more columns than ``width``.
+
+    A folder's path is told from another by its end, a name by its beginning: both are kept.
+    """
+    if _columns(name) <= width:
+        return name
+    head, tail = "", ""
+    while _columns(head) + _columns(tail) < width - 2:
+        if _columns(head) <= _columns(tail):
+            head = name[: len(head) + 1]
+        else:
+            tail = name[-len(tail) - 1 :]
+    return f"{head}…{tail}"
+
+
+def _columns(text: str) -> int:
+    """East Asian characters are about twice as wide as others."""
+    return sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text)
+
+
+def _tick_label(name: str) -> str:
+    """The shortened name, with room for East Asian characters.
+
+    Matplotlib's font has none and reserves 0.6 em for each; a no-break space takes another 0.3.
+    """
+    short = shortened(name)
+    return "\u00a0" * ceil(4 / 3 * (_columns(short) - len(short))) + short
+
+
+class _WithinOne(AutoLocator):
+    """The usual ticks, but none below 0 or above 1, whatever the margins."""
+
+    def tick_values(self, vmin: float, vmax: float) -> Any:
+        ticks: Any = super().tick_values(vmin, vmax)
+        return ticks[(ticks > -1e-9) & (ticks < 1 + 1e-9)]
+
+
+def _show_percent(axis: Axis) -> None:
+    """Label an axis of accuracies."""
+    axis.set_major_locator(_WithinOne())
+    axis.set_major_formatter(PercentFormatter(1.0))
 
 
 def accuracy_figure(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -113,12 +174,12 @@ def accuracy_figure(rows: Sequence[Mapping[str, Any]]) -> str:
                 color=PLACEHOLDERS[when], edgecolors=PLACEHOLDERS["card"], linewidths=1.2,
             )  # fmt: skip
         _label_ends(axes, rows)
-        axes.set_yticks(list(y_positions), [row["name"] for row in rows])
+        axes.set_yticks(list(y_positions), [_tick_label(row["name"]) for row in rows])
         axes.tick_params(axis="y", length=0, labelcolor=PLACEHOLDERS["ink"])
         axes.set_ylim(-0.6, len(rows) - 0.4)
         axes.grid(axis="y", visible=False)
         axes.spines["left"].set_visible(False)
-        axes.xaxis.set_major_formatter(PercentFormatter(1.0))
+        _show_percent(axes.xaxis)
         axes.margins(x=0.12)
         drawing.legend(loc="outside upper right", ncols=2)
         return inline_svg(drawing, "accuracy", "Accuracy before and after, by data set")
@@ -143,20 +204,29 @@ def curves_figure(metrics: Sequence[Mapping[str, Any]]) -> str:
     with figure(8.9, 2.7, ncols=columns, squeeze=False) as (drawing, axes):
         loss = axes[0, 0]
         steps, losses = [t["step"] for t in training], [t["loss"] for t in training]
+        marker = "o" if len(steps) < FEW else None  # a line of one point would be invisible
         loss.plot(steps, losses, color=PLACEHOLDERS["before"], linewidth=1, alpha=0.7)
-        loss.plot(steps, smoothed(losses), color=PLACEHOLDERS["after"])
-        loss.set(title="training loss", xlabel="step", ylim=(0, None))
+        loss.plot(steps, smoothed(losses), color=PLACEHOLDERS["after"], marker=marker, markersize=4)
+        loss.set(title="training loss", ylim=(0, None))
+        _count_steps(loss, steps)
         if validation:
-            accuracy = axes[0, 1]
+            accuracy, steps = axes[0, 1], [v["step"] for v in validation]
             accuracy.plot(
-                [v["step"] for v in validation], [v["top1"] for v in validation],
-                color=PLACEHOLDERS["after"], marker="o", markersize=4,
+                steps, [v["top1"] for v in validation],
+                color=PLACEHOLDERS["after"], marker="o", markersize=4, clip_on=False,
             )  # fmt: skip
-            accuracy.set(title="validation accuracy (top-1)", xlabel="step")
-            accuracy.yaxis.set_major_formatter(PercentFormatter(1.0))
-        for one in axes.flat:
-            one.xaxis.set_major_locator(MaxNLocator(integer=True))
+            low, high = accuracy.get_ylim()
+            accuracy.set(title="validation accuracy (top-1)", ylim=(max(low, 0), min(high, 1)))
+            _show_percent(accuracy.yaxis)
+            _count_steps(accuracy, steps)
         return inline_svg(drawing, "curves", "Learning curves")
+
+
+def _count_steps(axes: Axes, steps: Sequence[int]) -> None:
+    axes.set_xlabel("step")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if len(steps) < FEW:
+        axes.set_xlim(max(0, steps[0] - 1), steps[-1] + 1)
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
@@ -214,12 +284,14 @@ def contenders_figure(groups: Sequence[Mapping[str, Any]]) -> str:
                 axes.annotate(
                     f"{100 * mean:.1f}", (place, mean + (0 if error != error else error)),
                     xytext=(0, 4), textcoords="offset points", ha="center", fontsize=9.5,
+                    # The grid line of 100% would strike the text through.
+                    bbox={"facecolor": PLACEHOLDERS["card"], "edgecolor": "none", "pad": 0.8},
                 )  # fmt: skip
         axes.set_xticks(range(len(groups)), [group["name"] for group in groups])
         axes.tick_params(axis="x", length=0, labelcolor=PLACEHOLDERS["ink"])
         axes.grid(axis="x", visible=False)
         axes.set_ylim(0, 1.08)
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+        _show_percent(axes.yaxis)
         drawing.legend(loc="outside upper right", ncols=len(names))
         return inline_svg(drawing, "contenders", "Accuracy by role of domain and method")
 
@@ -248,7 +320,7 @@ def sweep_figure(densities: Sequence[float], panels: Sequence[Mapping[str, Any]]
             axes.set_xticks(densities, [f"{100 * density:g}%" for density in densities])
             axes.minorticks_off()
             axes.set(title=panel["title"], xlabel="density")
-            axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+            _show_percent(axes.yaxis)
         handles, labels = grid.flat[0].get_legend_handles_labels()
         drawing.legend(handles, labels, loc="outside upper right", ncols=3)
         return inline_svg(drawing, "sweep", "Accuracy over SAFT's density")
@@ -269,7 +341,9 @@ def tuning_figure(lines: Sequence[Mapping[str, Any]]) -> str:
                 color=PLACEHOLDERS["s2" if line["full"] else "after"], alpha=strength,
             )  # fmt: skip
         axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))  # no math, see _STYLE
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set(xlabel="learning rate", ylabel="validation accuracy")
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+        _show_percent(axes.yaxis)
         drawing.legend(loc="outside right center")
         return inline_svg(drawing, "tuning", "Validation accuracy of every trial")

@@ -60,7 +60,8 @@ class MetricsLog:
         """
         line = json.dumps({"kind": kind, "step": step, **values}, ensure_ascii=False) + "\n"
         try:
-            self._file.write(line.encode())
+            # A file name that is not UTF-8 holds surrogates; \udcff is JSON for one.
+            self._file.write(line.encode(errors="backslashreplace"))
             self._file.flush()
         except OSError as error:
             raise self._failure(error) from error

@@ -17,13 +17,11 @@ from open_clip.factory import load_state_dict
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from saft_clip.config import PRECISIONS
 from saft_clip.console import say
 from saft_clip.errors import CheckpointError, ModelError
 from saft_clip.tiny import TINY_NAME, TINY_WEIGHTS, register_tiny
 from saft_kernels.backends import require_environment
-
-#: open_clip's ``--precision`` names that are supported: weights are fp32 in both.
-PRECISIONS = ("fp32", "amp_bf16")
 
 #: Asks for random weights by name, so that nobody trains from scratch by leaving out
 #: ``pretrained``.

@@ -67,7 +67,7 @@ from saft_clip.evaluate import Evaluation, evaluate_zero_shot
 from saft_clip.models import ClipModel, load_model
 from saft_clip.tiny import ASSETS, TINY_CARD, TINY_NAME, TINY_WEIGHTS, register_tiny
 from saft_kernels.errors import SaftError
-from saft_kernels.files import atomic_write
+from saft_kernels.files import atomic_write, make_folder
 
 CLASSES = DIGITS + LETTERS
 LOOKALIKES = (("0", "O"), ("1", "I"), ("2", "Z"), ("5", "S"))
@@ -531,6 +531,7 @@ def main(
         settings.check()
         if resume and checkpoint is None:
             raise ConfigError("--resume needs --checkpoint FILE, the file to go on from")
+        make_folder(output_folder)
         trainer = (
             Trainer.from_checkpoint(checkpoint) if resume and checkpoint else Trainer(settings)
         )

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import open_clip
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from saft_clip import figures
 from saft_clip.config import FinetuneConfig, dashed
+from saft_clip.data import distinct_names
 from saft_clip.errors import CheckpointError
 from saft_clip.metrics import read_metrics
 from saft_clip.results import KINDS
@@ -46,7 +49,7 @@ def write_report(path: str | Path) -> Path:
     config = FinetuneConfig.load(folder.config)
     results, metrics = read_json(folder.results), read_metrics(folder.metrics)
     try:
-        content = page_content(config, results, metrics)
+        content = page_content(folder.path, config, results, metrics)
     except (KeyError, TypeError, IndexError) as error:
         raise CheckpointError(
             f"{folder.results} is not what this release writes: {error!r}"
@@ -71,13 +74,17 @@ def write_page(path: Path, template: str, content: Mapping[str, Any]) -> None:
     environment.globals.update(percent=percent, points=points, signed=signed)
     page = environment.get_template(template).render(content)
     with atomic_write(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+        # A file name that is not UTF-8 shows its bytes as \udcff.
+        temporary.write_text(page, encoding="utf-8", errors="backslashreplace")
 
 
 def page_content(
-    config: FinetuneConfig, results: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]
+    folder: Path,
+    config: FinetuneConfig,
+    results: Mapping[str, Any],
+    metrics: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
-    """What the report's template shows."""
+    """What the report's template shows of the run in this folder."""
     rows = accuracy_rows(results["evaluations"])
     trained = any(line["kind"] == "train" for line in metrics)
     return {
@@ -88,10 +95,11 @@ def page_content(
         "accuracy": Markup(figures.accuracy_figure(rows)) if rows else "",
         "curves": Markup(figures.curves_figure(metrics)) if trained else "",
         "blocks": Markup(figures.blocks_figure(results["blocks"], _kinds(results["blocks"]))),
-        "blocks_note": _blocks_note(results),
+        "blocks_note": _blocks_note(config, results),
         "kinds": _kind_rows(results["blocks"]),
-        **_usage(config, results),
-        "settings": [(dashed(k), _plain(v)) for k, v in config.to_dict().items() if k != "resume"],
+        "usage_note": _usage_note(results),
+        "usage": shlex.join(["saft", "evaluate", *_usage(folder, config, results)]),
+        "settings": _settings(config, results),
         "surroundings": _surroundings(results),
         "command": config.changed(resume=False).command(),
     }
@@ -101,12 +109,12 @@ def accuracy_rows(evaluations: Sequence[Mapping[str, Any]]) -> list[dict[str, An
     """One row per data set that was evaluated before and after, those in distribution first."""
     before = {line["spec"]: line for line in evaluations if line["when"] == "before"}
     after = {line["spec"]: line for line in evaluations if line["when"] == "after"}
-    names = [line["dataset"] for line in after.values()]
+    names = distinct_names(list(after), [line["dataset"] for line in after.values()])
     rows = [
         {
-            # Two folders may have the same name; then the whole path tells them apart.
-            "name": new["dataset"] if names.count(new["dataset"]) == 1 else spec,
+            "name": name,
             "shifted": new["shifted"],
+            "includes_training": new.get("includes_training", False),
             "n": new["n"],
             "before": before[spec]["top1"],
             "after": new["top1"],
@@ -115,7 +123,7 @@ def accuracy_rows(evaluations: Sequence[Mapping[str, Any]]) -> list[dict[str, An
             "top5": new["top5"],
             "mean_per_class": new["mean_per_class"],
         }
-        for spec, new in after.items()
+        for name, (spec, new) in zip(names, after.items(), strict=True)
     ]
     return sorted(rows, key=lambda row: row["shifted"])
 
@@ -160,6 +168,8 @@ def _tiles(rows: Sequence[Mapping[str, Any]], results: Mapping[str, Any]) -> lis
             before, after = (sum(r[when] for r in part) / len(part) for when in ("before", "after"))
             mean = f", mean of {len(part)}" if len(part) > 1 else ""
             detail = f"{signed(after - before)} points, from {percent(before)}"
+            if any(row["includes_training"] for row in part):
+                detail += "; training images included"
             tone = "up" if after > before else "down" if after < before else ""
             tiles.append(_tile(percent(after), f"accuracy {label}{mean}", detail, tone))
     share = results["trained"] / results["parameters"]
@@ -203,29 +213,61 @@ def _kind_rows(blocks: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def _blocks_note(results: Mapping[str, Any]) -> str:
+def _blocks_note(config: FinetuneConfig, results: Mapping[str, Any]) -> str:
     if results["trained"] == results["parameters"]:
         return "Full fine-tuning trains every parameter of both encoders."
+    entries = (
+        "entries with the largest mean gradient, one ranking over both encoders"
+        if config.mask is None
+        else f"entries of the given mask {config.mask}"
+    )
     return (
-        f"The {results['trained']:,} entries with the largest mean gradient, one ranking over both "
-        "encoders. Blocks are numbered along the data's way; in: embeddings and stem, out: final "
-        "norm and projection. Every other parameter has its pretrained value, bit for bit."
+        f"The {results['trained']:,} {entries}. Blocks are numbered along the data's way; in: "
+        "embeddings and stem, out: final norm and projection. Every other parameter has its "
+        "pretrained value, bit for bit."
     )
 
 
-def _usage(config: FinetuneConfig, results: Mapping[str, Any]) -> dict[str, str]:
-    model = f"--model {results['model']}"
-    data = " ".join(f"--data {spec}" for spec in config.eval_data or (config.train_data,))
-    path = Path(config.output) / results["artefact"]
-    if results["artefact"] != "delta.safetensors":
-        note = "The file holds all weights of the model."
-        return {"usage_note": note, "usage": f"saft evaluate {model} --pretrained {path} {data}"}
-    pretrained = results["pretrained"]
-    start = model if pretrained == "builtin" else f"{model} --pretrained {pretrained}"
-    note = (
+def _usage_note(results: Mapping[str, Any]) -> str:
+    if not _is_delta(results):
+        return "The file holds all weights of the model."
+    return (
         "The delta is applied to the pretrained model that it was made from, and can be reverted."
     )
-    return {"usage_note": note, "usage": f"saft evaluate {start} --delta {path} {data}"}
+
+
+def _usage(folder: Path, config: FinetuneConfig, results: Mapping[str, Any]) -> list[str]:
+    """The options, other than their defaults, with which ``saft evaluate`` gives these results."""
+    model, pretrained = results["model"], results["pretrained"]
+    artefact = str(folder / results["artefact"])
+    options = {
+        "--pretrained": [pretrained] if pretrained != "builtin" else [],
+        "--delta": [artefact],
+        "--template": config.template,
+        "--precision": [config.precision] if config.precision != "fp32" else [],
+        "--device": [config.device] if config.device != "cpu" else [],
+        "--data": config.eval_data or (config.train_data,),
+    }
+    quick_gelu = config.force_quick_gelu
+    if not _is_delta(results):
+        options |= {"--pretrained": [artefact], "--delta": []}
+        # A tag brings it along, a file of weights does not.
+        quick_gelu |= open_clip.get_pretrained_cfg(model, pretrained).get("quick_gelu", False)
+    words = [word for flag, values in options.items() for one in values for word in (flag, one)]
+    return ["--model", model, *(["--force-quick-gelu"] if quick_gelu else []), *words]
+
+
+def _is_delta(results: Mapping[str, Any]) -> bool:
+    return bool(results["artefact"] == "delta.safetensors")
+
+
+def _settings(config: FinetuneConfig, results: Mapping[str, Any]) -> list[tuple[str, str]]:
+    values = config.to_dict()
+    del values["resume"]
+    if config.mask is not None:  # --density had no say
+        share = results["trained"] / results["parameters"]
+        values["density"] = f"{share:.3g} (of the given mask)"
+    return [(dashed(name), _plain(value)) for name, value in values.items()]
 
 
 def _surroundings(results: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -24,10 +24,12 @@ from typing import Any
 from saft_clip.config import FinetuneConfig
 from saft_clip.data import ImageDataset
 from saft_clip.errors import CheckpointError, ConfigError
-from saft_kernels.errors import FileWriteError
-from saft_kernels.files import atomic_write
+from saft_kernels.files import atomic_write, make_folder
 
-_OURS = ("config.yaml", "metrics.jsonl", "results.json", "delta.safetensors", "model.safetensors")
+_OURS = (
+    *("config.yaml", "inputs.json", "mask.safetensors", "metrics.jsonl", "results.json"),
+    *("delta.safetensors", "model.safetensors", "report.html", "demo.json"),
+)
 
 
 class RunFolder:
@@ -59,26 +61,40 @@ class RunFolder:
         """Make sure that a run with these settings may start or go on here; nothing is written.
 
         Raises:
-            ConfigError: if there is a run and ``resume`` is not set, or its settings differ.
+            ConfigError: if there is a run and ``resume`` is not set, or its settings differ; or if
+                there are files that a run would overwrite.
         """
-        if not config.resume:
+        if not (config.resume and self.started()):
             self._check_unused()
-        elif self.started():
-            changes = config.differences(FinetuneConfig.load(self.config))
-            if changes:
-                raise ConfigError(
-                    f"the run in {self.path} was started with other settings: {'; '.join(changes)};"
-                    " continue it with its own, or give another --output"
-                )
+            return
+        changes = config.differences(FinetuneConfig.load(self.config))
+        if changes:
+            raise ConfigError(
+                f"the run in {self.path} was started with other settings: {'; '.join(changes)};"
+                " continue it with its own, or give another --output"
+            )
 
     def _check_unused(self) -> None:
-        found = [name for name in _OURS if (self.path / name).exists()]
-        if found:
+        found = ", ".join(name for name in _OURS if (self.path / name).exists())
+        if self.started():
             state = "a finished run" if self.finished() else "an unfinished run"
             raise ConfigError(
-                f"{self.path} already holds {state} ({', '.join(found)}): give --resume to "
-                "continue it, or another --output"
+                f"{self.path} already holds {state} ({found}): give --resume to continue it, or "
+                "another --output"
             )
+        if found:
+            raise ConfigError(
+                f"{self.path} holds {found}, which is not of a run that could be continued and "
+                "would be overwritten: give another --output"
+            )
+
+    def abandon(self) -> None:
+        """Remove what a run has written that failed before it had selected or trained anything."""
+        if (self.path / "mask.safetensors").exists() or any(self.checkpoints.glob("*")):
+            return
+        for path in (self.config, self.inputs, self.metrics):  # the one that makes it a run first
+            path.unlink(missing_ok=True)
+        shutil.rmtree(self.checkpoints, ignore_errors=True)
 
     def start(self, config: FinetuneConfig, inputs: dict[str, dict[str, Any]]) -> None:
         """Write settings and fingerprints, or compare them with those of the resumed run.
@@ -91,13 +107,7 @@ class RunFolder:
             FileWriteError: if the folder cannot be written to.
             ConfigError: if an input has changed; the message names it.
         """
-        try:
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise FileWriteError(
-                f"the output folder {self.path} cannot be made ({error.strerror}): give an "
-                "--output that can be written to"
-            ) from error
+        make_folder(self.checkpoints)
         if self.started():
             self._compare(inputs)
             return
@@ -144,13 +154,8 @@ def describe_data(dataset: ImageDataset, *, content: bool) -> dict[str, Any]:
     }
 
 
-def _size(path: str) -> str:
-    # A listed image that is missing is skipped, and named, when its turn comes.
-    return str(os.stat(path).st_size) if os.path.exists(path) else "missing"
-
-
 def _mark(path: str, content: bool) -> bytes:
-    name = os.path.basename(path).encode()
+    name = os.fsencode(os.path.basename(path))
     try:
         return name + (Path(path).read_bytes() if content else b"%d" % os.path.getsize(path))
     except OSError:  # evaluation names and skips what cannot be read

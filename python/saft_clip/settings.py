@@ -58,6 +58,7 @@ def run_with_settings(
 def _configure(file: Path | None, given: dict[str, Any]) -> FinetuneConfig:
     if file is None and given.get("resume") and "train_data" not in given:
         file = Path(given.get("output", "saft-run")) / "config.yaml"
+        given["output"] = str(file.parent)  # the file names the one before, if it was moved
     if file is not None:
         return FinetuneConfig.load(file).changed(**given)
     if "train_data" not in given:
@@ -115,7 +116,10 @@ def _plain_type(hint: Any) -> Any:
 
 def _default(item: Field[Any]) -> str:
     """The default for the help text, where that does not say it itself."""
-    if item.default in (MISSING, None, (), False):
+    default = item.default
+    if default in (MISSING, None, ()) or default is False:
         return ""
-    value = f"{item.default:g}" if isinstance(item.default, float) else str(item.default)
-    return f" [default: {'yes' if item.default is True else value}]"
+    value = f"{default:g}" if isinstance(default, float) else str(default)
+    source = item.metadata.get("source")
+    known = f", {source}" if source else ""
+    return f" [default: {'yes' if default is True else value}{known}]"

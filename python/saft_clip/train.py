@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import shlex
 import time
 from dataclasses import dataclass, replace
@@ -22,7 +23,15 @@ from saft_clip.checkpoint import (
 )
 from saft_clip.config import FinetuneConfig
 from saft_clip.console import progress, say, warn
-from saft_clip.data import ImageDataset, available_splits, drop_unreadable, few_shot, load_dataset
+from saft_clip.data import (
+    BUILTIN,
+    ImageDataset,
+    available_splits,
+    drop_unreadable,
+    few_shot,
+    load_dataset,
+    require_classes,
+)
 from saft_clip.errors import CheckpointError
 from saft_clip.evaluate import Evaluation, evaluate_zero_shot
 from saft_clip.methods import Method, find_method
@@ -33,6 +42,7 @@ from saft_clip.report import write_report
 from saft_clip.results import summarize
 from saft_clip.run_folder import RunFolder, describe_data, read_json
 from saft_clip.trainer import Trainer, stop_requests
+from saft_kernels.errors import SaftError
 from saft_kernels.fingerprint import fingerprints
 
 
@@ -63,6 +73,8 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
     folder.check(config)
     if config.resume and folder.finished():
         say(f"the run in {folder.path} is finished already")
+        if not folder.report.exists():  # it was stopped just before its last file
+            write_report(folder.path)
         return _result(folder, make_method.artefact)
     if config.resume and not folder.started():
         say(f"there is no run in {folder.path} yet: starting from the beginning")
@@ -70,6 +82,7 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
     data = RunData(config, clip)
     tokens = class_prompts(data.train.class_names, data.train.templates, clip.tokenizer)
     method = make_method(clip, tokens, config)
+    fresh = not folder.started()
     folder.start(config, {**data.describe(), "the pretrained model": describe_model(clip)})
     run = Run(config, folder, clip, data, method)
     try:
@@ -79,6 +92,10 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
     except KeyboardInterrupt:
         command = shlex.join(["saft", "finetune", "--resume", "--output", config.output])
         say(f"interrupted; continue with\n  {command}")
+        raise
+    except SaftError:
+        if fresh:  # so that the command can be corrected and given again
+            folder.abandon()
         raise
     finally:
         run.close()
@@ -103,6 +120,13 @@ def describe_model(clip: ClipModel) -> dict[str, str]:
     return {"fingerprint": hashlib.sha256("".join(found).encode()).hexdigest()[:16]}
 
 
+def _resolved(spec: str) -> tuple[str, ...]:
+    """The same for every way to write the path of the same data."""
+    if spec.startswith(BUILTIN):
+        return (spec,)
+    return tuple(os.path.realpath(part) for part in spec.split("::"))
+
+
 class RunData:
     """The data sets of a run.
 
@@ -124,18 +148,34 @@ class RunData:
         spec = config.val_data or (config.train_data if "val" in own else None)
         self.validation = self._load(spec, "val") if spec else None
         specs = config.eval_data or ((config.train_data,) if "test" in own else ())
-        if config.train_data in config.eval_data and not own:
-            warn(
-                f"{config.train_data} has no test split: evaluating on all of it, the training "
-                "images included"
-            )
         self.evaluation = {spec: self._load(spec, "test") for spec in specs}
+        self._trained = _resolved(config.train_data)
+        self._has_test_images = bool(own)
+        self._warn()
+
+    def _warn(self) -> None:
+        for spec in self.evaluation:
+            if self.includes_training(spec):
+                warn(f"{spec} has no test split: evaluating on all of it, training images included")
+        if not self.evaluation:
+            warn("nothing to evaluate: the training data have no test split; see --eval-data")
+
+    def is_shifted(self, spec: str) -> bool:
+        """Whether these are other data than the training data, however their paths are written."""
+        return _resolved(spec) != self._trained
+
+    def includes_training(self, spec: str) -> bool:
+        """Whether images that were trained on are evaluated, for want of a test split."""
+        return not self.is_shifted(spec) and not self._has_test_images
 
     def _training_images(self, config: FinetuneConfig) -> ImageDataset:
         everything = self._load(config.train_data, "train")
         if config.shots:
-            return few_shot(everything, config.shots, config.seed)
-        return drop_unreadable(everything)
+            chosen = few_shot(everything, config.shots, config.seed)
+        else:
+            chosen = drop_unreadable(everything)
+        require_classes(chosen)
+        return chosen
 
     def _load(self, spec: str, split: str) -> ImageDataset:
         return load_dataset(spec, split, self._transform, templates=self._templates)
@@ -213,10 +253,11 @@ class Run:
         set_random_states(state["random"], self.method.device)
         say(f"continuing from step {step} of {self.trainer.batches.steps}")
 
-    def _save(self) -> None:
+    def _save(self, logged: int | None = None) -> None:
+        """Make a checkpoint; only the first ``logged`` bytes of the record belong to it."""
         state = {
             "step": self.trainer.step,
-            "metrics": self.log.size(),
+            "metrics": self.log.size() if logged is None else logged,
             "method": self.method.state_dict(),
             "random": random_states(self.method.device),
             "seconds": self.seconds,
@@ -253,7 +294,11 @@ class Run:
                 if stop():
                     raise KeyboardInterrupt
                 if epoch_ends:
+                    logged = self.log.size()
                     self._validate()
+                    if stop():
+                        self._save(logged)  # the resumed run validates again
+                        raise KeyboardInterrupt
                 clock = time.perf_counter()
 
     @property
@@ -277,13 +322,13 @@ class Run:
     def _evaluate(self, when: str) -> None:
         for spec, dataset in self.data.evaluation.items():
             found = self._evaluate_on(dataset)
-            shifted = spec != self.config.train_data
             self.log.write(
                 "evaluation",
                 self.trainer.step,
                 when=when,
                 spec=spec,
-                shifted=shifted,
+                shifted=self.data.is_shifted(spec),
+                includes_training=self.data.includes_training(spec),
                 **found.to_dict(),
             )
 
@@ -299,6 +344,7 @@ class Run:
 
     def finish(self) -> None:
         """Write the result, evaluate it, and write the report."""
+        self.method.require_finite()
         artefact = self.method.export(self.folder.path, lambda: load_base(self.config).model)
         self._evaluate("after")
         lines = read_metrics(self.folder.metrics)

@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 
 from saft_clip.data import coop, folder
-from saft_clip.data.dataset import ImageDataset, drop_unreadable, few_shot, say_skipped
+from saft_clip.data.dataset import (
+    ImageDataset,
+    drop_unreadable,
+    few_shot,
+    require_classes,
+    say_skipped,
+)
+from saft_clip.data.names import distinct_names, printable
 from saft_clip.domains import domain_splits, load_domain
 from saft_clip.errors import DataError
 from saft_clip.prompts import DEFAULT_TEMPLATES, resolve_templates
@@ -19,9 +26,12 @@ __all__ = [
     "SPLITS",
     "ImageDataset",
     "available_splits",
+    "distinct_names",
     "drop_unreadable",
     "few_shot",
     "load_dataset",
+    "printable",
+    "require_classes",
     "say_skipped",
 ]
 
@@ -76,12 +86,19 @@ def load_dataset(
         listing = folder.list_images(_folder(spec), split)
     name, paths, labels, class_names = listing
     return ImageDataset(
-        name, paths, torch.tensor(labels), class_names, chosen or DEFAULT_TEMPLATES, transform
+        printable(name),
+        paths,
+        torch.tensor(labels),
+        tuple(map(printable, class_names)),
+        chosen or DEFAULT_TEMPLATES,
+        transform,
     )
 
 
 def available_splits(spec: str) -> tuple[str, ...]:
-    """The splits that the data itself makes; empty for a folder of class folders alone.
+    """The splits that the data itself makes and that hold images.
+
+    There is none for a folder of class folders alone.
 
     Raises:
         DataError: if there is no such data or it is malformed.
@@ -91,7 +108,8 @@ def available_splits(spec: str) -> tuple[str, ...]:
         own = domain_splits(spec.removeprefix(BUILTIN))
         return tuple(split for split in SPLITS if split in own)
     if _is_split_file(spec):
-        return tuple(split for split in SPLITS if split in coop.read_split_file(spec))
+        content = coop.read_split_file(spec)
+        return tuple(split for split in SPLITS if content.get(split))
     return folder.split_folders(_folder(spec))
 
 

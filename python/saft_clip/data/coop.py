@@ -53,7 +53,7 @@ def list_images(spec: str, split: str) -> tuple[str, list[str], list[int], tuple
 
 
 def read_split_file(spec: str) -> dict[str, list[tuple[str, int, str]]]:
-    """The entries (path, label, class name) of each split that the file holds.
+    """The entries (path, label, class name) of each split that the file holds; null is no split.
 
     Raises:
         DataError: if the file is missing or malformed.
@@ -65,9 +65,15 @@ def read_split_file(spec: str) -> dict[str, list[tuple[str, int, str]]]:
         raise DataError(f"the split file {file} cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise DataError(f"the split file {file} is not JSON ({error}); {_FORMAT}") from error
-    if not isinstance(content, dict) or not content:
+    splits = content if isinstance(content, dict) else {}
+    found = {
+        split: _entries(file, split, entries)
+        for split, entries in splits.items()
+        if entries is not None
+    }
+    if not found:
         raise DataError(f"the split file {file} holds no split; {_FORMAT}")
-    return {split: _entries(file, split, entries) for split, entries in content.items()}
+    return found
 
 
 def _entries(file: str, split: str, entries: Any) -> list[tuple[str, int, str]]:

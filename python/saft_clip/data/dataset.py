@@ -9,11 +9,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from saft_clip.console import progress, warn
+from saft_clip.data.names import printable
 from saft_clip.errors import DataError, UnreadableImageError
 
 
@@ -52,7 +55,12 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         return self.transform(self.open(index)), int(self.labels[index])
 
     def open(self, index: int) -> Image.Image:
-        """The image as it is stored, in RGB.
+        """The image as it is stored, in 8-bit RGB; what is transparent shows white.
+
+        A 16-bit image keeps the upper 8 bits of its values. Where the format does not tell the
+        range, the values do: whole numbers that all lie below 256 are 8-bit, others up to 65,535
+        are 16-bit; floats reach from 0 to 1, or to 255 if any is above 1. An image with other
+        values (negative, larger, nan) is unreadable, as nobody knows which of them is white.
 
         Raises:
             UnreadableImageError: if the file cannot be decoded.
@@ -67,10 +75,6 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         return replace(
             self, images=[self.images[i] for i in indices], labels=self.labels[list(indices)]
         )
-
-    def transformed(self, transform: Callable[[Any], Tensor]) -> ImageDataset:
-        """The same images with another transform."""
-        return replace(self, transform=transform)
 
 
 def drop_unreadable(dataset: ImageDataset, *, show_progress: bool = True) -> ImageDataset:
@@ -103,6 +107,19 @@ def say_skipped(name: str, skipped: Sequence[str], limit: int = 5) -> None:
         warn(
             f"{len(skipped)} unreadable image(s) of {name} skipped: "
             f"{'; '.join(skipped[:limit])}{tail}"
+        )
+
+
+def require_classes(dataset: ImageDataset) -> None:
+    """Refuse to train on one class: whatever the model says is right, and the loss is 0.
+
+    Raises:
+        DataError: if there are fewer than two.
+    """
+    if len(dataset.class_names) < 2:
+        raise DataError(
+            f"fine-tuning needs at least two classes, {dataset.name} has one "
+            f"({dataset.class_names[0]!r})"
         )
 
 
@@ -177,7 +194,7 @@ def _find_unreadable(
         for index, reason in zip(files, reasons, strict=True):
             advance()
             if reason is not None:
-                bad[index] = f"{dataset.images[index]}: {reason}"
+                bad[index] = printable(f"{dataset.images[index]}: {reason}")
     return bad
 
 
@@ -192,8 +209,36 @@ def _why_unreadable(path: str) -> str | None:
 def _decode(path: str) -> Image.Image:
     try:
         with Image.open(path) as image:
-            return image.convert("RGB")
+            return _to_rgb(image)
     # A broken file makes the decoders raise anything: OSError, SyntaxError, struct.error and more.
     except Exception as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise UnreadableImageError(path, reason.splitlines()[0] if reason else "broken") from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    # PIL's own conversions cut values above 255 off and drop transparency: white and black areas.
+    if image.mode == "F" or image.mode.startswith("I"):
+        return Image.fromarray(_to_8_bits(np.asarray(image))).convert("RGB")
+    if image.has_transparency_data:
+        canvas = Image.new("RGBA", image.size, "white")
+        canvas.alpha_composite(image.convert("RGBA"))
+        return canvas.convert("RGB")
+    return image.convert("RGB")
+
+
+def _to_8_bits(values: NDArray[Any]) -> NDArray[np.uint8]:
+    """Grey values of more than 8 bits as 8 bits; :meth:`ImageDataset.open` says which are which.
+
+    Raises:
+        ValueError: if their range is unknown.
+    """
+    low, high = values.min(), values.max()
+    whole = np.issubdtype(values.dtype, np.integer)
+    if not (low >= 0 and high <= (65535 if whole else 255)):  # nan is in no range
+        raise ValueError(f"values from {low} to {high}, of which none is known to be white")
+    if values.dtype.itemsize == 2 or (whole and high > 255):
+        values = values >> 8
+    elif not whole and high <= 1:
+        values = (255 * values).round()
+    return values.astype(np.uint8)

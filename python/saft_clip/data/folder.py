@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from saft_clip.errors import DataError
@@ -17,6 +18,7 @@ def list_images(root: Path, split: str) -> tuple[str, list[str], list[int], tupl
 
     The classes are the class folders of all splits together, sorted by folder name, so that a label
     means the same class in each. Underscores in a folder's name become spaces in the class name.
+    Symbolic links are followed, but never back to a folder on the way there.
 
     Returns:
         Name of the data set, image paths, labels, class names.
@@ -56,16 +58,40 @@ def split_folders(root: Path) -> tuple[str, ...]:
 def _subfolders(folder: Path) -> list[str]:
     if not folder.is_dir():
         return []
-    return [entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != "."]
+    here = _with_parents(folder)
+    return [
+        entry.name
+        for entry in os.scandir(folder)
+        if entry.is_dir() and entry.name[0] != "." and os.path.realpath(entry.path) not in here
+    ]
 
 
 def _images_below(folder: Path) -> list[str]:
     return sorted(
         os.path.join(parent, file)
-        for parent, _, files in os.walk(folder, followlinks=True)
+        for parent, files in _walk(folder)
         for file in files
         if file[0] != "." and os.path.splitext(file)[1].lower() in IMAGE_SUFFIXES
     )
+
+
+def _walk(top: Path) -> Iterator[tuple[str, list[str]]]:
+    """Each folder below and the files in it, once, however many links lead there."""
+    seen = _with_parents(top)
+    for parent, folders, files in os.walk(top, followlinks=True):
+        yield parent, files
+        new: dict[str, str] = {}
+        for name in sorted(folders):  # so that of several links the same one is followed each time
+            new.setdefault(os.path.realpath(os.path.join(parent, name)), name)
+        # In place: os.walk goes on with what is left in its list.
+        folders[:] = [name for real, name in new.items() if real not in seen]
+        seen |= new.keys()
+
+
+def _with_parents(folder: Path) -> set[str]:
+    """The real paths of a folder and of those that hold it: a link to one of them is a loop."""
+    real = folder.resolve()
+    return {str(real), *map(str, real.parents)}
 
 
 def _class_names(root: Path, folders: list[str]) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ from saft_clip.config import FinetuneConfig
 from saft_clip.errors import ConfigError
 from saft_clip.evaluate import embed_classes
 from saft_clip.models import ClipModel, autocast
+from saft_kernels.errors import NonFiniteGradientError
 from saft_kernels.mask import CooMask
 
 #: Parameters that are never trained: the paper's theta is the two encoders.
@@ -101,6 +102,18 @@ class Method(ABC):
     @abstractmethod
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """Scale the trained gradient to at most this norm; return the norm it had."""
+
+    def require_finite(self) -> None:
+        """Make sure that training has not diverged; a loss shows it one step too late.
+
+        Raises:
+            NonFiniteGradientError: naming the first parameter that holds NaN or infinity.
+        """
+        for name, param in self.model.named_parameters():
+            if not torch.isfinite(param).all():
+                raise NonFiniteGradientError(
+                    f"training has diverged: {name!r} holds NaN or infinity; lower --lr", name
+                )
 
     def step(self, lr: float) -> None:
         """Take an optimizer step with this learning rate and drop the gradients."""
