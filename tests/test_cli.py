@@ -283,6 +283,23 @@ def test_evaluate_takes_the_model_from_the_delta(small, pets, tmp_path, capsys):
     assert [content["model"], content["pretrained"]] == small[1::2]
 
 
+def test_delta_made_with_quick_gelu_is_evaluated_with_it(small, pets, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    settings = ["--shots", "2", "--epochs", "1", "--batch-size", "4", "--precision", "fp32"]
+    train = ["--train-data", pets, "--density", "0.05", "--force-quick-gelu"]
+    assert main(["finetune", *small, *settings, *train, "--output", str(run)]) == 0
+    asked = []
+
+    def spy(*arguments, **options):
+        asked.append(options["force_quick_gelu"])
+        return load_model(*arguments, **options)
+
+    monkeypatch.setattr(commands, "load_model", spy)
+    assert main(["evaluate", "--delta", str(run / "delta.safetensors"), "--data", pets]) == 0
+    assert main(["evaluate", *small, "--data", pets]) == 0
+    assert asked == [True, False]
+
+
 def test_delta_info(delta, capsys):
     clip, path = delta
     total = sum(param.numel() for param in clip.model.parameters())

@@ -48,7 +48,8 @@ def evaluate_command(
 ) -> list[Evaluation]:
     """Evaluate a model on data sets; print a table and write JSON.
 
-    Without ``model`` it is the one that the delta was made for. Whatever can be wrong with the
+    Without ``model`` it is the one that the delta was made for; QuickGELU is used where the delta
+    was made with it. Whatever can be wrong with the
     arguments is found before the first evaluation.
     """
     if json_file is not None:
@@ -57,6 +58,8 @@ def evaluate_command(
     if model is None and change is not None:
         model = change.metadata.get("model")
         pretrained = pretrained or change.metadata.get("pretrained")
+    if change is not None:
+        force_quick_gelu |= change.metadata.get("force_quick_gelu") == "yes"
     model = model or DEFAULT_MODEL
     clip = load_model(
         model,

@@ -128,5 +128,7 @@ class Saft(Method):
             "shots": str(config.shots),
             "seed": str(config.seed),
         }
+        if config.force_quick_gelu:  # no weight shows it, and without it accuracy is lower
+            about["force_quick_gelu"] = "yes"
         SparseDelta.capture(self.model, self.mask, base(), about).save(path)
         return path
