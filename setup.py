@@ -8,9 +8,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, setup
-from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+
+try:
+    from setuptools.command.bdist_wheel import bdist_wheel
+except ImportError:  # a new virtual environment of Python 3.11 has 65
+    sys.exit(
+        f"saft-kernels: setuptools 77 or later is needed, {setuptools.__version__} was found; run "
+        '`pip install --upgrade "setuptools>=77"` first.'
+    )
 
 ROOT = Path(__file__).parent.resolve()
 
@@ -21,7 +29,7 @@ def torch_root() -> Path:
     if spec is None or spec.origin is None:
         sys.exit(
             "saft-kernels: torch is not installed in the environment that builds the package; "
-            "run `pip install torch setuptools cmake ninja` first, then install with "
+            'run `pip install torch "setuptools>=77" cmake ninja` first, then install with '
             "--no-build-isolation."
         )
     return Path(spec.origin).parent

@@ -81,6 +81,12 @@ def test_missing_torch_is_one_clear_sentence(monkeypatch):
         module["torch_root"]()
 
 
+def test_old_setuptools_is_one_clear_sentence(monkeypatch):
+    monkeypatch.setitem(sys.modules, "setuptools.command.bdist_wheel", None)
+    with pytest.raises(SystemExit, match="setuptools 77 or later is needed"):
+        runpy.run_path(str(ROOT / "setup.py"))
+
+
 def test_symbols_shared_between_instruction_sets_fail_the_build(tmp_path):
     source = tmp_path / "leak.cpp"
     source.write_text(
