@@ -12,7 +12,6 @@ import unicodedata
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from math import ceil
 from typing import Any
 
 import matplotlib as mpl
@@ -131,15 +130,6 @@ def _columns(text: str) -> int:
     return sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text)
 
 
-def _tick_label(name: str) -> str:
-    """The shortened name, with room for East Asian characters.
-
-    Matplotlib's font has none and reserves 0.6 em for each; a no-break space takes another 0.3.
-    """
-    short = shortened(name)
-    return "\u00a0" * ceil(4 / 3 * (_columns(short) - len(short))) + short
-
-
 class _WithinOne(AutoLocator):
     """The usual ticks, but none below 0 or above 1, whatever the margins."""
 
@@ -174,7 +164,7 @@ def accuracy_figure(rows: Sequence[Mapping[str, Any]]) -> str:
                 color=PLACEHOLDERS[when], edgecolors=PLACEHOLDERS["card"], linewidths=1.2,
             )  # fmt: skip
         _label_ends(axes, rows)
-        axes.set_yticks(list(y_positions), [_tick_label(row["name"]) for row in rows])
+        axes.set_yticks(list(y_positions), [shortened(row["name"]) for row in rows])
         axes.tick_params(axis="y", length=0, labelcolor=PLACEHOLDERS["ink"])
         axes.set_ylim(-0.6, len(rows) - 0.4)
         axes.grid(axis="y", visible=False)

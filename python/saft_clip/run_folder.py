@@ -169,7 +169,9 @@ def write_json(path: Path, value: Any) -> None:
         FileWriteError: if it cannot be written.
     """
     with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", "utf-8")
+        # A path that is not UTF-8 holds surrogates; \udcff is JSON for one.
+        text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+        temporary.write_bytes(text.encode(errors="backslashreplace"))
 
 
 def read_json(path: Path) -> Any:
