@@ -151,6 +151,8 @@ def resolve(device: torch.device) -> str:
     Raises:
         BackendUnavailableError: if none does, or if the one asked for does not serve that device.
     """
+    if device.type == "cpu" and not (_requested or _environment_error or _load_error):
+        return "cpu"  # the usual case at once: every operation asks
     require_environment()
     if _requested is None:
         return _default_backend(device)

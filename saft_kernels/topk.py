@@ -123,7 +123,7 @@ class StreamingTopK:
             )
         self._extents[rank] = max(self._extents[rank], end)
         ops.accumulate_topk_(
-            acc.detach(),
+            acc.detach() if acc.requires_grad else acc,
             None if grad is None else _row_major(grad),
             scale,
             square=square,
@@ -223,4 +223,4 @@ def _row_major(grad: Tensor) -> Tensor:
         grad = grad.to_dense()
     if grad.dtype not in ops.FLOATING:
         grad = grad.float()
-    return grad.detach().contiguous()
+    return (grad.detach() if grad.requires_grad else grad).contiguous()

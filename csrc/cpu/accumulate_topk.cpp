@@ -64,20 +64,10 @@ void raise_to_bin(const TopkBuffer& b) {
   }
 }
 
-// Keeps the candidates above the bar, and those equal to it up to the tie itself. Without a branch: it could not be
-// predicted, as about half of the candidates go.
+// Keeps the candidates above the bar, and those equal to it up to the tie itself.
 void drop_below(const TopkBuffer& b, Bar bar) {
-  const int64_t count = b.state[kCount];
-  int64_t kept = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    const float value = b.values[i];
-    const int64_t position = b.positions[i];
-    b.values[kept] = value;
-    b.positions[kept] = position;
-    const uint32_t bits = bits_of(value);
-    kept += (bits > bar.bits) | ((bits == bar.bits) & (position <= bar.tie));
-  }
-  b.state[kCount] = kept;
+  int64_t& count = b.state[kCount];
+  count = accumulate_topk_kernels().keep(b.values, b.positions, count, bar.bits, bar.tie);
 }
 
 // Which candidates have values in [low, high).

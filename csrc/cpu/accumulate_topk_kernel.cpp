@@ -92,7 +92,7 @@ int64_t scan(const Scan& scan, int64_t begin, int64_t end, float threshold, int3
 
 namespace SAFT_CPU_ISA {
 extern const AccumulateTopkKernels accumulate_topk;
-const AccumulateTopkKernels accumulate_topk = {scan};
+const AccumulateTopkKernels accumulate_topk = {scan, keep_above};
 }  // namespace SAFT_CPU_ISA
 
 }  // namespace saft::cpu

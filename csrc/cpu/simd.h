@@ -1,5 +1,5 @@
-// The one vector operation that compilers do not find by themselves; everything else in the kernels is plain loops
-// that they vectorise for each instruction set.
+// The two vector operations that compilers do not find by themselves, both of which keep some elements and close the
+// gaps; everything else in the kernels is plain loops that they vectorise for each instruction set.
 //
 // In an unnamed namespace on purpose: see isa.h on linkage.
 #pragma once
@@ -47,6 +47,37 @@ inline int64_t append_not_below(const float* x, float bound, int32_t first, int3
   for (; mask; mask &= mask - 1) out[found++] = first + __builtin_ctz(mask);
   return found;
 #endif
+}
+
+// Keeps the pairs (value, position) with bits of value > bits, or equal bits and position <= tie, in order and in
+// place; values are not negative. Returns how many.
+inline int64_t keep_above(float* values, int64_t* positions, int64_t n, uint32_t bits, int64_t tie) {
+  int64_t kept = 0, i = 0;
+#if defined(__AVX512F__) && defined(__AVX512VL__)
+  const __m256i bound = _mm256_set1_epi32(static_cast<int>(bits));
+  const __m512i last = _mm512_set1_epi64(tie);
+  for (; i + 8 <= n; i += 8) {
+    const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values + i));
+    const __m512i p = _mm512_loadu_si512(positions + i);
+    const __mmask8 above = _mm256_cmpgt_epi32_mask(v, bound);
+    const __mmask8 tied = _mm256_cmpeq_epi32_mask(v, bound) & _mm512_cmple_epi64_mask(p, last);
+    const __mmask8 mask = above | tied;
+    // Whole vectors are stored: what lies behind the kept ones has been read already.
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(values + kept), _mm256_maskz_compress_epi32(mask, v));
+    _mm512_storeu_si512(positions + kept, _mm512_maskz_compress_epi64(mask, p));
+    kept += __builtin_popcount(mask);
+  }
+#endif
+  // Without a branch: it could not be predicted, as about half of the pairs go.
+  for (; i < n; ++i) {
+    const float value = values[i];
+    const int64_t position = positions[i];
+    values[kept] = value;
+    positions[kept] = position;
+    const auto own = __builtin_bit_cast(uint32_t, value);
+    kept += (own > bits) | ((own == bits) & (position <= tie));
+  }
+  return kept;
 }
 
 }  // namespace
