@@ -229,7 +229,7 @@ class CooMask:
         """
         where = f"mask file {os.fspath(path)}"
         if os.path.isdir(path):
-            raise DeltaFormatError(f"{where} is a folder; name the file in it")
+            raise DeltaFormatError(f"{where} cannot be read: it is a folder; name the file in it")
         try:
             with safetensors.safe_open(os.fspath(path), framework="pt") as file:
                 metadata = _read_metadata(file.metadata())
