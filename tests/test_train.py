@@ -551,6 +551,18 @@ def test_a_run_that_fails_after_the_selection_keeps_it(config, monkeypatch):
     assert {"config.yaml", "mask.safetensors"} <= kept
 
 
+def test_a_run_that_fails_after_a_step_keeps_its_record(config, monkeypatch):
+    """Full fine-tuning has no mask, and no checkpoint before the first epoch ends."""
+
+    def fail():
+        raise NonFiniteGradientError("no")
+
+    stop_at(monkeypatch, 2, fail)
+    with pytest.raises(NonFiniteGradientError):
+        finetune(config.changed(method="full"))
+    assert [line["step"] for line in read_metrics(Path(config.output) / "metrics.jsonl")][-1] == 1
+
+
 def test_a_missing_report_of_a_finished_run_is_made_up_for(config):
     result = finetune(config.changed(epochs=1))
     (result.output / "report.html").unlink()

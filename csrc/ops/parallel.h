@@ -12,7 +12,7 @@ namespace saft {
 constexpr int64_t kEntriesAtOnce = 2048;  // fewer entries than this cost less than a second thread does
 
 // f(begin, end) for pieces of [0, entries) that threads take as they become free. Selected entries that share a cache
-// line cost a tenth of those that lie alone, and lie together in the tensor: equal shares would not be equal work.
+// line cost less than those that lie alone, and lie together in the tensor: equal shares would not be equal work.
 template <typename F>
 void parallel_for_entries(int64_t entries, const F& f) {
   std::atomic<int64_t> next{0};

@@ -49,8 +49,7 @@ def evaluate_command(
     """Evaluate a model on data sets; print a table and write JSON.
 
     Without ``model`` it is the one that the delta was made for; QuickGELU is used where the delta
-    was made with it. Whatever can be wrong with the
-    arguments is found before the first evaluation.
+    was made with it. Whatever can be wrong with the arguments is found before the first evaluation.
     """
     if json_file is not None:
         _check_folder(json_file)

@@ -365,6 +365,7 @@ def _workers(
         _start_worker,
         (folder, plan, data),
     )
+    others = set(multiprocessing.active_children())
     try:
         yield pool
     except BrokenProcessPool:
@@ -374,7 +375,7 @@ def _workers(
         ) from None
     except KeyboardInterrupt:
         say("interrupted; nothing was kept")
-        for worker in multiprocessing.active_children():
+        for worker in set(multiprocessing.active_children()) - others:
             worker.terminate()
         raise
     finally:

@@ -94,7 +94,7 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
         say(f"interrupted; continue with\n  {command}")
         raise
     except SaftError:
-        if fresh:  # so that the command can be corrected and given again
+        if fresh and run.trainer.step == 0:  # so that the command can be corrected and given again
             folder.abandon()
         raise
     finally:
