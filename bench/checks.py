@@ -10,6 +10,7 @@ from torch import Tensor
 from bench.harness import require
 from bench.models import ADAMW
 from saft_kernels import CooMask, reference
+from saft_kernels.ops import end_to_end
 
 #: How far one AdamW step may be from the specification's: a twentieth of the largest update, for
 #: roundings of the gradient, and three roundings of the weight itself.
@@ -23,9 +24,9 @@ def reference_step(
     """The selected entries after the first AdamW step, by the specification."""
     values = {n: reference.gather(weights[n].detach(), i) for n, i in mask.items()}
     grads = torch.cat([reference.gather(gradients[n], i) for n, i in mask.items()])
-    compact = [torch.arange(value.numel()) for value in values.values()]
+    compact, bounds = end_to_end([torch.arange(value.numel()) for value in values.values()])
     reference.sparse_adamw_(
-        list(values.values()), (), grads, compact,
+        list(values.values()), (), grads, compact, bounds,
         torch.zeros_like(grads), torch.zeros_like(grads), None, torch.zeros(len(values)),
         ADAMW["lr"], None, 0.9, 0.999, 1e-8, ADAMW["weight_decay"], False, None, None,
     )  # fmt: skip

@@ -18,7 +18,7 @@ STABLE_TORCH_LIBRARY(saft_kernels, m) {
 
   // 3 sparse_adamw
   m.def(
-      "sparse_adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor? compact_grad, Tensor[] indices, "
+      "sparse_adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor? compact_grad, Tensor indices, int[] bounds, "
       "Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!)? master, Tensor(e!) step, float lr, "
       "Tensor? lr_tensor, float beta1, float beta2, float eps, float weight_decay, bool maximize, "
       "Tensor? grad_scale, Tensor? found_inf) -> ()");

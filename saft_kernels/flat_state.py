@@ -1,9 +1,8 @@
-"""The optimizer state of parameters that share a group, a dtype and a device, as flat vectors."""
+"""The optimizer state of parameters that share a group, dtypes and a device, as flat vectors."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -25,9 +24,12 @@ class FlatState:
     Args:
         names: T names, for messages.
         params: T parameters of one dtype (fp32, bf16 or fp16) and device.
-        indices: T vectors of strictly increasing flat indices, int32 or int64, on that device.
+        indices: T vectors of strictly increasing flat indices of one dtype, int32 or int64, on that
+            device.
 
     Attributes:
+        indices: int32 or int64 [nnz].
+        bounds: T + 1 numbers.
         exp_avg: fp32 [nnz], first moment.
         exp_avg_sq: fp32 [nnz], second moment.
         master: fp32 [nnz], exact values of the selected entries; None for fp32 parameters.
@@ -39,8 +41,7 @@ class FlatState:
     ) -> None:
         self.names = list(names)
         self.params = list(params)
-        self.indices = list(indices)
-        self.bounds = [0, *accumulate(index.numel() for index in indices)]
+        self.indices, self.bounds = ops.end_to_end(indices)
         self.dtype, self.device = params[0].dtype, params[0].device
         self.exp_avg = self._vector(self.nnz)
         self.exp_avg_sq = self._vector(self.nnz)
@@ -49,8 +50,8 @@ class FlatState:
         # Version of each parameter when its master values were last known to agree with it.
         self._versions = [-1] * len(self.params)
         if self.dtype != torch.float32:
-            pieces = zip(self.params, self.indices, strict=True)
-            self.master = torch.cat([ops.gather(p, index) for p, index in pieces]).float()
+            pieces = [ops.gather(p, self.index(i)) for i, p in enumerate(self.params)]
+            self.master = torch.cat(pieces).float()
 
     def _vector(self, length: int) -> Tensor:
         return torch.zeros(length, dtype=torch.float32, device=self.device)
@@ -68,13 +69,17 @@ class FlatState:
         """The entries of parameters ``begin`` to ``end`` of a flat vector, as a view."""
         return vector[self.bounds[begin] : self.bounds[end]]
 
+    def index(self, i: int) -> Tensor:
+        """The flat indices of parameter ``i``, as a view."""
+        return self.piece(self.indices, i, i + 1)
+
     def view(self, i: int) -> dict[str, Tensor]:
         """The state of parameter ``i``: views, so that whoever changes one changes the other."""
         state = {
             "step": self.step[i],
             "exp_avg": self.piece(self.exp_avg, i, i + 1),
             "exp_avg_sq": self.piece(self.exp_avg_sq, i, i + 1),
-            "indices": self.indices[i],
+            "indices": self.index(i),
         }
         if self.master is not None:
             state["master"] = self.piece(self.master, i, i + 1)
@@ -143,13 +148,15 @@ class FlatState:
     ) -> None:
         """One AdamW step of parameters ``begin`` to ``end``; options as of the operation."""
         params = self.params[begin:end]
+        first = self.bounds[begin]
         ops.sparse_adamw_(
             params,
             grads,
-            self.indices[begin:end],
+            self.piece(self.indices, begin, end),
             self.piece(self.exp_avg, begin, end),
             self.piece(self.exp_avg_sq, begin, end),
             self.step[begin:end],
+            bounds=[bound - first for bound in self.bounds[begin : end + 1]],
             master=None if self.master is None else self.piece(self.master, begin, end),
             **options,
         )
@@ -168,7 +175,7 @@ class FlatState:
         for i, param in enumerate(self.params):
             if everywhere or param._version != self._versions[i]:
                 master = self.piece(self.master, i, i + 1)
-                weight = ops.gather(param, self.indices[i])
+                weight = ops.gather(param, self.index(i))
                 unchanged = master.to(self.dtype) == weight
                 master.copy_(torch.where(unchanged, master, weight.float()))
                 self._versions[i] = param._version

@@ -51,13 +51,13 @@ class DenseGradients:
     def compact(self, state: FlatState, begin: int, end: int) -> Tensor:
         """See :class:`GradientSource`."""
         grads = self.gradients(state, begin, end)
-        pieces = zip(grads, state.indices[begin:end], strict=True)
-        return torch.cat([ops.gather(grad, index) for grad, index in pieces]).float()
+        pieces = [ops.gather(grad, state.index(i)) for i, grad in enumerate(grads, begin)]
+        return torch.cat(pieces).float()
 
     def scale_(self, state: FlatState, begin: int, end: int, factor: Tensor) -> None:
         """See :class:`GradientSource`; entries that are not selected keep their bits."""
         for i in range(begin, end):
-            grad, index = _dense_grad(state, i), state.indices[i]
+            grad, index = _dense_grad(state, i), state.index(i)
             scaled = ops.gather(grad, index).float().mul_(factor)
             ops.scatter_(grad, index, scaled.to(grad.dtype))
 
@@ -115,7 +115,7 @@ class StreamedGradients:
             self._pieces[state] = pieces
             for i, param in enumerate(state.params):
                 if param.requires_grad:  # of a copied optimizer it may be frozen by now
-                    hook = _gather_and_free(state.names[i], pieces[i], state.indices[i])
+                    hook = _gather_and_free(state.names[i], pieces[i], state.index(i))
                     self._handles.append(param.register_post_accumulate_grad_hook(hook))
                 self._params.append(param)
                 _streamed[param] = True
@@ -178,9 +178,9 @@ def _bring_home(state: FlatState, i: int, home: Tensor) -> None:
     grad = state.params[i].grad
     if isinstance(grad, SelectedGrad):
         if grad.values() is not home:
-            home.copy_(grad.values_at(state.indices[i]))
+            home.copy_(grad.values_at(state.index(i)))
     else:
-        home.copy_(ops.gather(_dense_grad(state, i), state.indices[i]))
+        home.copy_(ops.gather(_dense_grad(state, i), state.index(i)))
 
 
 #: The modes of SparseAdamW.

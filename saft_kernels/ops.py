@@ -12,6 +12,7 @@ differentiable.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -151,14 +152,28 @@ _register_fake("scatter_", _nothing)
 # 3 ----------------------------------------------------------------------------- sparse_adamw_
 
 
+def end_to_end(indices: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
+    """Index vectors one after the other, and the bounds of each in the result.
+
+    Args:
+        indices: T vectors, int32 or int64.
+
+    Returns:
+        (indices [nnz], bounds): vector i is ``indices[bounds[i]:bounds[i + 1]]``; int64 if any is.
+    """
+    bounds = [0, *accumulate(index.numel() for index in indices)]
+    return torch.cat(list(indices)) if indices else torch.empty(0, dtype=torch.int32), bounds
+
+
 def sparse_adamw_(
     params: Sequence[Tensor],
     grads: Sequence[Tensor] | Tensor,
-    indices: Sequence[Tensor],
+    indices: Sequence[Tensor] | Tensor,
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
     step: Tensor,
     *,
+    bounds: Sequence[int] | None = None,
     lr: float | Tensor,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
@@ -184,10 +199,12 @@ def sparse_adamw_(
         grads: either T dense tensors (shapes of ``params``; the selected entries are gathered on
             the way), or one compact vector, fp32 [nnz], in the order of ``indices``.
         indices: T vectors, int32 or int64, strictly increasing flat indices; nnz is their total
-            length.
+            length. Or, with ``bounds``, one vector of them end to end, which spares this call the
+            concatenation (:func:`end_to_end` makes both).
         exp_avg: fp32 [nnz], changed in place.
         exp_avg_sq: fp32 [nnz], changed in place.
         step: fp32 [T], the number of steps each parameter has taken; incremented.
+        bounds: T + 1 numbers; parameter i owns ``indices[bounds[i]:bounds[i + 1]]``.
         lr: learning rate, a float or a one-element tensor read when the step runs.
         betas: decay rates of the two moments, each in [0, 1).
         eps: added to the denominator.
@@ -203,9 +220,14 @@ def sparse_adamw_(
     """
     dense, compact = ((), grads) if isinstance(grads, Tensor) else (grads, None)
     rate, lr_tensor = (0.0, lr) if isinstance(lr, Tensor) else (lr, None)
+    if isinstance(indices, Tensor):
+        if bounds is None:
+            raise RuntimeError("one vector of indices needs bounds, which say whose they are")
+    else:
+        indices, bounds = end_to_end(indices)
     with torch.no_grad():
         _implementation("sparse_adamw_", exp_avg.device)(
-            list(params), list(dense), compact, list(indices),
+            list(params), list(dense), compact, indices, bounds,
             exp_avg, exp_avg_sq, master, step, rate, lr_tensor, *betas, eps, weight_decay, maximize,
             grad_scale, found_inf,
         )  # fmt: skip

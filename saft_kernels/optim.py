@@ -429,10 +429,10 @@ def _group(
 
 
 def _flat_states(group: Mapping[str, Any], indices: Mapping[Any, Tensor]) -> list[FlatState]:
-    """One state for each dtype and device among a group's parameters."""
-    parts: defaultdict[tuple[Any, Any], list[tuple[str, Tensor]]] = defaultdict(list)
+    """One state for each dtype, device and dtype of indices among a group's parameters."""
+    parts: defaultdict[tuple[Any, ...], list[tuple[str, Tensor]]] = defaultdict(list)
     for name, param in zip(group["param_names"], group["params"], strict=True):
-        parts[param.dtype, param.device].append((name, param))
+        parts[param.dtype, param.device, indices[param].dtype].append((name, param))
     return [
         FlatState([n for n, _ in part], [p for _, p in part], [indices[p] for _, p in part])
         for part in parts.values()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -107,7 +108,8 @@ def sparse_adamw_(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
     compact_grad: Tensor | None,
-    indices: Sequence[Tensor],
+    indices: Tensor,
+    bounds: Sequence[int],
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
     master: Tensor | None,
@@ -128,9 +130,8 @@ def sparse_adamw_(
     step.add_(1)
     rate = lr if lr_tensor is None else float(lr_tensor)
     inverse = 1.0 if grad_scale is None else 1.0 / float(grad_scale)
-    begin = 0
-    for tensor, (param, index) in enumerate(zip(params, indices, strict=True)):
-        end = begin + index.numel()
+    for tensor, (param, (begin, end)) in enumerate(zip(params, pairwise(bounds), strict=True)):
+        index = indices[begin:end]
         if compact_grad is not None:
             g = compact_grad[begin:end].float()
         else:
@@ -147,4 +148,3 @@ def sparse_adamw_(
         if master is not None:
             master[begin:end] = w
         scatter_(param, index, w.to(param.dtype))
-        begin = end

@@ -256,6 +256,56 @@ def test_property_any_split_into_tensors_is_the_same_step(sizes, data):
         assert torch.equal(param, expected)
 
 
+@pytest.mark.parametrize("compact", [False, True])
+def test_indices_end_to_end_are_the_same_step(device, compact):
+    apart, together = (problem(torch.float32, device) for _ in range(2))
+    apart.run(compact)
+    indices, bounds = ops.end_to_end(together.indices)
+    ops.sparse_adamw_(
+        together.params, together.compact_grad() if compact else together.grads, indices,
+        together.exp_avg, together.exp_avg_sq, together.step,
+        bounds=bounds, lr=1e-2, weight_decay=0.1,
+    )  # fmt: skip
+    pairs = zip([*apart.params, *apart.state], [*together.params, *together.state], strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("place", [0, 2_047, 2_048, 5_000, 69_998])
+def test_disorder_anywhere_is_noticed(device, threads, place):
+    """Threads check the order piece by piece; a pair across two pieces belongs to one of them."""
+    n = 70_000
+    indices = torch.arange(n, dtype=torch.int32)
+    indices[place + 1] = place
+    weight = torch.zeros(n, device=device)
+    with pytest.raises(RuntimeError, match="increase strictly"):
+        ops.sparse_adamw_(
+            [weight],
+            torch.ones(n),
+            [indices],
+            torch.zeros(n),
+            torch.zeros(n),
+            torch.zeros(1),
+            lr=1.0,
+        )
+    assert not weight.any()
+
+
+@pytest.mark.parametrize(
+    "bounds", [None, [0, 1], [0, 2, 1, 3], [1, 1, 2, 3], [0, 1, 2, 4], [-1, 1, 2, 3]]
+)
+def test_bounds_that_do_not_fit_are_refused(bounds):
+    weights = [torch.zeros(4) for _ in range(3)]
+    indices = torch.tensor([0, 1, 2])
+    with pytest.raises(
+        RuntimeError, match=r"one index vector per parameter|bounds must rise|needs bounds"
+    ):
+        ops.sparse_adamw_(
+            weights, torch.ones(3), indices, torch.zeros(3), torch.zeros(3), torch.zeros(3),
+            bounds=bounds, lr=1.0,
+        )  # fmt: skip
+    assert not any(weight.any() for weight in weights)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -306,8 +356,9 @@ def test_opcheck(device, dtype, lr_tensor):
     numbers = (0.1, lr_tensor, 0.9, 0.999, 1e-8, 0.1, False, None, None)
     op = backends.kernels().sparse_adamw_.default
     state = (p.exp_avg, p.exp_avg_sq, p.master, p.step)
-    torch.library.opcheck(op, (p.params, p.grads, None, p.indices, *state, *numbers))
-    torch.library.opcheck(op, (p.params, [], p.compact_grad(), p.indices, *state, *numbers))
+    indices, bounds = ops.end_to_end(p.indices)
+    for grads, compact in ((p.grads, None), ([], p.compact_grad())):
+        torch.library.opcheck(op, (p.params, grads, compact, indices, bounds, *state, *numbers))
 
 
 def test_compiles_without_graph_breaks():

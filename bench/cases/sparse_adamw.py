@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -64,31 +65,33 @@ class Step:
 
     params: Sequence[Tensor]
     grads: Sequence[Tensor] | Tensor
-    indices: list[Tensor]
+    indices: Tensor
+    bounds: list[int]
     exp_avg: Tensor
     exp_avg_sq: Tensor
     step: Tensor
 
     @classmethod
     def of(
-        cls, params: Sequence[Tensor], grads: Sequence[Tensor] | Tensor, indices: list[Tensor]
+        cls, params: Sequence[Tensor], grads: Sequence[Tensor] | Tensor, indices: Sequence[Tensor]
     ) -> Step:
         """With a state of zeros."""
-        nnz = sum(index.numel() for index in indices)
-        return cls(
-            params, grads, indices, torch.zeros(nnz), torch.zeros(nnz), torch.zeros(len(params))
-        )
+        flat, bounds = ops.end_to_end(indices)
+        exp_avg, step = torch.zeros(len(flat)), torch.zeros(len(params))
+        return cls(params, grads, flat, bounds, exp_avg, exp_avg.clone(), step)
 
     def __call__(self) -> None:
         """Take the step."""
         sparse_adamw_(
-            self.params, self.grads, self.indices, self.exp_avg, self.exp_avg_sq, self.step, **ADAMW
+            self.params, self.grads, self.indices, self.exp_avg, self.exp_avg_sq, self.step,
+            bounds=self.bounds, **ADAMW,
         )  # fmt: skip
 
     @property
     def moves(self) -> int:
         """Bytes it must move: lines of weights twice and of dense gradients, indices, state."""
-        pairs = zip(self.params, self.indices, strict=True)
+        pieces = [self.indices[begin:end] for begin, end in pairwise(self.bounds)]
+        pairs = zip(self.params, pieces, strict=True)
         lines = CACHE_LINE * sum(lines_touched(index, param) for param, index in pairs)
         nnz = self.exp_avg.numel()
         gradients = 4 * nnz if isinstance(self.grads, Tensor) else lines

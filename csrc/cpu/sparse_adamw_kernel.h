@@ -27,6 +27,7 @@ struct AdamWSegment {
   ParamType type;
   void* param;
   Strided param_layout;
+  int64_t numel;
   const void* grad;  // dense, of `type`; null if compact_grad is given
   Strided grad_layout;
   Indices indices;

@@ -21,6 +21,10 @@ struct Indices {
   const void* data;
   bool wide;
   int64_t n;
+
+  Indices slice(int64_t begin, int64_t end) const {
+    return {static_cast<const char*>(data) + begin * (wide ? 8 : 4), wide, end - begin};
+  }
 };
 
 namespace {

@@ -41,11 +41,11 @@ bool overlaps(const cpu::Strided& layout) {
 }
 
 template <typename Index>
-bool increasing_below(const Index* index, int64_t n, int64_t numel) {
-  if (n == 0) return true;
-  if (index[0] < 0 || index[n - 1] >= numel) return false;
+bool increase_below(const Index* index, int64_t begin, int64_t end, int64_t numel) {
+  if (begin == end) return true;
+  if (index[begin] < 0 || index[end - 1] >= numel) return false;
   Index disorder = 0;  // as wide as an index: the compiler then compares whole vectors
-  for (int64_t i = 1; i < n; ++i) disorder |= index[i - 1] >= index[i];
+  for (int64_t i = std::max<int64_t>(begin, 1); i < end; ++i) disorder |= index[i - 1] >= index[i];
   return disorder == 0;
 }
 
@@ -60,16 +60,27 @@ cpu::Strided strided_of(const Tensor& dense, bool writable, const char* name) {
   return layout;
 }
 
-cpu::Indices indices_of(const Tensor& indices, int64_t numel, const char* name) {
+cpu::Indices index_vector(const Tensor& indices, const char* name) {
   check_cpu(indices, name);
   const ScalarType type = indices.scalar_type();
   STD_TORCH_CHECK(type == ScalarType::Int || type == ScalarType::Long, name, " must be int32 or int64, not ",
                   name_of(type));
   STD_TORCH_CHECK(indices.dim() == 1 && indices.is_contiguous(), name, " must be a contiguous vector");
-  const cpu::Indices view{indices.const_data_ptr(), type == ScalarType::Long, indices.numel()};
-  const bool ok = view.wide ? increasing_below(static_cast<const int64_t*>(view.data), view.n, numel)
-                            : increasing_below(static_cast<const int32_t*>(view.data), view.n, numel);
-  STD_TORCH_CHECK(ok, name, " must increase strictly and lie within the tensor's ", numel, " elements");
+  return {indices.const_data_ptr(), type == ScalarType::Long, indices.numel()};
+}
+
+bool increase_below(const cpu::Indices& indices, int64_t begin, int64_t end, int64_t numel) {
+  return indices.wide ? increase_below(static_cast<const int64_t*>(indices.data), begin, end, numel)
+                      : increase_below(static_cast<const int32_t*>(indices.data), begin, end, numel);
+}
+
+void require_increase_below(bool holds, int64_t numel, const char* name) {
+  STD_TORCH_CHECK(holds, name, " must increase strictly and lie within the tensor's ", numel, " elements");
+}
+
+cpu::Indices indices_of(const Tensor& indices, int64_t numel, const char* name) {
+  const cpu::Indices view = index_vector(indices, name);
+  require_increase_below(increase_below(view, 0, view.n, numel), numel, name);
   return view;
 }
 

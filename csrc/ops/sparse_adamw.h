@@ -1,11 +1,12 @@
 // sparse_adamw_: one AdamW step over the selected entries of many tensors, in one call.
 //
-// sparse_adamw_(params [T]!, grads [T] or [], compact_grad fp32 [n]?, indices [T], exp_avg fp32 [n]!,
+// sparse_adamw_(params [T]!, grads [T] or [], compact_grad fp32 [n]?, indices [n], bounds [T + 1], exp_avg fp32 [n]!,
 //               exp_avg_sq fp32 [n]!, master fp32 [n]?!, step fp32 [T]!, lr, lr_tensor [1]?, beta1, beta2, eps,
 //               weight_decay, maximize, grad_scale fp32 [1]?, found_inf fp32 [1]?)
 //
 // Contract
-// - n is the total number of indices; the compact vectors hold the tensors' entries one after the other.
+// - indices and the compact vectors hold the tensors' entries one after the other; those of tensor i are
+//   [bounds[i], bounds[i + 1]). One vector, since a cold tensor handle costs a microsecond of cache misses.
 // - Exactly one gradient source: T dense tensors of the params' dtype and shape, any strides; or compact_grad.
 // - params: one dtype. bf16 and fp16 need master, which holds the exact weights: the step updates master and the
 //   weight becomes its rounding. fp32 takes none.
