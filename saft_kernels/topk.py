@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -157,20 +156,32 @@ class StreamingTopK:
                 f"{self.k:,} entries are wanted but only {count:,} were offered; "
                 "call update(..., final=True) for every accumulator before finish()"
             )
-        positions = _sorted(self._positions[:count])
+        positions = self._sorted_positions(count)
         if bool((positions[1:] == positions[:-1]).any()):
             raise SelectionError("an entry was offered twice; offer each one exactly once")
         return self._by_key(positions)
 
+    def _sorted_positions(self, count: int) -> Tensor:
+        """The first candidates' positions in ascending order, in the free part of the buffer if they fit."""
+        positions, free = self._positions[:count], self._positions[count : 2 * count]
+        if self.device.type != "cpu":
+            return positions.sort().values
+        ascending = free.copy_(positions) if free.numel() == count else positions.clone()
+        # They come in a few ascending runs, which NumPy's stable sort only has to merge.
+        ascending.numpy().sort(kind="stable")
+        return ascending
+
     def _by_key(self, positions: Tensor) -> dict[Hashable, Tensor]:
         """Split sorted positions, which are overwritten, into the flat indices of every key."""
         ranks = torch.arange(len(self._ranks) + 1, device=self.device)
-        ends = torch.searchsorted(positions, ranks << POSITION_BITS)
-        pieces = positions.bitwise_and_(MAX_ELEMENTS - 1).split(ends.diff().tolist())
+        sizes = torch.searchsorted(positions, ranks << POSITION_BITS).diff().tolist()
+        dtypes = [index_dtype(extent) for extent in self._extents]
+        positions.bitwise_and_(MAX_ELEMENTS - 1)
+        pieces = {dtype: positions.to(dtype, copy=True).split(sizes) for dtype in set(dtypes)}
         return {
-            key: piece.to(index_dtype(extent))
-            for key, extent, piece in zip(self._ranks, self._extents, pieces, strict=True)
-            if piece.numel()
+            key: pieces[dtype][rank]
+            for rank, (key, dtype) in enumerate(zip(self._ranks, dtypes, strict=True))
+            if sizes[rank]
         }
 
     def _rank(self, key: Hashable) -> int:
@@ -199,14 +210,6 @@ class StreamingTopK:
             "bad input, a loss that overflows, or too low a precision",
             parameter=str(key),
         )
-
-
-def _sorted(positions: Tensor) -> Tensor:
-    """A sorted copy; without the permutation, which would take as much memory again."""
-    if positions.device.type == "cpu":
-        # They come in a few ascending runs, which NumPy's stable sort only has to merge.
-        return torch.from_numpy(np.sort(positions.numpy(), kind="stable"))
-    return positions.sort().values
 
 
 def _initial_state() -> Tensor:

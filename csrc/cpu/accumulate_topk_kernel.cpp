@@ -18,7 +18,17 @@ static_assert(kSurvivorSlack >= kLanes);
 
 constexpr int32_t kBlock = 64;
 
+// How far ahead memory is asked for, in elements. The CPU prefetches by itself, but stops at the end of every page.
+constexpr int64_t kAhead = 512;
+
 struct NoGrad {};
+
+// The cache lines that the block kAhead elements behind `block` lies in; past the end of a tensor that is no error.
+template <bool write, typename T>
+inline void request_ahead(const T* block) {
+  const auto* line = reinterpret_cast<const char*>(block) + kAhead * sizeof(T);
+  for (size_t i = 0; i < kBlock * sizeof(T); i += 64) __builtin_prefetch(line + i, write);
+}
 
 template <typename T, bool square>
 inline float accumulate(float acc, const T* grad, int64_t i, float scale) {
@@ -61,6 +71,8 @@ int64_t scan_typed(const Scan& scan, int64_t begin, int64_t end, float threshold
   int64_t found = 0;
   for (int32_t b = 0; b < n; b += kBlock) {
     const int32_t size = n - b < kBlock ? n - b : kBlock;
+    request_ahead<!__is_same(T, NoGrad)>(acc + b);
+    if constexpr (!__is_same(T, NoGrad)) request_ahead<false>(grad + b);
     // A constant trip count lets the compiler unroll the whole block.
     const bool any = size == kBlock ? update<T, square>(acc + b, grad + b, kBlock, scale, threshold)
                                     : update<T, square>(acc + b, grad + b, size, scale, threshold);

@@ -20,7 +20,7 @@ constexpr int64_t kBlock = 256;
 
 template <typename T>
 void gather_block(const T* from, const int64_t* places, int64_t n, float* to) {
-  for (int64_t i = 0; i < n; ++i) to[i] = to_float(from[places[i]]);
+  in_page_order(n, [=](int64_t i) { to[i] = to_float(from[places[i]]); });
 }
 
 // As torch: starts from the end that is nearer, so that beta1 = 0 gives g itself.
@@ -51,7 +51,7 @@ void step_typed(const AdamWSegment& s, const AdamW& h, int64_t begin, int64_t en
     float* w = s.master ? s.master + begin : gathered_param;
     load_places(s.indices, s.param_layout, begin, n, places);
     if (s.master)  // w is written without having been read
-      for (int64_t i = 0; i < n; ++i) __builtin_prefetch(param + places[i], 1);
+      in_page_order(n, [=](int64_t i) { __builtin_prefetch(param + places[i], 1); });
     else
       gather_block(param, places, n, gathered_param);
     if (s.grad) {
