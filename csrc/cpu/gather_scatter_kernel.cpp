@@ -9,7 +9,7 @@
 namespace saft::cpu {
 namespace {
 
-constexpr int64_t kBlock = 64;
+constexpr int64_t kBlock = 256;
 
 template <typename T, bool scatter>
 void move_block(T* dense, T* values, const int64_t* places, int64_t n) {
@@ -27,7 +27,7 @@ int64_t request_block(const GatherScatter& job, int64_t begin, int64_t end, int6
   if (n <= 0) return 0;
   load_places(job.indices, job.layout, begin, n, places);
   const T* dense = static_cast<const T*>(job.dense);
-  for (int64_t i = 0; i < n; ++i) __builtin_prefetch(dense + places[i], scatter);
+  in_page_order(n, [=](int64_t i) { __builtin_prefetch(dense + places[i], scatter); });
   return n;
 }
 
