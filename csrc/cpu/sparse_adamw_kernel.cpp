@@ -5,9 +5,9 @@
 //
 // The arithmetic is free; an entry costs the cache lines of w and of a dense g, far apart from the next entry's.
 // Entries are therefore handled in blocks: gather into small arrays (all loads of a block are independent, so the CPU
-// has as many in flight as it can), compute on those with vector code, scatter the weights back. m, v and master are
-// read in order. Operations are kept in the order of torch's AdamW and unfused, so all instruction sets give the same
-// bits.
+// has as many in flight as it can, and in an order that its page-table walks can overlap), compute on those with
+// vector code, scatter the weights back. m, v and master are read in order. Operations are kept in the order of torch's
+// AdamW and unfused, so all instruction sets give the same bits.
 
 #include "sparse_adamw_kernel.h"
 
