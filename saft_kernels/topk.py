@@ -162,7 +162,7 @@ class StreamingTopK:
         return self._by_key(positions)
 
     def _sorted_positions(self, count: int) -> Tensor:
-        """The first candidates' positions, ascending; in the free part of the buffer if they fit."""
+        """The first candidates, ascending; in the free part of the buffer if they fit."""
         positions, free = self._positions[:count], self._positions[count : 2 * count]
         if self.device.type != "cpu":
             return positions.sort().values
