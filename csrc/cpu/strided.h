@@ -29,8 +29,8 @@ struct Indices {
 
 namespace {
 
-// f(i) for all i in [0, n): every eighth, then their neighbours. Sorted entries that lie far apart have a page each, and
-// eight neighbouring pages share a cache line of the page table: taken in sequence, all page-table walks that a CPU
+// f(i) for all i in [0, n): every eighth, then their neighbours. Sorted entries that lie far apart have a page each,
+// and eight neighbouring pages share a cache line of the page table: taken in sequence, all page-table walks that a CPU
 // runs at a time would wait for one line; taken in this order they wait for lines of their own.
 template <typename F>
 inline void in_page_order(int64_t n, const F& f) {
