@@ -23,6 +23,13 @@ STABLE_TORCH_LIBRARY(saft_kernels, m) {
       "Tensor? lr_tensor, float beta1, float beta2, float eps, float weight_decay, bool maximize, "
       "Tensor? grad_scale, Tensor? found_inf) -> ()");
 
+  // 4 sampled_grad
+  m.def("pack_columns(Tensor x, Tensor columns) -> Tensor");
+  m.def("sampled_grad(Tensor packed, Tensor grad_output, Tensor rows, Tensor offsets, Tensor columns) -> Tensor");
+  m.def(
+      "sampled_embedding_grad(Tensor tokens, Tensor grad_output, Tensor rows, Tensor offsets, Tensor columns) -> "
+      "Tensor");
+
   // What was built and what is in use (backends.py)
   m.def("build_info() -> str");
   m.def("cpu_isas() -> str");

@@ -1,6 +1,7 @@
-"""Layout of the streaming top-k state, shared by the specification, the wrappers and the kernels.
+"""Layouts that the specification, the wrappers and the kernels share.
 
-``csrc/ops/accumulate_topk.h`` holds the same numbers for the compiled kernels.
+``csrc/ops/accumulate_topk.h`` and ``csrc/cpu/sampled_grad_kernel.h`` hold the same numbers for the
+compiled kernels.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ NONFINITE = 3  #: lowest position of a NaN or infinite accumulator; NO_POSITION:
 # The rest belongs to the compiled kernels and starts as zeros: a histogram of all candidates'
 # values, from which the threshold rises between two compactions (``csrc/ops/accumulate_topk.h``).
 STATE_SIZE = 6 + (1 << 14)
+
+#: Tokens of a packed column that lie side by side.
+TOKENS = 16
 
 NO_THRESHOLD = -1
 NO_POSITION = (1 << 63) - 1

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from saft_kernels import backends, reference
+from saft_kernels.layout import TOKENS
 
 #: What weights and gradients may be; anything else is converted first.
 FLOATING = (torch.float32, torch.bfloat16, torch.float16)
@@ -236,3 +237,108 @@ def sparse_adamw_(
 
 
 _register_fake("sparse_adamw_", _nothing)
+
+
+# 4 ----------------------------------------------------------------------------- sampled_grad
+
+
+def pack_columns(x: Tensor, columns: Tensor) -> Tensor:
+    """What :func:`sampled_grad` needs of a layer's input: the columns that selected entries use.
+
+    Args:
+        x: [T, I] (tokens, input features), fp32, bf16, fp16 or fp64, any strides.
+        columns: int32 [C], strictly increasing, within [0, I]. Column I is a column of ones: its
+            entries get the gradient of the bias.
+
+    Returns:
+        [ceil(T / 16), C, 16], the dtype of ``x``: 16 tokens of a column side by side, zeros behind
+        the last token.
+
+    Raises:
+        RuntimeError: if a shape or dtype does not fit or a column is out of range.
+    """
+    packed: Tensor = _implementation("pack_columns", x.device)(x, columns)
+    return packed
+
+
+_register_fake(
+    "pack_columns",
+    lambda x, columns: x.new_empty((x.shape[0] + TOKENS - 1) // TOKENS, columns.shape[0], TOKENS),
+)
+
+
+def sampled_grad(
+    packed: Tensor, grad_output: Tensor, rows: Tensor, offsets: Tensor, columns: Tensor
+) -> Tensor:
+    """The weight gradient of a linear layer, at selected entries only (a sampled product, SDDMM).
+
+    For ``y = x @ W.T + b``, entry e that lies in row j, ``offsets[j] <= e < offsets[j + 1]``::
+
+        grad[e] = sum over t of grad_output[t, rows[j]] * x[t, c]
+
+    where c is the column of ``x`` that was packed as number ``columns[e]``. The dense gradient,
+    ``grad_output.T @ x``, is never computed. :class:`saft_kernels.plan.LinearPlan` makes the
+    indices.
+
+    Args:
+        packed: [ceil(T / 16), C, 16] from :func:`pack_columns`.
+        grad_output: [T, O], the dtype of ``packed``, any strides.
+        rows: int32 [R], strictly increasing rows of W that have entries.
+        offsets: int32 [R + 1], rising from 0 to n.
+        columns: int32 [n], within [0, C).
+
+    Returns:
+        [n], fp32 (fp64 for fp64 inputs), in which it was summed. The bits do not depend on the
+        number of threads.
+
+    Raises:
+        RuntimeError: if a shape or dtype does not fit or an index is out of range.
+    """
+    grad: Tensor = _implementation("sampled_grad", grad_output.device)(
+        packed, grad_output, rows, offsets, columns
+    )
+    return grad
+
+
+_register_fake(
+    "sampled_grad",
+    lambda packed, grad_output, rows, offsets, columns: grad_output.new_empty(
+        columns.shape, dtype=torch.promote_types(grad_output.dtype, torch.float32)
+    ),
+)
+
+
+def sampled_embedding_grad(
+    tokens: Tensor, grad_output: Tensor, rows: Tensor, offsets: Tensor, columns: Tensor
+) -> Tensor:
+    """The weight gradient of an embedding, at selected entries only.
+
+    For ``y[t] = W[tokens[t]]``, entry e that lies in row j, ``offsets[j] <= e < offsets[j + 1]``::
+
+        grad[e] = sum over t with tokens[t] == rows[j] of grad_output[t, columns[e]]
+
+    Args:
+        tokens: int64 [T]; tokens that are not in ``rows`` have no part, negative ones included.
+        grad_output: [T, E], fp32, bf16, fp16 or fp64, any strides.
+        rows: int32 [R], strictly increasing rows of W that have entries.
+        offsets: int32 [R + 1], rising from 0 to n.
+        columns: int32 [n], within [0, E).
+
+    Returns:
+        [n], fp32 (fp64 for fp64 inputs), in which it was summed.
+
+    Raises:
+        RuntimeError: if a shape or dtype does not fit or an index is out of range.
+    """
+    grad: Tensor = _implementation("sampled_embedding_grad", grad_output.device)(
+        tokens, grad_output, rows, offsets, columns
+    )
+    return grad
+
+
+_register_fake(
+    "sampled_embedding_grad",
+    lambda tokens, grad_output, rows, offsets, columns: grad_output.new_empty(
+        columns.shape, dtype=torch.promote_types(grad_output.dtype, torch.float32)
+    ),
+)

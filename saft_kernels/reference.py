@@ -15,7 +15,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from saft_kernels.layout import COUNT, NONFINITE, POSITION_BITS, THRESHOLD, TIE
+from saft_kernels.layout import COUNT, NONFINITE, POSITION_BITS, THRESHOLD, TIE, TOKENS
 
 
 def accumulate_topk_(
@@ -148,3 +148,36 @@ def sparse_adamw_(
         if master is not None:
             master[begin:end] = w
         scatter_(param, index, w.to(param.dtype))
+
+
+def pack_columns(x: Tensor, columns: Tensor) -> Tensor:
+    """The named columns of ``x``, the last possible one being ones, 16 tokens side by side."""
+    tokens, width = x.shape
+    if columns.numel() and int(columns[-1]) > width:
+        raise RuntimeError(f"columns must increase strictly and lie within the {width + 1} columns")
+    chosen = torch.cat([x, x.new_ones(tokens, 1)], 1)[:, columns.long()]
+    blocks = -(-tokens // TOKENS)
+    padded = torch.cat([chosen, chosen.new_zeros(blocks * TOKENS - tokens, columns.numel())])
+    return padded.view(blocks, TOKENS, columns.numel()).transpose(1, 2).contiguous()
+
+
+def sampled_grad(
+    packed: Tensor, grad_output: Tensor, rows: Tensor, offsets: Tensor, columns: Tensor
+) -> Tensor:
+    """``(grad_output.T @ x)[row, column]`` of every entry, x being what was packed."""
+    tokens = grad_output.shape[0]
+    x = packed.transpose(1, 2).reshape(-1, packed.shape[1])[:tokens]
+    row_of_entry = rows.long().repeat_interleave(offsets.long().diff())
+    dtype = torch.promote_types(grad_output.dtype, torch.float32)
+    dy = grad_output[:, row_of_entry].to(dtype)
+    return (dy * x[:, columns.long()].to(dtype)).sum(0)
+
+
+def sampled_embedding_grad(
+    tokens: Tensor, grad_output: Tensor, rows: Tensor, offsets: Tensor, columns: Tensor
+) -> Tensor:
+    """``grad_output[t, column]`` of every entry (row, column), summed where token t is the row."""
+    row_of_entry = rows.long().repeat_interleave(offsets.long().diff())
+    dtype = torch.promote_types(grad_output.dtype, torch.float32)
+    hits = (tokens[:, None] == row_of_entry).to(dtype)
+    return (grad_output[:, columns.long()].to(dtype) * hits).sum(0)

@@ -23,6 +23,9 @@ inline float from_bits(uint32_t bits) {
   return __builtin_bit_cast(float, bits);
 }
 
+inline double to_float(double x) {
+  return x;
+}
 inline float to_float(float x) {
   return x;
 }
@@ -42,6 +45,11 @@ inline float to_float(Half x) {
 
 template <typename T>
 T from_float(float x);
+
+template <>
+inline double from_float<double>(float x) {
+  return x;
+}
 
 template <>
 inline float from_float<float>(float x) {

@@ -1,0 +1,144 @@
+// for each selected entry (o, i):   grad[o, i] = sum over t of dy[t, o] * x[t, i]
+//
+// A few tokens at a time, so that their rows of dy and their packed columns of x stay in the cache while all entries
+// pass by: an element of dy is loaded once for all entries of its row, 16 tokens of a packed column are one load.
+// Each entry sums in 16 lanes, and the lanes are added at the end.
+
+#include "sampled_grad_kernel.h"
+
+#include "numbers.h"
+
+namespace saft::cpu {
+namespace {
+
+template <typename T>
+struct Sum {
+  using type = float;
+};
+template <>
+struct Sum<double> {
+  using type = double;
+};
+
+// Packing ------------------------------------------------------------------------------------------------------------
+
+template <typename T>
+void pack_column(const T* x, int64_t token_stride, int64_t tokens, T* __restrict out) {
+  if (tokens == kTokens) {
+    for (int64_t t = 0; t < kTokens; ++t) out[t] = x[t * token_stride];
+    return;
+  }
+  for (int64_t t = 0; t < kTokens; ++t) out[t] = t < tokens ? x[t * token_stride] : T{};
+}
+
+template <typename T>
+void pack_ones(int64_t tokens, T* out) {
+  for (int64_t t = 0; t < kTokens; ++t) out[t] = t < tokens ? from_float<T>(1.0f) : T{};
+}
+
+template <typename T>
+void pack_typed(const PackColumns& job, int64_t begin, int64_t end) {
+  const TokenMajor& x = job.x;
+  for (int64_t block = begin; block < end; ++block) {
+    const int64_t first = block * kTokens;
+    const int64_t tokens = x.tokens - first < kTokens ? x.tokens - first : kTokens;
+    const T* from = static_cast<const T*>(x.data) + first * x.token_stride;
+    T* to = static_cast<T*>(job.packed) + block * job.n_columns * kTokens;
+    for (int64_t c = 0; c < job.n_columns; ++c, to += kTokens) {
+      const int64_t column = job.columns[c];
+      if (column == job.width)
+        pack_ones(tokens, to);
+      else
+        pack_column(from + column * x.column_stride, x.token_stride, tokens, to);
+    }
+  }
+}
+
+// The gradient -------------------------------------------------------------------------------------------------------
+
+// dy at the block's tokens; zero behind the last, where x is packed as zero too.
+template <typename T, typename S>
+inline void load_row(const T* dy, int64_t token_stride, int64_t tokens, S* __restrict out) {
+  if (tokens == kTokens) {
+    for (int64_t t = 0; t < kTokens; ++t) out[t] = to_float(dy[t * token_stride]);
+    return;
+  }
+  for (int64_t t = 0; t < kTokens; ++t) out[t] = t < tokens ? to_float(dy[t * token_stride]) : S{0};
+}
+
+// sums += dy * x for `blocks` blocks of tokens from `block` on, over the entries of rows [begin, end).
+template <typename T, typename S, int blocks>
+void add_blocks(const SampledGrad& job, int64_t begin, int64_t end, int64_t block, S* __restrict sums) {
+  const TokenMajor& dy = job.grad_output;
+  const T* first = static_cast<const T*>(dy.data) + block * kTokens * dy.token_stride;
+  const T* packed = static_cast<const T*>(job.packed) + block * job.n_columns * kTokens;
+  const int64_t left = dy.tokens - block * kTokens;
+  for (int64_t row = begin; row < end; ++row) {
+    S g[blocks][kTokens];
+    for (int b = 0; b < blocks; ++b)
+      load_row(first + b * kTokens * dy.token_stride + job.rows[row] * dy.column_stride, dy.token_stride,
+               left - b * kTokens < kTokens ? left - b * kTokens : kTokens, g[b]);
+    for (int64_t e = job.offsets[row]; e < job.offsets[row + 1]; ++e, sums += kTokens)
+      for (int b = 0; b < blocks; ++b) {
+        const T* x = packed + (b * job.n_columns + job.columns[e]) * kTokens;
+        for (int64_t t = 0; t < kTokens; ++t) sums[t] += g[b][t] * to_float(x[t]);
+      }
+  }
+}
+
+template <typename S>
+S sum_lanes(S* lanes) {
+  for (int64_t half = kTokens / 2; half > 0; half /= 2)
+    for (int64_t t = 0; t < half; ++t) lanes[t] += lanes[t + half];
+  return lanes[0];
+}
+
+template <typename T>
+void grad_typed(const SampledGrad& job, int64_t begin, int64_t end, void* scratch) {
+  using S = typename Sum<T>::type;
+  constexpr int kBlocks = 2;
+  S* sums = static_cast<S*>(scratch);
+  S* grad = static_cast<S*>(job.grad) + job.offsets[begin];
+  const int64_t n = job.offsets[end] - job.offsets[begin];
+  for (int64_t i = 0; i < n * kTokens; ++i) sums[i] = 0;
+  const int64_t all = (job.grad_output.tokens + kTokens - 1) / kTokens;
+  int64_t block = 0;
+  for (; block + kBlocks <= all; block += kBlocks) add_blocks<T, S, kBlocks>(job, begin, end, block, sums);
+  for (; block < all; ++block) add_blocks<T, S, 1>(job, begin, end, block, sums);
+  for (int64_t e = 0; e < n; ++e) grad[e] = sum_lanes(sums + e * kTokens);
+}
+
+void pack(const PackColumns& job, int64_t begin, int64_t end) {
+  switch (job.x.type) {  // elements are moved; ones differ by type
+    case FloatType::fp32:
+      return pack_typed<float>(job, begin, end);
+    case FloatType::bf16:
+      return pack_typed<BFloat16>(job, begin, end);
+    case FloatType::fp16:
+      return pack_typed<Half>(job, begin, end);
+    case FloatType::fp64:
+      return pack_typed<double>(job, begin, end);
+  }
+}
+
+void grad(const SampledGrad& job, int64_t begin, int64_t end, void* sums) {
+  switch (job.grad_output.type) {
+    case FloatType::fp32:
+      return grad_typed<float>(job, begin, end, sums);
+    case FloatType::bf16:
+      return grad_typed<BFloat16>(job, begin, end, sums);
+    case FloatType::fp16:
+      return grad_typed<Half>(job, begin, end, sums);
+    case FloatType::fp64:
+      return grad_typed<double>(job, begin, end, sums);
+  }
+}
+
+}  // namespace
+
+namespace SAFT_CPU_ISA {
+extern const SampledGradKernels sampled_grad;
+const SampledGradKernels sampled_grad = {pack, grad};
+}  // namespace SAFT_CPU_ISA
+
+}  // namespace saft::cpu

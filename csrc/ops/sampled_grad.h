@@ -1,0 +1,28 @@
+// sampled_grad: the weight gradient of a linear layer at selected entries only, without the dense one.
+//
+// pack_columns(x [T, I], columns [C]) -> [ceil(T / 16), C, 16]
+// sampled_grad(packed [ceil(T / 16), C, 16], grad_output [T, O], rows [R], offsets [R + 1], columns [n]) -> [n]
+// sampled_embedding_grad(tokens [T], grad_output [T, E], rows [R], offsets [R + 1], columns [n]) -> [n]
+//
+// For y = x W^T + b with W [O, I], entry e in row j of the plan (offsets[j] <= e < offsets[j + 1]) is
+//
+//   grad[e] = sum over t of grad_output[t, rows[j]] * x[t, c],   c = the columns[e]-th packed column
+//
+// and for y[t] = W[tokens[t]], whose input is one-hot and is never made,
+//
+//   grad[e] = sum over t with tokens[t] = rows[j] of grad_output[t, columns[e]]
+//
+// Contract
+// - pack_columns keeps what backward needs of x: the columns that some selected entry uses, 16 tokens of a column side
+// by
+//   side, the last block filled with zeros. Column I, one past the last, is a column of ones: an entry that uses it
+//   gets the gradient of the bias.
+// - x, packed and grad_output: one dtype, fp32, bf16, fp16 or fp64. x and grad_output: any strides.
+// - rows and the columns to be packed: int32, strictly increasing. columns: int32, within [0, C). offsets: int32, from
+// 0
+//   to n, not decreasing. All are checked before anything is read.
+// - grad is fp32 (fp64 for fp64), products and sums too. Deterministic: lane l of 16 sums the tokens t = l mod 16 in
+//   order, then the lanes are added pairwise; the same bits for any number of threads and on every CPU instruction set.
+// - tokens: int64; one that is no row of the plan, negative ones included, has no part. Its columns lie within [0, E).
+//   Entries sum their tokens in order.
+#pragma once

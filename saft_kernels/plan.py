@@ -1,0 +1,70 @@
+"""How the selected entries of a layer's weight and bias are laid out for the sampled gradient."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LinearPlan:
+    """The selected entries of ``y = x @ W.T + b``, row by row, made once per layer.
+
+    The bias counts as one more column of W, numbered ``in_features``, whose input is one.
+
+    Attributes:
+        columns: int32 [C], the columns of x that some entry uses, ascending.
+        rows: int32 [R], the rows of W that hold an entry, ascending.
+        offsets: int32 [R + 1]: row j holds entries ``offsets[j]`` to ``offsets[j + 1]``.
+        entry_columns: int32 [n], for every entry the place of its column in ``columns``.
+        places: int64 [n], the entry of every selected value: those of W in the order of their flat
+            indices, then those of b.
+    """
+
+    columns: Tensor
+    rows: Tensor
+    offsets: Tensor
+    entry_columns: Tensor
+    places: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        in_features: int,
+        weight: Tensor | None,
+        bias: Tensor | None = None,
+        *,
+        out_features: int | None = None,
+    ) -> LinearPlan:
+        """Plan a layer.
+
+        Args:
+            in_features: I, the number of columns of x.
+            weight: flat indices of the selected entries of W, ascending; None if there are none.
+            bias: the same of b.
+            out_features: O, if W is stored as [I, O], as GPT-2's ``Conv1D`` and ``x @ W`` have it;
+                None if it is stored as [O, I].
+        """
+        pieces = []
+        if weight is not None:
+            flat = weight.long()
+            if out_features is None:
+                pieces.append((flat // in_features, flat % in_features))
+            else:
+                pieces.append((flat % out_features, flat // out_features))
+        if bias is not None:
+            pieces.append((bias.long(), torch.full_like(bias, in_features, dtype=torch.int64)))
+        row, column = (torch.cat(parts) for parts in zip(*pieces, strict=True))
+        order = (row * (in_features + 1) + column).argsort()
+        columns, column_places = column.unique(return_inverse=True)
+        rows, counts = row[order].unique_consecutive(return_counts=True)
+        offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        places = torch.empty_like(order)
+        places[order] = torch.arange(order.numel(), device=order.device)
+        return cls(columns.int(), rows.int(), offsets.int(), column_places[order].int(), places)
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """All of it, in the order above."""
+        return self.columns, self.rows, self.offsets, self.entry_columns, self.places

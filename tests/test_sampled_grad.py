@@ -1,0 +1,284 @@
+"""pack_columns, sampled_grad and sampled_embedding_grad: specification and dense gradients."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from conftest import number_of_threads
+from saft_kernels import backends, ops, reference
+from tolerances import assert_close
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+TOKENS = [0, 1, 15, 16, 17, 32, 33, 100, 257]
+
+
+@dataclass
+class Problem:
+    """A layer's input and output gradient, and the entries [n, 2] (row, column) that are wanted."""
+
+    x: Tensor
+    dy: Tensor
+    entries: Tensor
+
+    @property
+    def width(self) -> int:
+        return self.x.shape[1]
+
+    def plan(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(columns to pack, rows, offsets, packed column of every entry)."""
+        row, column = self.entries.t()
+        columns, of_entry = column.unique(return_inverse=True)
+        rows, counts = row.unique_consecutive(return_counts=True)
+        offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        return columns.int(), rows.int(), offsets.int(), of_entry.int()
+
+    def run(self) -> Tensor:
+        columns, *plan = self.plan()
+        return ops.sampled_grad(ops.pack_columns(self.x, columns), self.dy, *plan)
+
+    def dense(self) -> Tensor:
+        """What autograd would compute, in double precision; the last column is the bias's."""
+        x = torch.cat([self.x, self.x.new_ones(len(self.x), 1)], 1).double()
+        return (self.dy.double().t() @ x)[self.entries[:, 0], self.entries[:, 1]]
+
+
+def problem(
+    dtype: torch.dtype, tokens: int = 100, width: int = 37, height: int = 23, every: int = 3
+) -> Problem:
+    """Every third entry, bias column included."""
+    torch.manual_seed(tokens)
+    flat = torch.arange(0, height * (width + 1), every)
+    entries = torch.stack([flat // (width + 1), flat % (width + 1)], 1)
+    x, dy = torch.randn(tokens, width), torch.randn(tokens, height)
+    return Problem(x.to(dtype), dy.to(dtype), entries)
+
+
+def poisoned(tensor: Tensor, strides: str) -> Tensor:
+    """The same values in another layout, with NaN in between."""
+    tokens, width = tensor.shape
+    if strides == "transposed":
+        return tensor.t().contiguous().t()
+    around = torch.full((2 * tokens + 1, 3 * width + 2), float("nan"), dtype=tensor.dtype)
+    view = around[1::2, 1 : 3 * width : 3]
+    view.copy_(tensor)
+    return view
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_packing_equals_specification(device, dtype, tokens):
+    x = problem(dtype, tokens).x
+    for columns in ([], [0], [37], [0, 5, 36], list(range(38))):
+        chosen = torch.tensor(columns, dtype=torch.int32)
+        assert torch.equal(ops.pack_columns(x, chosen), reference.pack_columns(x, chosen))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_gradient_equals_specification(device, dtype, tokens):
+    p = problem(dtype, tokens)
+    actual = p.run()
+    with backends.use_backend("reference"):
+        expected = p.run()
+    assert actual.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert_close(actual, expected, "sampled_grad")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradient_equals_the_dense_one(device, dtype):
+    for p in (problem(dtype, 1000), problem(dtype, 999, every=1), problem(dtype, 64, 300, 200, 97)):
+        assert_close(p.run().double(), p.dense(), "sampled_grad")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("strides", ["transposed", "sparse"])
+def test_any_strides_give_the_same_bits(device, dtype, strides):
+    p = problem(dtype, 50)
+    apart = Problem(poisoned(p.x, strides), poisoned(p.dy, strides), p.entries)
+    assert torch.equal(p.run(), apart.run())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_same_bits_on_every_instruction_set(dtype):
+    outcomes = []
+    for isa in backends.cpu_isas():
+        with backends.use_cpu_isa(isa):
+            outcomes.append(problem(dtype, 333).run())
+    assert all(torch.equal(outcomes[0], outcome) for outcome in outcomes[1:])
+
+
+def test_same_bits_for_any_number_of_threads(device):
+    p = problem(torch.float32, 500, width=300, height=400, every=7)
+    outcomes = []
+    for count in (1, 2, 7):
+        with number_of_threads(count):
+            outcomes.append(p.run())
+    assert all(torch.equal(outcomes[0], outcome) for outcome in outcomes[1:])
+
+
+@pytest.mark.parametrize(
+    "entries", [[], [[0, 0]], [[22, 36]], [[22, 37]], [[3, 0], [3, 1], [3, 37]]]
+)
+def test_few_entries(device, entries):
+    p = problem(torch.float32)
+    p.entries = torch.tensor(entries, dtype=torch.int64).view(-1, 2)
+    assert_close(p.run().double(), p.dense(), "sampled_grad")
+
+
+@given(
+    tokens=st.integers(0, 70),
+    shape=st.tuples(st.integers(1, 20), st.integers(1, 20)),
+    data=st.data(),
+)
+@settings(max_examples=80, deadline=None)
+def test_property_any_entries_of_any_layer(tokens, shape, data):
+    height, width = shape
+    flat = data.draw(st.sets(st.integers(0, height * (width + 1) - 1)))
+    where = torch.tensor(sorted(flat), dtype=torch.int64)
+    p = problem(torch.float64, tokens, width, height)
+    p.entries = torch.stack([where // (width + 1), where % (width + 1)], 1)
+    assert_close(p.run(), p.dense(), "sampled_grad")
+
+
+def test_nan_in_an_unused_column_or_row_does_not_matter(device):
+    """What no entry uses is not read, or at least not used."""
+    p = problem(torch.float32)
+    p.entries = p.entries[(p.entries[:, 0] != 4) & (p.entries[:, 1] != 7)]
+    expected = p.run()
+    p.x[:, 7], p.dy[:, 4] = float("nan"), float("nan")
+    assert torch.equal(p.run(), expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"columns": torch.tensor([0, 38], dtype=torch.int32)}, "columns must increase"),
+        ({"columns": torch.tensor([1, 1], dtype=torch.int32)}, "columns must increase"),
+        ({"columns": torch.tensor([0, 1])}, "columns must be Int"),
+        ({"x": torch.zeros(3)}, "two dimensions"),
+        ({"x": torch.zeros(100, 37, dtype=torch.int32)}, "must be float32"),
+    ],
+)
+def test_wrong_columns_are_refused(device, change, message):
+    arguments = {"x": torch.zeros(100, 37), "columns": torch.tensor([0], dtype=torch.int32)}
+    with pytest.raises(RuntimeError, match=message):
+        ops.pack_columns(**{**arguments, **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"packed": torch.zeros(6, 2, 16)}, "packed must be what"),
+        ({"packed": torch.zeros(7, 2, 16, dtype=torch.bfloat16)}, "packed must be Float"),
+        ({"packed": torch.zeros(7, 16, 2).transpose(1, 2)}, "packed must be what"),
+        ({"grad_output": torch.zeros(100, 23, 1)}, "two dimensions"),
+        ({"rows": [0, 23]}, "rows must increase"),
+        ({"rows": [1, 0]}, "rows must increase"),
+        ({"offsets": [0, 1, 2]}, "offsets must rise"),
+        ({"offsets": [0, 3]}, "offsets must rise"),
+        ({"offsets": [0, 4, 3]}, "offsets must rise"),
+        ({"offsets": [1, 2, 3]}, "offsets must rise"),
+        ({"columns": [0, 1, 2]}, "columns must lie within"),
+        ({"columns": [0, -1, 1]}, "columns must lie within"),
+    ],
+)
+def test_wrong_plans_are_refused(device, change, message):
+    plan = {"rows": [0, 1], "offsets": [0, 1, 3], "columns": [0, 1, 1]}
+    arguments = {"packed": torch.zeros(7, 2, 16), "grad_output": torch.zeros(100, 23), **plan}
+    arguments.update(change)
+    for name in plan:
+        arguments[name] = torch.tensor(arguments[name], dtype=torch.int32)
+    with pytest.raises(RuntimeError, match=message):
+        ops.sampled_grad(**arguments)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_opcheck(device, dtype):
+    p = problem(dtype)
+    columns, *plan = p.plan()
+    torch.library.opcheck(backends.kernels().pack_columns.default, (p.x, columns))
+    packed = ops.pack_columns(p.x, columns)
+    torch.library.opcheck(backends.kernels().sampled_grad.default, (packed, p.dy, *plan))
+
+
+# Embeddings ---------------------------------------------------------------------------------------
+
+
+def lookup(dtype: torch.dtype, tokens: int, vocabulary: int = 50, width: int = 12) -> Problem:
+    """Every third entry of an embedding; ``x`` holds the tokens."""
+    p = problem(dtype, tokens, width - 1, vocabulary)
+    drawn = torch.randint(vocabulary, (tokens,))
+    return Problem(drawn, torch.randn(tokens, width).to(dtype), p.entries)
+
+
+def run_lookup(p: Problem) -> Tensor:
+    row, column = p.entries.t()
+    rows, counts = row.unique_consecutive(return_counts=True)
+    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    return ops.sampled_embedding_grad(p.x, p.dy, rows.int(), offsets.int(), column.int())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [0, 1, 7, 3000])
+def test_embedding_gradient_equals_specification_and_the_dense_one(device, dtype, tokens):
+    p = lookup(dtype, tokens)
+    actual = run_lookup(p)
+    with backends.use_backend("reference"):
+        expected = run_lookup(p)
+    assert_close(actual, expected, "sampled_grad")
+    dense = torch.zeros(50, 12, dtype=torch.float64).index_add_(0, p.x, p.dy.double())
+    assert_close(actual.double(), dense[p.entries[:, 0], p.entries[:, 1]], "sampled_grad")
+
+
+def test_tokens_without_entries_have_no_part(device):
+    p = lookup(torch.float32, 100)
+    p.entries = p.entries[p.entries[:, 0] == 5]
+    p.x[:50] = 7
+    expected = run_lookup(p)
+    p.x[:50] = torch.tensor([-1, 1 << 40]).repeat(25)
+    assert torch.equal(run_lookup(p), expected)
+
+
+def test_embedding_same_bits_for_any_number_of_threads(threads):
+    p = lookup(torch.float32, 5000)
+    found = run_lookup(p)
+    with number_of_threads(1):
+        assert torch.equal(run_lookup(p), found)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tokens": torch.zeros(4, dtype=torch.int64)}, "one token per row"),
+        ({"tokens": torch.zeros(3, dtype=torch.int32)}, "tokens must be Long"),
+        ({"rows": torch.tensor([1, 0], dtype=torch.int32)}, "rows must increase"),
+        ({"offsets": torch.tensor([0, 1], dtype=torch.int32)}, "offsets must rise"),
+        ({"columns": torch.tensor([0, 5], dtype=torch.int32)}, "columns must lie within"),
+    ],
+)
+def test_wrong_embedding_arguments_are_refused(device, change, message):
+    arguments = {
+        "tokens": torch.zeros(3, dtype=torch.int64),
+        "grad_output": torch.zeros(3, 5),
+        "rows": torch.tensor([0, 1], dtype=torch.int32),
+        "offsets": torch.tensor([0, 1, 2], dtype=torch.int32),
+        "columns": torch.tensor([0, 4], dtype=torch.int32),
+    }
+    with pytest.raises(RuntimeError, match=message):
+        ops.sampled_embedding_grad(**{**arguments, **change})
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_embedding_opcheck(device, dtype):
+    p = lookup(dtype, 40)
+    row, column = p.entries.t()
+    rows, counts = row.unique_consecutive(return_counts=True)
+    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int()
+    op = backends.kernels().sampled_embedding_grad.default
+    torch.library.opcheck(op, (p.x, p.dy, rows.int(), offsets, column.int()))
