@@ -6,11 +6,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._compile import _disable_dynamo  # lazy, where torch.compiler.disable imports it all
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from saft_kernels import ops
+from saft_kernels.attach import Sampled
 from saft_kernels.errors import OptimizerError
 from saft_kernels.flat_state import FlatState
 from saft_kernels.selected_grad import SelectedGrad
@@ -19,8 +20,8 @@ from saft_kernels.selected_grad import SelectedGrad
 class GradientSource(Protocol):
     """What the optimizer asks of a mode."""
 
-    def attach(self, states: Sequence[FlatState]) -> None:
-        """Begin to serve these states."""
+    def attach(self, states: Sequence[FlatState], model: nn.Module | None) -> None:
+        """Begin to serve these states, of parameters of ``model``; a copy may not know it."""
 
     def detach(self) -> None:
         """Leave the model as it was found."""
@@ -38,7 +39,7 @@ class GradientSource(Protocol):
 class DenseGradients:
     """Reads ``param.grad``, whose selected entries the kernel gathers on the way."""
 
-    def attach(self, states: Sequence[FlatState]) -> None:
+    def attach(self, states: Sequence[FlatState], model: nn.Module | None) -> None:
         """Nothing to do."""
 
     def detach(self) -> None:
@@ -100,25 +101,28 @@ class StreamedGradients:
         self._flat: dict[FlatState, Tensor] = {}  # compact gradient, fp32 [nnz]
         self._pieces: dict[FlatState, list[Tensor]] = {}  # its views, one per parameter
 
-    def attach(self, states: Sequence[FlatState]) -> None:
+    def attach(self, states: Sequence[FlatState], model: nn.Module | None) -> None:
         """Put the hooks on.
 
         Raises:
-            OptimizerError: if another optimizer streams one of these parameters.
+            OptimizerError: if another optimizer takes the gradients of one of these parameters.
         """
         for state in states:
             _refuse_second_source(state)
         for state in states:
             flat = torch.zeros_like(state.exp_avg)
             self._flat[state] = flat
-            pieces = [state.piece(flat, i, i + 1) for i in range(len(state))]
-            self._pieces[state] = pieces
+            self._pieces[state] = [state.piece(flat, i, i + 1) for i in range(len(state))]
             for i, param in enumerate(state.params):
-                if param.requires_grad:  # of a copied optimizer it may be frozen by now
-                    hook = _gather_and_free(state.names[i], pieces[i], state.index(i))
-                    self._handles.append(param.register_post_accumulate_grad_hook(hook))
+                self._hook(state, i)
                 self._params.append(param)
                 _streamed[param] = True
+
+    def _hook(self, state: FlatState, i: int) -> None:
+        param = state.params[i]
+        if param.requires_grad:  # of a copied optimizer it may be frozen by now
+            hook = _gather_and_free(state.names[i], self._pieces[state][i], state.index(i))
+            self._handles.append(param.register_post_accumulate_grad_hook(hook))
 
     def detach(self) -> None:
         """Take the hooks off; gradients that were gathered stay."""
@@ -149,11 +153,66 @@ class StreamedGradients:
         self.compact(state, begin, end).mul_(factor)
 
 
+class SampledGradients(StreamedGradients):
+    """Lets the model compute gradients at the selected entries only; dense ones never exist.
+
+    The compact gradient of every parameter arrives in a leaf of :mod:`saft_kernels.attach`; a hook
+    moves it to the flat one, where it is found as in streamed mode.
+    """
+
+    _sampled: Sampled | None = None
+
+    def attach(self, states: Sequence[FlatState], model: nn.Module | None) -> None:
+        """Put the model into sampled mode.
+
+        Raises:
+            OptimizerError: if another optimizer takes the gradients of one of these parameters.
+        """
+        assert model is not None
+        for state in states:
+            _refuse_second_source(state)
+        params = {
+            param: (state.names[i], state.index(i))
+            for state in states
+            for i, param in enumerate(state.params)
+        }
+        self._sampled = Sampled(model, params, leading=False)
+        super().attach(states, model)
+
+    def _hook(self, state: FlatState, i: int) -> None:
+        assert self._sampled is not None
+        leaf = self._sampled.entries[state.params[i]].leaf
+        hook = _take_over(state.params[i], self._pieces[state][i], state.index(i))
+        self._handles.append(leaf.register_post_accumulate_grad_hook(hook))
+
+    def detach(self) -> None:
+        """Leave the model as it was found; gradients that were computed stay."""
+        super().detach()
+        if self._sampled is not None:
+            self._sampled.detach()
+
+
+def _take_over(param: Tensor, values: Tensor, indices: Tensor) -> Callable[[Tensor], None]:
+    """The hook of one leaf: its gradient becomes the parameter's, or is added to that."""
+
+    @_disable_dynamo
+    def hook(leaf: Tensor) -> None:
+        grad, leaf.grad = leaf.grad, None
+        assert grad is not None
+        if isinstance(param.grad, SelectedGrad):
+            param.grad.values().add_(grad)
+        else:
+            values.copy_(grad)
+            param.grad = SelectedGrad(param, values, indices)
+
+    return hook
+
+
 def _refuse_second_source(state: FlatState) -> None:
     for name, param in zip(state.names, state.params, strict=True):
         if is_streamed(param):
             raise OptimizerError(
-                f"parameter {name!r} is already streamed by another SparseAdamW; "
+                f"the gradients of {name!r} are taken by another SparseAdamW already; "
                 "call detach() on that one first"
             )
 
@@ -187,6 +246,7 @@ def _bring_home(state: FlatState, i: int, home: Tensor) -> None:
 SOURCES: dict[str, type[GradientSource]] = {
     "dense": DenseGradients,
     "streamed": StreamedGradients,
+    "sampled": SampledGradients,
 }
 
 

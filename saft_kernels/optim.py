@@ -42,6 +42,10 @@ class SparseAdamW(Optimizer):
       is then a :class:`~saft_kernels.selected_grad.SelectedGrad`. Parameters without selected
       entries are set to ``requires_grad=False``, since nothing would free their gradients.
       :meth:`detach` undoes both.
+    - ``"sampled"`` computes the gradients at the selected entries only: a dense weight gradient
+      never exists, and a step costs little more than that of a frozen model. The model is put into
+      sampled mode (:func:`saft_kernels.attach`) and frozen until :meth:`detach`. ``param.grad`` is
+      as in streamed mode. A copy of the optimizer holds a copy of the model.
 
     Gradient clipping by norm means the norm of the *selected* gradient: :meth:`clip_grad_norm_` in
     every mode. ``torch.nn.utils.clip_grad_norm_`` is the same in streamed mode; in dense mode it
@@ -61,7 +65,7 @@ class SparseAdamW(Optimizer):
         weight_decay: decoupled weight decay.
         maximize: ascend instead of descend.
         capturable: accepted for compatibility; the state always lies on the parameters' device.
-        gradients: "dense" or "streamed", see above.
+        gradients: "dense", "streamed" or "sampled", see above.
         param_groups: options for parts of the model, as ``[{"params": model.visual.parameters(),
             "lr": 1e-5}]``. Parameters without selected entries may be listed and are left out;
             selected ones that no group lists form one more group, at the end, with the options
@@ -112,7 +116,11 @@ class SparseAdamW(Optimizer):
         self._bind_views()
         self._mode, self._source = gradients, source
         self._frozen: list[nn.Parameter] = []
-        source.attach(self._all_states())
+        self._model = None  # needed again by a copy in sampled mode only
+        if gradients == "sampled":
+            self._model = model
+            self._freeze(model.parameters())
+        source.attach(self._all_states(), model)
         if gradients == "streamed":
             self._freeze(p for p in model.parameters() if p not in indices)
 
@@ -323,7 +331,8 @@ class SparseAdamW(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """What pickling and ``deepcopy`` keep; the flat vectors are made again from the state."""
-        return {**super().__getstate__(), "_mode": self._mode, "_frozen": self._frozen}
+        own = {"_mode": self._mode, "_frozen": self._frozen, "_model": self._model}
+        return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a copy; in streamed mode its hooks go on its own parameters."""
@@ -336,7 +345,7 @@ class SparseAdamW(Optimizer):
                 flat.load(i, pieces[param])
         self._bind_views()
         self._source = gradient_source(self._mode)
-        self._source.attach(self._all_states())
+        self._source.attach(self._all_states(), self._model)
 
 
 def _options(group: Mapping[str, Any]) -> dict[str, Any]:

@@ -68,9 +68,13 @@ def one_step(model: nn.Module, optimizer: torch.optim.Optimizer, step: int = 0) 
     optimizer.step()
 
 
-def assert_same_weights(a: nn.Module, b: nn.Module) -> None:
+def assert_same_weights(a: nn.Module, b: nn.Module, mode: str = "dense") -> None:
+    """Bit for bit, unless the gradients of only one were sampled: summed in another order."""
     for name, param in a.named_parameters():
-        assert torch.equal(param, b.get_parameter(name)), name
+        if mode == "sampled":
+            assert_close(param.detach(), b.get_parameter(name).detach(), "adamw_trajectory")
+        else:
+            assert torch.equal(param, b.get_parameter(name)), name
 
 
 def assert_same_state(a: Any, b: Any) -> None:
@@ -423,8 +427,10 @@ def test_a_state_with_parameters_in_another_order_is_refused() -> None:
 
 
 def test_an_unknown_gradient_mode_is_refused_with_the_modes_there_are() -> None:
-    with pytest.raises(OptimizerError, match=r"'sampled' is not available.*'dense', 'streamed'"):
-        make_optimizer(small_model(), "sampled")
+    with pytest.raises(
+        OptimizerError, match=r"'other' is not available.*'dense', 'streamed', 'sampled'"
+    ):
+        make_optimizer(small_model(), "other")
 
 
 def test_a_mask_of_another_model_is_refused() -> None:
@@ -515,6 +521,8 @@ def test_capturable_is_accepted() -> None:
     assert optimizer.param_groups[0]["capturable"]
 
 
+# torch itself looks at this when it goes on behind a graph break, as sampled mode has them.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("mode", MODES)
 def test_a_compiled_function_may_step(mode: str) -> None:
@@ -635,7 +643,7 @@ def test_gradient_accumulation_over_micro_batches(mode: str, accumulate: int) ->
         plain.zero_grad()
         backward(twin, step, accumulate)
         plain.step()
-    assert_same_weights(model, twin)
+    assert_same_weights(model, twin, mode)
 
 
 def test_dense_gradients_are_freed_layer_by_layer() -> None:
@@ -676,7 +684,7 @@ def test_zero_grad(mode: str, set_to_none: bool) -> None:
     backward(twin, 5)
     optimizer.step()
     plain.step()
-    assert_same_weights(model, twin)
+    assert_same_weights(model, twin, mode)
 
 
 def test_streaming_freezes_parameters_outside_the_mask_and_detach_restores_them() -> None:
@@ -707,7 +715,7 @@ def test_a_detached_optimizer_steps_from_dense_gradients() -> None:
 def test_two_streamed_optimizers_on_one_model_are_refused() -> None:
     model = small_model()
     first = make_optimizer(model, "streamed")
-    with pytest.raises(OptimizerError, match=r"'scale' is already streamed.*detach"):
+    with pytest.raises(OptimizerError, match=r"gradients of 'scale' are taken.*detach"):
         make_optimizer(model, "streamed")
     first.detach()
     make_optimizer(model, "streamed")

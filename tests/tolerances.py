@@ -52,6 +52,18 @@ TOLERANCES = {
         reason="An fp32 sum over up to a thousand tokens of products of numbers of order one, in "
         "another order: roundings grow with the root of their number, and the sum may cancel.",
     ),
+    "rounded_gradient": Tolerance(
+        rtol=2**-6,
+        atol=2**-6,
+        reason="The gradient of an input in bf16 by two kernels that sum in another order: one "
+        "unit in the last place, of values of a few units.",
+    ),
+    "double_model": Tolerance(
+        rtol=1e-7,
+        atol=1e-7,
+        reason="A model's loss and gradients in float64 with sums in another order; some "
+        "gradients, as of a key's bias, are zero but for rounding.",
+    ),
     "norm": Tolerance(
         rtol=1e-6,
         atol=0.0,

@@ -18,7 +18,7 @@ from saft_kernels.mask import CooMask
 from saft_kernels.optim import SparseAdamW
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-MODES = ["dense", "streamed"]
+MODES = ["dense", "streamed", "sampled"]
 STEPS = 60
 
 

@@ -1,0 +1,240 @@
+"""Layers with sampled weight gradients: gradcheck, stock results, and what they allocate."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from allocations import Allocations
+from saft_kernels import ops, reference, sampled, sampled_linear
+from saft_kernels.plan import LinearPlan
+from tolerances import assert_close
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def some(numel: int, share: float = 0.2, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    count = max(1, int(share * numel))
+    return torch.randperm(numel, generator=generator)[:count].sort().values.int()
+
+
+def filled(weight: Tensor, indices: Tensor, values: Tensor) -> Tensor:
+    """The weight with these values at the indices, as the optimizer leaves it."""
+    weight = weight.clone()
+    ops.scatter_(weight, indices, values.detach())
+    return weight
+
+
+def double(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def leaf(tensor: Tensor) -> Tensor:
+    return tensor.clone().requires_grad_(True)
+
+
+# Linear -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(5,), (3, 5), (2, 3, 5), (0, 5), (40, 5)])
+def test_gradcheck_of_sampled_linear(shape):
+    torch.manual_seed(0)
+    x, weight, bias = leaf(double(*shape)), double(4, 5), leaf(double(4))
+    indices = some(20)
+    values = leaf(ops.gather(weight, indices))
+
+    def layer(x: Tensor, bias: Tensor, values: Tensor) -> Tensor:
+        return sampled_linear(x, filled(weight, indices, values), bias, values, indices)
+
+    assert torch.autograd.gradcheck(layer, (x, bias, values))
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_gradcheck_with_entries_of_the_bias_and_either_order_of_the_weight(transposed, with_bias):
+    torch.manual_seed(0)
+    x, bias = leaf(double(7, 5)), double(4)
+    weight = double(5, 4) if transposed else double(4, 5)
+    w_indices, b_indices = some(20), some(4, 0.6) if with_bias else None
+    plan = LinearPlan.of(5, w_indices, b_indices, out_features=4 if transposed else None)
+    values = leaf(ops.gather(weight, w_indices))
+    b_values = leaf(ops.gather(bias, b_indices)) if with_bias else None
+
+    def layer(x: Tensor, values: Tensor, *rest: Tensor) -> Tensor:
+        w = filled(weight, w_indices, values)
+        b = filled(bias, b_indices, *rest) if rest else bias
+        matrix = w.t() if transposed else w
+        return sampled.linear(x, matrix, b, values, rest[0] if rest else None, plan)
+
+    inputs = (x, values) if b_values is None else (x, values, b_values)
+    assert torch.autograd.gradcheck(layer, inputs)
+
+
+def test_only_the_bias_may_be_selected():
+    x, weight, bias = double(7, 5), double(4, 5), double(4)
+    indices = torch.tensor([1, 3])
+    values = leaf(ops.gather(bias, indices))
+    plan = LinearPlan.of(5, None, indices)
+    y = sampled.linear(x, weight, bias, None, values, plan)
+    y.square().sum().backward()
+    expected = 2 * F.linear(x, weight, bias)
+    assert torch.allclose(values.grad, expected.sum(0)[indices])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_linear_gives_the_stock_result_and_the_dense_gradient_at_the_indices(dtype, batch_first):
+    torch.manual_seed(0)
+    x = torch.randn(3, 50, 24).to(dtype)
+    x = leaf(x if batch_first else x.transpose(0, 1))
+    weight, bias = torch.randn(16, 24).to(dtype), torch.randn(16).to(dtype)
+    indices = some(16 * 24)
+    values = leaf(ops.gather(weight, indices).float())
+    y = sampled_linear(x, weight, bias, values, indices)
+    stock_x, stock_weight = leaf(x.detach()), leaf(weight)
+    stock = F.linear(stock_x, stock_weight, bias)
+    assert torch.equal(y, stock)
+    dy = torch.randn_like(y)
+    y.backward(dy)
+    stock.backward(dy)
+    assert_close(x.grad.float(), stock_x.grad.float(), "rounded_gradient")
+    dense = dy.reshape(-1, 16).double().t() @ x.detach().reshape(-1, 24).double()
+    assert_close(values.grad.double(), reference.gather(dense, indices), "sampled_grad")
+
+
+def test_linear_under_autocast_uses_what_the_product_used():
+    torch.manual_seed(0)
+    x, weight = leaf(torch.randn(64, 24)), torch.randn(16, 24)
+    indices = some(16 * 24)
+    values = leaf(ops.gather(weight, indices))
+    with torch.autocast("cpu", torch.bfloat16):
+        y = sampled_linear(x, weight, None, values, indices)
+    assert y.dtype == torch.bfloat16
+    dy = torch.randn_like(y)
+    y.backward(dy)
+    dense = dy.double().t() @ x.detach().bfloat16().double()
+    assert_close(values.grad.double(), reference.gather(dense, indices), "sampled_grad")
+    assert x.grad.dtype == torch.float32
+
+
+def test_wrong_values_are_refused():
+    with pytest.raises(RuntimeError, match="one entry per index"):
+        sampled_linear(double(2, 5), double(4, 5), None, double(3), torch.tensor([1, 2]))
+
+
+# Convolution and embedding ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding", "dilation"),
+    [
+        ((1, 1), (1, 1), (0, 0), (1, 1)),
+        ((3, 3), (1, 1), (1, 1), (1, 1)),
+        ((2, 2), (2, 2), (0, 0), (1, 1)),
+        ((3, 2), (2, 1), (1, 0), (1, 2)),
+    ],
+)
+def test_gradcheck_of_conv2d(kernel, stride, padding, dilation, channels_last):
+    torch.manual_seed(0)
+    memory = torch.channels_last if channels_last else torch.contiguous_format
+    x = leaf(double(2, 3, 6, 5).to(memory_format=memory))
+    weight, bias = double(4, 3, *kernel), double(4)
+    w_indices, b_indices = some(weight.numel(), 0.3), some(4, 0.5)
+    plan = LinearPlan.of(weight[0].numel(), w_indices, b_indices)
+    values = leaf(ops.gather(weight, w_indices))
+    b_values = leaf(ops.gather(bias, b_indices))
+
+    def layer(x: Tensor, values: Tensor, b_values: Tensor) -> Tensor:
+        w, b = filled(weight, w_indices, values), filled(bias, b_indices, b_values)
+        return sampled.conv2d(x, w, b, values, b_values, plan, stride, padding, dilation)
+
+    assert torch.autograd.gradcheck(layer, (x, values, b_values))
+    stock = F.conv2d(x, weight, bias, stride, padding, dilation)
+    assert torch.equal(layer(x, values, b_values), stock)
+
+
+@pytest.mark.parametrize("padding_idx", [None, 2])
+def test_gradcheck_of_embedding(padding_idx):
+    torch.manual_seed(0)
+    tokens = torch.randint(0, 9, (3, 4))
+    tokens[0, 0] = 2
+    weight = double(9, 5)
+    indices = some(45, 0.4)
+    plan = LinearPlan.of(5, indices)
+    values = leaf(ops.gather(weight, indices))
+
+    def layer(values: Tensor) -> Tensor:
+        return sampled.embedding(tokens, filled(weight, indices, values), values, plan, padding_idx)
+
+    if padding_idx is None:
+        assert torch.autograd.gradcheck(layer, (values,))
+    dense = leaf(weight)
+    dy = double(3, 4, 5)
+    F.embedding(tokens, dense, padding_idx).backward(dy)
+    layer(values).backward(dy)
+    assert torch.allclose(values.grad, reference.gather(dense.grad, indices))
+
+
+def test_streamed_gathers_the_dense_gradient():
+    weight = double(6, 5)
+    indices = some(30)
+    values = leaf(ops.gather(weight, indices))
+    dy = double(6, 5)
+    (sampled.streamed(weight, values, indices) * dy).sum().backward()
+    assert torch.equal(values.grad, reference.gather(dy, indices))
+
+
+# Cost ---------------------------------------------------------------------------------------------
+
+
+def test_no_tensor_of_the_size_of_the_weight_is_made():
+    x, weight = torch.randn(4, 300), torch.randn(200, 300)
+    indices = some(60_000, 0.001)
+    values = leaf(ops.gather(weight, indices))
+    with Allocations() as seen:
+        sampled_linear(leaf(x), weight, None, values, indices).sum().backward()
+    assert 0 < seen.largest <= 4 * 300
+    with Allocations() as seen:  # the watch does see the dense one
+        F.linear(x, leaf(weight)).sum().backward()
+    assert seen.largest >= weight.numel()
+
+
+def test_what_is_kept_for_backward_is_the_used_columns():
+    x, weight = torch.randn(64, 300), torch.randn(200, 300)
+    indices = torch.tensor([5, 7, 305])  # two columns
+    values = leaf(ops.gather(weight, indices))
+    kept: list[int] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        sampled_linear(x, weight, None, values, indices)
+    assert max(kept) == 64 * 2
+
+
+def test_nothing_is_packed_without_grad_mode():
+    x, weight = torch.randn(64, 30), torch.randn(20, 30)
+    values = leaf(torch.zeros(1))
+    with torch.no_grad(), torch.profiler.profile() as profile:
+        y = sampled_linear(x, weight, None, values, torch.tensor([3]))
+    assert not y.requires_grad
+    assert not any("pack_columns" in event.name for event in profile.events())
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_several_uses_add_up(count):
+    weight = double(4, 5)
+    indices = some(20)
+    values = leaf(ops.gather(weight, indices))
+    inputs = [double(7, 5) for _ in range(count)]
+    outputs = [sampled_linear(x, weight, None, values, indices) for x in inputs]
+    sum(y.square().sum() for y in outputs).backward()
+    dense = leaf(weight)
+    sum(F.linear(x, dense).square().sum() for x in inputs).backward()
+    assert torch.allclose(values.grad, reference.gather(dense.grad, indices))
