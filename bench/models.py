@@ -7,7 +7,7 @@ the gradients come from a genuine backward pass of the fine-tuning loss.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -71,20 +71,23 @@ class Task:
         images: float32 [B, 3, H, W].
         labels: int64 [B].
         tokens: int64 [C, 1, L], one prompt for each of C classes.
+        precision: of the encoders, as ``saft finetune --precision`` has it.
     """
 
     model: nn.Module
     images: Tensor
     labels: Tensor
     tokens: Tensor
+    precision: str = "fp32"
 
     def loss(self, model: nn.Module) -> Tensor:
         """The fine-tuning loss of a copy of the model on the batch (SAFT, Eq. 1)."""
-        return prompt_loss(model, self.images, self.labels, self.tokens, "fp32")
+        return prompt_loss(model, self.images, self.labels, self.tokens, self.precision)
 
     def part(self, size: int) -> Task:
         """The same model with the first images and prompts only."""
-        return Task(self.model, self.images[:size], self.labels[:size], self.tokens[:size])
+        images, labels, tokens = self.images[:size], self.labels[:size], self.tokens[:size]
+        return replace(self, images=images, labels=labels, tokens=tokens)
 
 
 def candidates(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -7,7 +7,14 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from bench.cases import accumulate_topk, clip_step, delta, gather_scatter, sparse_adamw
+from bench.cases import (
+    accumulate_topk,
+    clip_step,
+    delta,
+    gather_scatter,
+    sampled_grad,
+    sparse_adamw,
+)
 from bench.environment import watch_load
 from bench.harness import Outcome, WrongResultError
 from bench.models import Setting
@@ -31,6 +38,7 @@ CASES = {
             "gather_scatter", "values at the indices, out of weights and back", gather_scatter.run
         ),
         Case("sparse_adamw", "the optimizer step, its state and its growth", sparse_adamw.run),
+        Case("sampled_grad", "a weight gradient at the selected entries only", sampled_grad.run),
         Case("delta", "the delta file: size, writing, applying, reverting", delta.run),
         Case("clip_step", "a whole training step: time and peak memory", clip_step.run),
     )

@@ -67,6 +67,10 @@ class Sampled:
         """Remember that a parameter was used without a sampled form; warn if it is large."""
         if entry.weight.dim() < 2 or entry.name in self.streamed:
             return
+        if entry.crowded:
+            share = entry.indices.numel() / entry.weight.numel()
+            self.streamed[entry.name] = f"{share:.0%} of its entries are selected, which is faster"
+            return
         name = getattr(func, "__name__", str(func))
         self.streamed[entry.name] = f"{name} has no sampled form"
         if entry.weight.numel() > _LARGE * self._numel:

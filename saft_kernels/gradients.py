@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch._C import DisableTorchFunctionSubclass
 from torch._compile import _disable_dynamo  # lazy, where torch.compiler.disable imports it all
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -199,11 +200,12 @@ def _take_over(param: Tensor, values: Tensor, indices: Tensor) -> Callable[[Tens
     def hook(leaf: Tensor) -> None:
         grad, leaf.grad = leaf.grad, None
         assert grad is not None
-        if isinstance(param.grad, SelectedGrad):
-            param.grad.values().add_(grad)
-        else:
-            values.copy_(grad)
-            param.grad = SelectedGrad(param, values, indices)
+        with DisableTorchFunctionSubclass():  # param answers in Python otherwise
+            if isinstance(param.grad, SelectedGrad):
+                param.grad.values().add_(grad)
+            else:
+                values.copy_(grad)
+                param.grad = SelectedGrad(param, values, indices)
 
     return hook
 

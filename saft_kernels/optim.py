@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C import DisableTorchFunctionSubclass
 from torch._compile import _disable_dynamo  # lazy, where torch.compiler.disable imports it all
 from torch.optim import Optimizer
 
@@ -159,9 +160,19 @@ class SparseAdamW(Optimizer):
         self._update()
         return loss
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop all gradients, or set them to zero."""
+        with DisableTorchFunctionSubclass():
+            super().zero_grad(set_to_none)
+
     @_disable_dynamo
     @torch.no_grad()
     def _update(self) -> None:
+        # Parameters in sampled mode answer every question in Python, and there are many of them.
+        with DisableTorchFunctionSubclass():
+            self._update_plain()
+
+    def _update_plain(self) -> None:
         grad_scale = getattr(self, "grad_scale", None)  # set by GradScaler around the call
         found_inf = getattr(self, "found_inf", None)
         for state in self._all_states():

@@ -36,7 +36,7 @@ def test_tiny_model_brings_its_own_weights():
         ({"shots": True}, "--shots cannot be True: it must be a whole number"),
         ({"lr": "fast"}, "--lr cannot be 'fast': it must be a number"),
         ({"eval_data": ["x"]}, r"--eval-data cannot be \['x'\]: it must be a list of texts"),
-        ({"gradients": "sparse"}, "--gradients must be dense or streamed, not 'sparse'"),
+        ({"gradients": "sparse"}, "--gradients must be dense or streamed or sampled, not 'sparse'"),
         ({"precision": "fp8"}, "--precision must be fp32 or amp_bf16, not 'fp8'"),
     ],
 )

@@ -31,6 +31,7 @@ from saft_clip.trainer import Trainer, learning_rate
 from saft_kernels.delta import SparseDelta
 from saft_kernels.errors import NonFiniteGradientError, SelectionError
 from saft_kernels.mask import CooMask
+from tolerances import assert_close
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -180,7 +181,7 @@ def test_warm_up_and_cosine():
     assert learning_rate(0, 3, ours.changed(warmup=10)) == 0.1
 
 
-@pytest.mark.parametrize("gradients", ["dense", "streamed"])
+@pytest.mark.parametrize("gradients", ["dense", "streamed", "sampled"])
 def test_saft_changes_the_selected_entries_only(config, gradients):
     method, batches = prepared(config.changed(gradients=gradients))
     base = {name: value.clone() for name, value in method.model.state_dict().items()}
@@ -198,13 +199,14 @@ def test_saft_changes_the_selected_entries_only(config, gradients):
 
 def test_gradient_modes_agree(config):
     results = []
-    for gradients in ("dense", "streamed"):
+    for gradients in ("dense", "streamed", "sampled"):
         ours = config.changed(gradients=gradients, grad_clip_norm=0.5, accum_freq=2)
         method, batches = prepared(ours)
         list(Trainer(method, batches, ours).steps())
         results.append(method.model.state_dict())
     for name, value in results[0].items():
         assert torch.equal(value, results[1][name]), name
+        assert_close(value, results[2][name], "adamw_trajectory")
 
 
 def test_full_trains_both_encoders_but_not_the_temperature(config):

@@ -56,33 +56,70 @@ void pack_typed(const PackColumns& job, int64_t begin, int64_t end) {
 
 // The gradient -------------------------------------------------------------------------------------------------------
 
-// dy at the block's tokens; zero behind the last, where x is packed as zero too.
-template <typename T, typename S>
-inline void load_row(const T* dy, int64_t token_stride, int64_t tokens, S* __restrict out) {
-  if (tokens == kTokens) {
-    for (int64_t t = 0; t < kTokens; ++t) out[t] = to_float(dy[t * token_stride]);
-    return;
+// kTokens numbers as one value: the compiler keeps them in as few registers as the instruction set has room for.
+template <typename S>
+struct Lanes;
+template <>
+struct Lanes<float> {
+  typedef float type __attribute__((vector_size(kTokens * sizeof(float))));
+};
+template <>
+struct Lanes<double> {
+  typedef double type __attribute__((vector_size(kTokens * sizeof(double))));
+};
+
+template <typename V, typename T>
+inline V load_lanes(const T* x) {
+  V lanes;
+  if constexpr (sizeof(V) == kTokens * sizeof(T)) {
+    __builtin_memcpy(&lanes, x, sizeof(V));
+  } else {
+    for (int64_t t = 0; t < kTokens; ++t) lanes[t] = to_float(x[t]);
   }
-  for (int64_t t = 0; t < kTokens; ++t) out[t] = t < tokens ? to_float(dy[t * token_stride]) : S{0};
+  return lanes;
+}
+
+// bf16 is the upper half of fp32.
+template <>
+inline Lanes<float>::type load_lanes<Lanes<float>::type, BFloat16>(const BFloat16* x) {
+  typedef uint16_t Halves __attribute__((vector_size(kTokens * sizeof(uint16_t))));
+  typedef uint32_t Words __attribute__((vector_size(kTokens * sizeof(uint32_t))));
+  Halves halves;
+  __builtin_memcpy(&halves, x, sizeof(halves));
+  return reinterpret_cast<Lanes<float>::type>(__builtin_convertvector(halves, Words) << 16);
+}
+
+// dy at the block's tokens; zero behind the last, where x is packed as zero too.
+template <typename V, typename T>
+inline V load_row(const T* dy, int64_t token_stride, int64_t tokens) {
+  using S = decltype(to_float(*dy));
+  S values[kTokens] = {};
+  if (tokens >= kTokens)
+    for (int64_t t = 0; t < kTokens; ++t) values[t] = to_float(dy[t * token_stride]);
+  else
+    for (int64_t t = 0; t < tokens; ++t) values[t] = to_float(dy[t * token_stride]);
+  return load_lanes<V>(values);
 }
 
 // sums += dy * x for `blocks` blocks of tokens from `block` on, over the entries of rows [begin, end).
 template <typename T, typename S, int blocks>
-void add_blocks(const SampledGrad& job, int64_t begin, int64_t end, int64_t block, S* __restrict sums) {
+void add_blocks(const SampledGrad& job, int64_t begin, int64_t end, int64_t block, S* sums) {
+  using V = typename Lanes<S>::type;
   const TokenMajor& dy = job.grad_output;
   const T* first = static_cast<const T*>(dy.data) + block * kTokens * dy.token_stride;
   const T* packed = static_cast<const T*>(job.packed) + block * job.n_columns * kTokens;
   const int64_t left = dy.tokens - block * kTokens;
   for (int64_t row = begin; row < end; ++row) {
-    S g[blocks][kTokens];
+    V g[blocks];
     for (int b = 0; b < blocks; ++b)
-      load_row(first + b * kTokens * dy.token_stride + job.rows[row] * dy.column_stride, dy.token_stride,
-               left - b * kTokens < kTokens ? left - b * kTokens : kTokens, g[b]);
-    for (int64_t e = job.offsets[row]; e < job.offsets[row + 1]; ++e, sums += kTokens)
-      for (int b = 0; b < blocks; ++b) {
-        const T* x = packed + (b * job.n_columns + job.columns[e]) * kTokens;
-        for (int64_t t = 0; t < kTokens; ++t) sums[t] += g[b][t] * to_float(x[t]);
-      }
+      g[b] = load_row<V>(first + b * kTokens * dy.token_stride + job.rows[row] * dy.column_stride, dy.token_stride,
+                         left - b * kTokens);
+    for (int64_t e = job.offsets[row]; e < job.offsets[row + 1]; ++e, sums += kTokens) {
+      V sum = load_lanes<V>(sums);
+      for (int b = 0; b < blocks; ++b)
+        sum += g[b] * load_lanes<V>(packed + (b * job.n_columns + job.columns[e]) * kTokens);
+      __builtin_memcpy(sums, &sum, sizeof(sum));
+    }
   }
 }
 
@@ -96,14 +133,15 @@ S sum_lanes(S* lanes) {
 template <typename T>
 void grad_typed(const SampledGrad& job, int64_t begin, int64_t end, void* scratch) {
   using S = typename Sum<T>::type;
-  constexpr int kBlocks = 2;
+  constexpr int kBlocks = 2;  // at a time, which pays where sums are loaded more often than rows of dy
   S* sums = static_cast<S*>(scratch);
   S* grad = static_cast<S*>(job.grad) + job.offsets[begin];
   const int64_t n = job.offsets[end] - job.offsets[begin];
   for (int64_t i = 0; i < n * kTokens; ++i) sums[i] = 0;
   const int64_t all = (job.grad_output.tokens + kTokens - 1) / kTokens;
   int64_t block = 0;
-  for (; block + kBlocks <= all; block += kBlocks) add_blocks<T, S, kBlocks>(job, begin, end, block, sums);
+  if (n >= 4 * (end - begin))
+    for (; block + kBlocks <= all; block += kBlocks) add_blocks<T, S, kBlocks>(job, begin, end, block, sums);
   for (; block < all; ++block) add_blocks<T, S, 1>(job, begin, end, block, sums);
   for (int64_t e = 0; e < n; ++e) grad[e] = sum_lanes(sums + e * kTokens);
 }

@@ -16,7 +16,7 @@ namespace {
 
 using cpu::kTokens;
 
-constexpr int64_t kEntriesPerTask = 1024;  // whose lanes fit into half of an L1 or an eighth of an L2 cache
+constexpr int64_t kEntriesPerTask = 4096;  // whose sums fit into a part of an L2 cache
 constexpr int64_t kBlocksPerTask = 8;      // token blocks that are packed at a time
 
 cpu::FloatType float_type(const Tensor& tensor, const char* name) {
@@ -87,11 +87,11 @@ void check_columns(const Tensor& columns, int64_t packed) {
   STD_TORCH_CHECK(columns.numel() == 0 || largest < packed, "columns must lie within the ", packed, " packed columns");
 }
 
-// Rows at which tasks begin, and the last: each task has about kEntriesPerTask entries, so that their sums stay in the
-// cache, and there are enough tasks for all threads where that is few.
+// Rows at which tasks begin, and the last. Every task reads the whole packed input, so there are no more of them than
+// threads, unless their sums would not stay in the cache.
 std::vector<int64_t> tasks_of(const int32_t* offsets, int64_t rows) {
   const int64_t n = offsets[rows];
-  const int64_t share = n / (4 * static_cast<int64_t>(torch::stable::get_num_threads())) + 1;
+  const int64_t share = n / static_cast<int64_t>(torch::stable::get_num_threads()) + 1;
   const int64_t size = std::min(kEntriesPerTask, std::max<int64_t>(share, 64));
   std::vector<int64_t> begins{0};
   for (int64_t row = 1; row < rows; ++row)

@@ -24,7 +24,7 @@ from saft_kernels.files import atomic_write
 
 PAPER, OURS, TORCH = "the paper's", "ours", "torch's"
 
-GRADIENTS = ("dense", "streamed")
+GRADIENTS = ("dense", "streamed", "sampled")
 #: open_clip's ``--precision`` names that are supported: weights are fp32 in both.
 PRECISIONS = ("fp32", "amp_bf16")
 
@@ -111,8 +111,9 @@ class FinetuneConfig:
         "[default: select them]",
     )
     gradients: str = option(
-        "streamed",
-        "how saft obtains gradients: streamed frees each dense one at once, dense keeps them",
+        "sampled",
+        "how saft obtains gradients: sampled computes the selected entries only, streamed frees "
+        "each dense one at once, dense keeps them",
         choices=GRADIENTS,
     )
     shots: int = option(16, "training images per class; 0 takes all", at_least=0, source=PAPER)

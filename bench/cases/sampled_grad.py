@@ -1,0 +1,183 @@
+"""Stage 4: the weight gradient of one layer at selected entries, against the dense one.
+
+A layer of 3072 x 768 on 6,304 tokens, a ViT-B/16's on 32 images. Two masks of the same number of
+entries: ``uniform``, the worst case, and ``concentrated`` in rows and columns as masks of trained
+models are (8% of the columns, 32% of the rows: what the largest mean gradients of a pretrained
+sentence encoder touched, MiniLM with a sentiment loss).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.harness import Contender, Outcome, Timing, evict_caches, measure, require, times_faster
+from bench.models import Setting
+from saft_kernels import ops
+from saft_kernels.plan import LinearPlan
+
+#: Least speed-ups over the dense product, both masks, at a density of 0.1%.
+BARS = {torch.float32: 12, torch.bfloat16: 7}
+
+COLUMNS, ROWS = 0.08, 0.32
+SWEEP = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+
+
+def run(setting: Setting) -> Outcome:
+    """Both dtypes at the setting's density, then a sweep of densities in fp32."""
+    small = setting.model == "saft-tiny"
+    tokens, height, width = (100, 48, 32) if small else (6304, 3072, 768)
+    outcome = Outcome()
+    for dtype, bar in BARS.items():
+        outcome += _one_dtype(dtype, bar, (tokens, height, width), setting)
+    outcome += _sweep((tokens, height, width), setting)
+    return outcome
+
+
+def _one_dtype(
+    dtype: torch.dtype, bar: float, sizes: tuple[int, int, int], setting: Setting
+) -> Outcome:
+    x, dy = _operands(dtype, sizes)
+    name = str(dtype).removeprefix("torch.")
+    masks = {
+        "uniform": uniform_entries(sizes, setting.density),
+        "concentrated": concentrated_entries(sizes, setting.density),
+    }
+    exact = _exact(x, dy)
+    contenders = [_dense(x, dy, exact)]
+    for kind, flat in masks.items():
+        contenders += _sampled(kind, flat, x, dy, exact)
+    if dtype == torch.float32:  # torch has none in bf16
+        contenders.append(_oracle(masks["uniform"], x, dy, exact))
+    timings = measure(f"weight gradient, {name}", contenders, setting.kernels)
+    figures = [
+        times_faster(
+            f"sampled gradient against the dense product, {name}, {kind} mask",
+            timings["dense product"],
+            timings[f"sampled_grad, {kind} mask"],
+            bar,
+        )
+        for kind in masks
+    ]
+    return Outcome(list(timings.values()), figures)
+
+
+def _operands(dtype: torch.dtype, sizes: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+    tokens, height, width = sizes
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(tokens, width, generator=generator)
+    dy = torch.randn(tokens, height, generator=generator)
+    return x.to(dtype), dy.to(dtype)
+
+
+def uniform_entries(sizes: tuple[int, int, int], density: float) -> Tensor:
+    """Flat indices anywhere in the weight."""
+    _, height, width = sizes
+    return _some(height * width, int(density * height * width))
+
+
+def concentrated_entries(sizes: tuple[int, int, int], density: float) -> Tensor:
+    """As many, in a few rows and columns; all of these if they have no more."""
+    _, height, width = sizes
+    rows = _some(height, max(1, int(ROWS * height)), seed=1)
+    columns = _some(width, max(1, int(COLUMNS * width)), seed=2)
+    block = _some(len(rows) * len(columns), int(density * height * width))
+    return rows[block // len(columns)] * width + columns[block % len(columns)]
+
+
+def _some(among: int, count: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    count = min(max(count, 1), among)
+    return torch.randperm(among, generator=generator)[:count].sort().values
+
+
+def _exact(x: Tensor, dy: Tensor) -> Tensor:
+    return dy.double().t() @ x.double()
+
+
+def _check(expected: Tensor) -> Callable[[Callable[[], Any]], None]:
+    """Within what fp32 sums of this many products may be off, or a bf16 rounding of the result."""
+
+    def check(run: Callable[[], Any]) -> None:
+        actual = run()
+        tolerance = 2**-7 if actual.dtype == torch.bfloat16 else 1e-5
+        scale = expected.square().mean().sqrt()
+        error = (actual.double() - expected).abs() - tolerance * expected.abs()
+        require(bool((error <= 10 * tolerance * scale).all()), "it is not the gradient")
+
+    return check
+
+
+def _dense(x: Tensor, dy: Tensor, exact: Tensor) -> Contender:
+    moves = x.nbytes + dy.nbytes + x.element_size() * exact.numel()
+    return Contender("dense product", lambda: dy.t() @ x, _check(exact), evict_caches, moves)
+
+
+def _sampled(kind: str, flat: Tensor, x: Tensor, dy: Tensor, exact: Tensor) -> list[Contender]:
+    """The kernel on a packed input, as backward runs it, and the packing, as forward does."""
+    plan = LinearPlan.of(x.shape[1], flat)
+    columns, *rest, _ = plan.tensors()
+    packed = ops.pack_columns(x, columns)
+    element, tokens = x.element_size(), len(x)
+    moves = packed.nbytes + element * tokens * plan.rows.numel() + 12 * flat.numel()
+
+    def check_packed(run: Callable[[], Any]) -> None:
+        require(torch.equal(run(), packed), "other columns")
+
+    return [
+        Contender(
+            f"sampled_grad, {kind} mask",
+            lambda: ops.sampled_grad(packed, dy, *rest),
+            _check(exact.view(-1)[flat]),
+            evict_caches,
+            moves,
+        ),
+        Contender(
+            f"pack_columns, {kind} mask",
+            lambda: ops.pack_columns(x, columns),
+            check_packed,
+            evict_caches,
+            2 * packed.nbytes,
+        ),
+    ]
+
+
+def _oracle(flat: Tensor, x: Tensor, dy: Tensor, exact: Tensor) -> Contender:
+    """torch's own sampled product."""
+    height, width = exact.shape
+    where = torch.stack([flat // width, flat % width])
+    ones = torch.ones(flat.numel())
+    with warnings.catch_warnings():  # CSR is in beta, torch says
+        warnings.simplefilter("ignore")
+        coo = torch.sparse_coo_tensor(where, ones, (height, width), check_invariants=True)
+        pattern = coo.coalesce().to_sparse_csr()
+
+    def run() -> Tensor:
+        return torch.sparse.sampled_addmm(pattern, dy.t(), x, beta=0).values()
+
+    return Contender(
+        "torch.sparse.sampled_addmm, uniform mask", run, _check(exact.view(-1)[flat]), evict_caches
+    )
+
+
+def _sweep(sizes: tuple[int, int, int], setting: Setting) -> Outcome:
+    """Where the dense product becomes the faster one; ``CROWDED`` in sampled_parameter.py."""
+    x, dy = _operands(torch.float32, sizes)
+    exact = _exact(x, dy)
+    contenders = [_dense(x, dy, exact)]
+    names = []
+    for density in SWEEP:
+        kind = f"density {density:g}"
+        contenders.append(_sampled(kind, uniform_entries(sizes, density), x, dy, exact)[0])
+        names.append((kind, contenders[-1].name))
+    timings = measure("weight gradient over density, uniform mask", contenders, setting.kernels)
+    return Outcome(list(timings.values()), [_speed(timings, *name) for name in names])
+
+
+def _speed(timings: dict[str, Timing], kind: str, name: str) -> Any:
+    what = f"sampled gradient against the dense product, float32, uniform mask of {kind}"
+    return times_faster(what, timings["dense product"], timings[name])
