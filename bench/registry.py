@@ -11,6 +11,7 @@ from bench.cases import (
     accumulate_topk,
     clip_step,
     delta,
+    encode_prompts,
     gather_scatter,
     sampled_grad,
     sparse_adamw,
@@ -40,6 +41,7 @@ CASES = {
         Case("sparse_adamw", "the optimizer step, its state and its growth", sparse_adamw.run),
         Case("sampled_grad", "a weight gradient at the selected entries only", sampled_grad.run),
         Case("delta", "the delta file: size, writing, applying, reverting", delta.run),
+        Case("encode_prompts", "the text tower without padding", encode_prompts.run),
         Case("clip_step", "a whole training step: time and peak memory", clip_step.run),
     )
 }

@@ -79,13 +79,13 @@ def test_encode_prompts_is_the_normalised_text_embedding(model, tokenizer):
     tokens = tokenizer(["one", "two", "three"])
     with torch.no_grad():
         expected = F.normalize(model.encode_text(tokens), dim=-1)
-        assert torch.equal(encode_prompts(model, tokens), expected)
+        torch.testing.assert_close(encode_prompts(model, tokens), expected, rtol=0, atol=1e-6)
 
 
 def test_encode_prompts_in_batches_is_the_same_and_differentiable(model, tokenizer, monkeypatch):
     tokens = tokenizer([f"number {i}" for i in range(5)])
     whole = encode_prompts(model, tokens)
-    monkeypatch.setattr(prompts, "PROMPT_BATCH", 2)
+    monkeypatch.setattr(prompts, "TOKEN_BATCH", 9)
     parts = encode_prompts(model, tokens)
     torch.testing.assert_close(parts, whole, rtol=0, atol=1e-6)
     (gradient,) = torch.autograd.grad(parts[:, 0].sum(), model.text_projection)

@@ -12,7 +12,7 @@ README = (ROOT / "README.md").read_text()
 
 
 def test_python_example_runs_as_it_stands(tmp_path):
-    (program,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    program = "\n".join(re.findall(r"```python\n(.*?)```", README, re.DOTALL))
     (tmp_path / "example.py").write_text(program)
     done = subprocess.run(
         [sys.executable, "example.py"], cwd=tmp_path, capture_output=True, text=True, check=False

@@ -16,7 +16,7 @@ from saft_clip.console import progress
 from saft_clip.data import ImageDataset, printable, say_skipped
 from saft_clip.errors import DataError, UnreadableImageError
 from saft_clip.models import ClipModel, autocast
-from saft_clip.prompts import PROMPT_BATCH, class_prompts, encode_prompts
+from saft_clip.prompts import class_prompts, encode_prompts
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,10 @@ def evaluate_zero_shot(
     return _summarize(dataset, ranks, labels, skipped)
 
 
+#: Prompts between two moves of the progress bar.
+_PROMPTS_SHOWN = 2048
+
+
 def embed_classes(model: nn.Module, tokens: Tensor, *, show_progress: bool = False) -> Tensor:
     """Class embeddings: the normalised mean of the normalised embeddings of a class's prompts.
 
@@ -111,9 +115,9 @@ def embed_classes(model: nn.Module, tokens: Tensor, *, show_progress: bool = Fal
     """
     prompts = tokens.flatten(0, 1)
     embeddings = []
-    worth_showing = show_progress and len(prompts) > PROMPT_BATCH
+    worth_showing = show_progress and len(prompts) > _PROMPTS_SHOWN
     with progress("encoding prompts", len(prompts), unit="prompts", show=worth_showing) as advance:
-        for batch in prompts.split(PROMPT_BATCH):
+        for batch in prompts.split(_PROMPTS_SHOWN):
             embeddings.append(encode_prompts(model, batch))
             advance(len(batch))
     return F.normalize(torch.cat(embeddings).unflatten(0, tokens.shape[:2]).mean(dim=1), dim=-1)

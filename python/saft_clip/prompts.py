@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from saft_clip.errors import DataError
+from saft_clip.text_tower import Packing, encode_packed, ends_of_text, padding_reason
 
 DEFAULT_TEMPLATES = ("a photo of a {}.",)
 
-#: Prompts per call of the text encoder: bounds the memory of evaluating many templates.
-PROMPT_BATCH = 256
+#: Tokens per call of the text encoder: bounds the memory of evaluating many templates.
+TOKEN_BATCH = 256 * 77
 
 
 def resolve_templates(spec: str | Sequence[str]) -> tuple[str, ...]:
@@ -92,6 +93,9 @@ def class_prompts(
 def encode_prompts(model: nn.Module, tokens: Tensor) -> Tensor:
     """Normalised text embeddings of tokenized prompts; differentiable.
 
+    Causal text towers work on no padding, and on a beginning that all prompts share only once
+    (:mod:`saft_clip.text_tower`); others encode the prompts as they are.
+
     Args:
         model: an open_clip model.
         tokens: int64 [P, L], on the model's device.
@@ -100,5 +104,26 @@ def encode_prompts(model: nn.Module, tokens: Tensor) -> Tensor:
         [P, E], unit length; float32, whatever autocast is in force.
     """
     encode_text: Any = model.encode_text
-    batches = [encode_text(batch) for batch in tokens.split(PROMPT_BATCH)]
+    if padding_reason(model) is None:
+        ends = ends_of_text(model, tokens)
+        sizes = _sizes((ends + 1).tolist())
+        batches = [
+            encode_packed(model, Packing.of(*batch))
+            for batch in zip(tokens.split(sizes), ends.split(sizes), strict=True)
+        ]
+    else:
+        size = max(1, TOKEN_BATCH // tokens.shape[1])
+        batches = [encode_text(batch) for batch in tokens.split(size)]
     return F.normalize(torch.cat(batches).float(), dim=-1)
+
+
+def _sizes(lengths: Sequence[int]) -> list[int]:
+    """How many prompts in a row make up a batch of TOKEN_BATCH tokens at most, but one at least."""
+    sizes, room = [0], TOKEN_BATCH
+    for length in lengths:
+        if length > room and sizes[-1]:
+            sizes.append(0)
+            room = TOKEN_BATCH
+        sizes[-1] += 1
+        room -= length
+    return sizes

@@ -41,6 +41,7 @@ from saft_clip.prompts import class_prompts
 from saft_clip.report import write_report
 from saft_clip.results import summarize
 from saft_clip.run_folder import RunFolder, describe_data, read_json
+from saft_clip.text_tower import padding_reason
 from saft_clip.trainer import Trainer, stop_requests
 from saft_kernels.errors import SaftError
 from saft_kernels.fingerprint import fingerprints
@@ -81,6 +82,9 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
     clip = load_base(config)
     data = RunData(config, clip)
     tokens = class_prompts(data.train.class_names, data.train.templates, clip.tokenizer)
+    reason = padding_reason(clip.model)
+    if reason is not None:
+        say(f"the class prompts are encoded with their padding: {reason}")
     method = make_method(clip, tokens, config)
     fresh = not folder.started()
     folder.start(config, {**data.describe(), "the pretrained model": describe_model(clip)})
