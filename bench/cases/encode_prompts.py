@@ -1,7 +1,7 @@
 """The text tower on ImageNet's class prompts, forward and backward: packed against padded.
 
-The padded contender is open_clip's ``encode_text``. The activations of 1,000 prompts of 77 tokens do
-not fit into the memory of a small machine, so it goes through them a hundred at a time, with a
+The padded contender is open_clip's ``encode_text``. The activations of 1,000 prompts of 77 tokens
+do not fit into the memory of a small machine, so it goes through them a hundred at a time, with a
 backward pass each; that changes no gradient and hardly its time.
 """
 

@@ -2,9 +2,9 @@
 
 A tokenizer pads every prompt to the context length (77 tokens in CLIP, few of which a class prompt
 needs). In a causal tower that reads out at the end-of-text token, nothing behind that token has any
-influence, and nothing in front of it depends on what is behind. So the prompts are packed end to end
-without padding, and what they all begin with ("a photo of a") is computed once: its keys and values
-serve every prompt, and autograd adds up its gradient.
+influence, and nothing in front of it depends on what is behind. So the prompts are packed end to
+end without padding, and what they all begin with ("a photo of a") is computed once: its keys and
+values serve every prompt, and autograd adds up its gradient.
 """
 
 from __future__ import annotations
