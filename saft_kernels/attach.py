@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch._C import DisableTorchFunctionSubclass
 
@@ -51,7 +52,13 @@ class Sampled:
         self._numel = sum(param.numel() for param in self._flags)
         for param in self._flags:
             param.requires_grad_(False)
-        for param, entry in self.entries.items():
+        # Matrices without selected entries too: torch is slow with frozen ones (sampled.py).
+        self._frozen = {
+            param: _nothing_selected(name, param, self.note_streamed)
+            for name, param in model.named_parameters()
+            if param not in self.entries and param.dim() == 2 and type(param) is nn.Parameter
+        }
+        for param, entry in {**self.entries, **self._frozen}.items():
             param.__class__ = SampledParameter
             param._saft_entry = entry
 
@@ -94,7 +101,7 @@ class Sampled:
         if not self._flags:
             return
         self.update_()
-        for param in self.entries:
+        for param in (*self.entries, *self._frozen):
             param.__class__ = nn.Parameter
             del param._saft_entry
         for param, flag in self._flags.items():
@@ -108,6 +115,13 @@ class Sampled:
     def __exit__(self, *error: object) -> None:
         """:meth:`detach`."""
         self.detach()
+
+
+def _nothing_selected(name: str, param: nn.Parameter, streamed: Any) -> Entry:
+    none = torch.empty(0, dtype=torch.int32, device=param.device)
+    entry = Entry(name, param, none, False, streamed)
+    entry.leaf.requires_grad_(False)
+    return entry
 
 
 def _require_plain(name: str, param: Tensor) -> None:
@@ -138,7 +152,8 @@ def attach(model: nn.Module, mask: CooMask) -> Sampled:
                 optimizer.step()  # the next forward pass uses the new values
 
     All parameters of the model are frozen meanwhile: nothing below the first selected entry is part
-    of backward. Linear layers, 2-d convolutions without groups, embeddings, fused attention and
+    of backward. Matrices without selected entries are taken over too, only because torch is slow
+    with frozen ones in attention. Linear layers, 2-d convolutions without groups, embeddings, fused attention and
     ``x @ weight`` have a sampled form. Anything else that is done with a selected parameter works
     too: its dense gradient is computed, gathered and freed, and :attr:`Sampled.streamed` says so.
 

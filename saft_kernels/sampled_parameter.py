@@ -224,6 +224,8 @@ def _stream(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         entry = _entry(value)
         if entry is None:
             return value
+        if entry.indices.numel() == 0:
+            return entry.weight
         entries.append(entry)
         return sampled.streamed(entry.weight, entry.values, entry.indices)
 

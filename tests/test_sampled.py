@@ -96,7 +96,7 @@ def test_linear_gives_the_stock_result_and_the_dense_gradient_at_the_indices(dty
     y = sampled_linear(x, weight, bias, values, indices)
     stock_x, stock_weight = leaf(x.detach()), leaf(weight)
     stock = F.linear(stock_x, stock_weight, bias)
-    assert torch.equal(y, stock)
+    assert_close(y.detach().float(), stock.detach().float(), "rounded_gradient")
     dy = torch.randn_like(y)
     y.backward(dy)
     stock.backward(dy)

@@ -112,8 +112,8 @@ def ends_of_text(model: nn.Module, tokens: Tensor) -> Tensor:
     tower = _tower(model)
     if _pool_type(tower) == "argmax":
         return tokens.argmax(dim=-1)
-    eos = getattr(tower, "text_eos_id", getattr(tower, "eos_id", None))
-    return torch.eq(tokens, eos).int().argmax(dim=-1)
+    eos: Any = getattr(tower, "text_eos_id", getattr(tower, "eos_id", None))
+    return tokens.eq(eos).int().argmax(dim=-1)
 
 
 def encode_packed(model: nn.Module, packing: Packing) -> Tensor:
