@@ -153,9 +153,11 @@ def attach(model: nn.Module, mask: CooMask) -> Sampled:
 
     All parameters of the model are frozen meanwhile: nothing below the first selected entry is part
     of backward. Matrices without selected entries are taken over too, only because torch is slow
-    with frozen ones in attention. Linear layers, 2-d convolutions without groups, embeddings, fused attention and
-    ``x @ weight`` have a sampled form. Anything else that is done with a selected parameter works
-    too: its dense gradient is computed, gathered and freed, and :attr:`Sampled.streamed` says so.
+    with frozen ones in attention.
+
+    Linear layers, 2-d convolutions without groups, embeddings, fused attention and ``x @ weight``
+    have a sampled form. Anything else that is done with a selected parameter works too: its dense
+    gradient is computed, gathered and freed, and :attr:`Sampled.streamed` says so.
 
     Args:
         model: floating point, on its device.

@@ -107,8 +107,8 @@ class _Linear(torch.autograd.Function):
         columns: Tensor,
         *plan: Tensor,
     ) -> Tensor:
-        # Flat, here and in backward: where the input has three dimensions and is not contiguous, as
-        # in attention, torch takes a batched product for a frozen matrix: many times slower in bf16.
+        # Flat, here and in backward: for a frozen matrix and an input of three dimensions that is
+        # not contiguous, as in attention, torch takes a batched product, far slower in bf16.
         tokens = _flat_tokens(x)
         y = F.linear(tokens, weight, bias)
         # Autocast may have rounded x on its way into the product; the gradient uses what it used.
