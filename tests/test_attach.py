@@ -411,3 +411,16 @@ def test_a_parameter_of_another_class_is_refused() -> None:
     mask = CooMask.from_indices(model, {"weight": torch.tensor([1])})
     with pytest.raises(OptimizerError, match=r"'weight' is a Special"):
         attach(model, mask)
+
+
+def test_a_crowded_weight_uses_the_dense_product_without_a_warning() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Linear(20, 20).double(), torch.randn(7, 20).double()
+    mask = CooMask.from_indices(model, {"weight": torch.arange(0, 400, 2)})
+    weighted(model(x)).backward()
+    expected = reference.gather(model.weight.grad, mask["weight"])
+    with attach(model, mask) as sparse, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        weighted(model(x)).backward()
+        assert "50% of its entries" in sparse.streamed["weight"]
+        assert_close(next(sparse.parameters()).grad, expected, "double_model")
