@@ -9,16 +9,19 @@ they are.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._C import DisableTorchFunctionSubclass
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from saft_kernels.entry import Entry
 from saft_kernels.errors import OptimizerError
 from saft_kernels.mask import CooMask
-from saft_kernels.sampled_parameter import Entry, SampledParameter
+from saft_kernels.sampled_parameter import SampledParameter, plan_ahead
 
 #: A share of the model's parameters from which on a dense gradient deserves a warning.
 _LARGE = 0.01
@@ -61,6 +64,26 @@ class Sampled:
         for param, entry in {**self.entries, **self._frozen}.items():
             param.__class__ = SampledParameter
             param._saft_entry = entry
+        for module in model.modules():
+            plan_ahead(module)
+        self._stop_watching: Callable[[], object] = lambda: None
+        if leading:
+            self._watch()
+
+    def _watch(self) -> None:
+        """Let the weights follow every optimizer step: their uses in compiled code do not."""
+        for entry in self.entries.values():
+            entry.leaf.register_post_accumulate_grad_hook(_weakly(entry.require_followed))
+        self._by_leaf = {entry.leaf: entry for entry in self.entries.values()}
+        handle = register_optimizer_step_post_hook(_weakly(self._follow))
+        self._stop_watching = weakref.finalize(self, handle.remove)
+
+    def _follow(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        leaves = (leaf for group in optimizer.param_groups for leaf in group["params"])
+        with DisableTorchFunctionSubclass():
+            for leaf in leaves:
+                if leaf in self._by_leaf:
+                    self._by_leaf[leaf].follow_()
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(name of the model's parameter, its compact leaf)."""
@@ -107,6 +130,7 @@ class Sampled:
         for param, flag in self._flags.items():
             param.requires_grad_(flag)
         self._flags.clear()
+        self._stop_watching()
 
     def __enter__(self) -> Sampled:
         """Itself."""
@@ -115,6 +139,18 @@ class Sampled:
     def __exit__(self, *error: object) -> None:
         """:meth:`detach`."""
         self.detach()
+
+
+def _weakly(method: Callable[..., None]) -> Callable[..., None]:
+    """A hook that keeps no object alive: torch's are where the garbage collector does not look."""
+    reference = weakref.WeakMethod(method)
+
+    def hook(*args: Any) -> None:
+        bound = reference()
+        if bound is not None:
+            bound(*args)
+
+    return hook
 
 
 def _nothing_selected(name: str, param: nn.Parameter, streamed: Any) -> Entry:

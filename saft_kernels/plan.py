@@ -19,15 +19,15 @@ class LinearPlan:
         rows: int32 [R], the rows of W that hold an entry, ascending.
         offsets: int32 [R + 1]: row j holds entries ``offsets[j]`` to ``offsets[j + 1]``.
         entry_columns: int32 [n], for every entry the place of its column in ``columns``.
-        places: int64 [n], the entry of every selected value: those of W in the order of their flat
-            indices, then those of b.
+        places: int32 [n], the entry of every selected value: those of W in the order of their flat
+            indices, then those of b. None if that is the entries' own order.
     """
 
     columns: Tensor
     rows: Tensor
     offsets: Tensor
     entry_columns: Tensor
-    places: Tensor
+    places: Tensor | None
 
     @classmethod
     def of(
@@ -61,10 +61,17 @@ class LinearPlan:
         columns, column_places = column.unique(return_inverse=True)
         rows, counts = row[order].unique_consecutive(return_counts=True)
         offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-        places = torch.empty_like(order)
-        places[order] = torch.arange(order.numel(), device=order.device)
-        return cls(columns.int(), rows.int(), offsets.int(), column_places[order].int(), places)
+        entry_columns = column_places[order]
+        return cls(columns.int(), rows.int(), offsets.int(), entry_columns.int(), _places(order))
 
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
         """All of it, in the order above."""
         return self.columns, self.rows, self.offsets, self.entry_columns, self.places
+
+
+def _places(order: Tensor) -> Tensor | None:
+    """The inverse of a permutation, None for the identity."""
+    inverse = torch.arange(order.numel(), device=order.device)
+    if torch.equal(order, inverse):
+        return None
+    return torch.empty_like(order).index_copy_(0, order, inverse).int()

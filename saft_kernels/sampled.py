@@ -86,13 +86,28 @@ def _flat_tokens(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-def _split(grad: Tensor, places: Tensor, sizes: list[int]) -> list[Tensor]:
-    """The gradient in the order of the values: those of the weight, those of the bias."""
-    return list(grad.index_select(0, places).split(sizes))
-
-
 def _sizes(*values: Tensor | None) -> list[int]:
     return [0 if value is None else value.numel() for value in values]
+
+
+def _grads_of_values(
+    ctx: Any,
+    packed: Tensor,
+    tokens: Tensor,
+    rows: Tensor,
+    offsets: Tensor,
+    entry_columns: Tensor,
+    places: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of the selected values of the weight and of the bias."""
+    grad = ops.sampled_grad(packed, tokens, rows, offsets, entry_columns)
+    weight, bias = _in_order(grad, places).split(ctx.sizes)
+    _, _, _, weight_wanted, bias_wanted, *_ = ctx.needs_input_grad
+    return weight if weight_wanted else None, bias if bias_wanted else None
+
+
+def _in_order(grad: Tensor, places: Tensor | None) -> Tensor:
+    return grad if places is None else grad.index_select(0, places)
 
 
 class _Linear(torch.autograd.Function):
@@ -105,7 +120,7 @@ class _Linear(torch.autograd.Function):
         values: Tensor | None,
         bias_values: Tensor | None,
         columns: Tensor,
-        *plan: Tensor,
+        *plan: Tensor | None,
     ) -> Tensor:
         # Flat, here and in backward: for a frozen matrix and an input of three dimensions that is
         # not contiguous, as in attention, torch takes a batched product, far slower in bf16.
@@ -120,20 +135,15 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        weight, packed, rows, offsets, entry_columns, places = ctx.saved_tensors
+        weight, packed, *plan = ctx.saved_tensors
         dx = dbias = None
         tokens = _flat_tokens(dy)
         if weight is not None:
             dx = (tokens @ weight.to(dy.dtype)).to(ctx.x_dtype).view(ctx.x_shape)
         if ctx.needs_input_grad[2]:
             dbias = tokens.sum(0)
-        grad = ops.sampled_grad(packed, tokens, rows, offsets, entry_columns)
-        dvalues, dbias_values = _split(grad, places, ctx.sizes)
-        wanted = ctx.needs_input_grad
-        return (
-            dx, None, dbias, dvalues if wanted[3] else None, dbias_values if wanted[4] else None,
-            None, None, None, None, None,
-        )  # fmt: skip
+        dvalues, dbias_values = _grads_of_values(ctx, packed, tokens, *plan)
+        return dx, None, dbias, dvalues, dbias_values, None, None, None, None, None
 
 
 def conv2d(
@@ -170,28 +180,20 @@ def conv2d(
     return result
 
 
-def _input_columns(
-    x: Tensor, weight_shape: torch.Size, output_shape: torch.Size, geometry: Any, columns: Tensor
-) -> Tensor:
+def _input_columns(x: Tensor, weight_shape: torch.Size, geometry: Any, columns: Tensor) -> Tensor:
     """The columns (channel, kernel row, kernel column) of the unfolded input, [T, K].
 
     Only these are unfolded. Tokens are the output positions of all images in order.
     """
     _, _, kh, kw = weight_shape
-    n, _, oh, ow = output_shape
     (stride_h, stride_w), (pad_h, pad_w), (dilation_h, dilation_w) = geometry
-    channel = columns // (kh * kw)
-    used, channel = channel.unique(return_inverse=True)
-    if used.numel() < x.shape[1]:
-        x = x.index_select(1, used)
     if pad_h or pad_w:
         x = F.pad(x, (pad_w, pad_w, pad_h, pad_h))
-    sn, sc, sh, sw = x.stride()
-    windows = x.as_strided(
-        (x.shape[1], kh, kw, n, oh, ow),
-        (sc, sh * dilation_h, sw * dilation_w, sn, sh * stride_h, sw * stride_w),
-    )
-    return windows[channel, columns // kw % kh, columns % kw].reshape(len(columns), -1).t()
+    windows = x.unfold(2, dilation_h * (kh - 1) + 1, stride_h)
+    windows = windows.unfold(3, dilation_w * (kw - 1) + 1, stride_w)
+    windows = windows[..., ::dilation_h, ::dilation_w].permute(1, 4, 5, 0, 2, 3)
+    chosen = windows[columns // (kh * kw), columns // kw % kh, columns % kw]
+    return chosen.reshape(len(columns), -1).t()
 
 
 def _output_rows(dy: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -213,35 +215,30 @@ class _Conv2d(torch.autograd.Function):
         bias_values: Tensor | None,
         geometry: Any,
         columns: Tensor,
-        *plan: Tensor,
+        *plan: Tensor | None,
     ) -> Tensor:
         y = F.conv2d(x, weight, bias, *geometry)
-        width = weight[0].numel()
-        inputs = _input_columns(x, weight.shape, y.shape, geometry, columns[columns < width].long())
+        ctx.sizes, ctx.geometry = _sizes(values, bias_values), geometry
+        inner = columns[:-1] if ctx.sizes[1] else columns  # the bias' column is the last
+        inputs = _input_columns(x, weight.shape, geometry, inner.long())
         places = torch.arange(columns.numel(), dtype=torch.int32, device=columns.device)
         packed = ops.pack_columns(inputs, places).to(y.dtype)
         ctx.save_for_backward(weight if ctx.needs_input_grad[0] else None, packed, *plan)
-        ctx.sizes, ctx.geometry = _sizes(values, bias_values), geometry
         ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        weight, packed, rows, offsets, entry_columns, places = ctx.saved_tensors
+        weight, packed, rows, *plan = ctx.saved_tensors
         dx = dbias = None
         if weight is not None:
             dx = conv2d_input(ctx.x_shape, weight.to(dy.dtype), dy, *ctx.geometry).to(ctx.x_dtype)
         if ctx.needs_input_grad[2]:
             dbias = dy.sum((0, 2, 3))
         tokens, rows = _output_rows(dy, rows)
-        grad = ops.sampled_grad(packed, tokens, rows, offsets, entry_columns)
-        dvalues, dbias_values = _split(grad, places, ctx.sizes)
-        wanted = ctx.needs_input_grad
-        return (
-            dx, None, dbias, dvalues if wanted[3] else None, dbias_values if wanted[4] else None,
-            None, None, None, None, None, None,
-        )  # fmt: skip
+        dvalues, dbias_values = _grads_of_values(ctx, packed, tokens, rows, *plan)
+        return dx, None, dbias, dvalues, dbias_values, None, None, None, None, None, None
 
 
 def embedding(
@@ -261,8 +258,7 @@ def embedding(
     """
     if not torch.is_grad_enabled():
         return F.embedding(tokens, weight, padding_idx)
-    columns, *rest = plan.tensors()
-    result: Tensor = _Embedding.apply(tokens, weight, values, padding_idx, columns, *rest)
+    result: Tensor = _Embedding.apply(tokens, weight, values, padding_idx, *plan.tensors())
     return result
 
 
@@ -274,7 +270,7 @@ class _Embedding(torch.autograd.Function):
         weight: Tensor,
         values: Tensor,
         padding_idx: int | None,
-        *plan: Tensor,
+        *plan: Tensor | None,
     ) -> Tensor:
         ctx.save_for_backward(tokens, *plan)
         ctx.padding_idx = padding_idx
@@ -290,7 +286,7 @@ class _Embedding(torch.autograd.Function):
         grad = ops.sampled_embedding_grad(
             flat, _flat_tokens(dy), rows, offsets, columns[entry_columns]
         )
-        return None, None, grad.index_select(0, places), None, None, None, None, None, None
+        return None, None, _in_order(grad, places), None, None, None, None, None, None
 
 
 def streamed(weight: Tensor, values: Tensor, indices: Tensor) -> Tensor:

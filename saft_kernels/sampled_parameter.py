@@ -11,25 +11,17 @@ from __future__ import annotations
 import copy
 import types
 from collections.abc import Callable, Iterable
-from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._C import DisableTorchFunctionSubclass
-from torch._compile import _disable_dynamo  # lazy, where torch.compiler.disable imports it all
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
-from saft_kernels import ops, sampled
+from saft_kernels import sampled
+from saft_kernels.entry import Entry
 from saft_kernels.plan import LinearPlan
-
-#: The share of selected entries from which on the dense product is used. On a CPU with AVX-512 the
-#: sampled product of a uniform mask was still 1.15 times faster at 10% in fp32 (``python -m bench
-#: run sampled_grad``), and more in bf16 or where the entries share rows. A product over the used
-#: rows and columns only would need more than a tenth of *these* selected to be faster, which masks
-#: of the paper's 0.1% are far from.
-CROWDED = 0.1
 
 
 class SampledParameter(nn.Parameter):
@@ -67,115 +59,6 @@ class SampledParameter(nn.Parameter):
             return nn.Parameter(self.detach(), self.requires_grad).__reduce_ex__(protocol)
 
 
-class Entry:
-    """One selected parameter: its weight, and the compact leaf that stands for its entries.
-
-    Args:
-        name: of the parameter.
-        param: the parameter, which gets no gradient of its own.
-        indices: flat indices of the selected entries, on its device.
-        leading: whether changes of the values go to the weight before its next use, and changes of
-            the weight to the values. Otherwise the values are never read and only have a ``grad``.
-        streamed: is told when the parameter is used in a way that has no sampled form.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        param: nn.Parameter,
-        indices: Tensor,
-        leading: bool,
-        streamed: Callable[[Entry, Any], None],
-    ) -> None:
-        self.name = name
-        self.param = param
-        self.indices = indices
-        self.leading = leading
-        self.streamed = streamed
-        dtype = torch.promote_types(param.dtype, torch.float32)
-        # Values that are never read need no memory of their own.
-        self.leaf = nn.Parameter(
-            ops.gather(param, indices).to(dtype)
-            if leading
-            else torch.zeros((), dtype=dtype, device=param.device).expand(indices.shape)
-        )
-        self._versions = self._now()
-        self._plans: dict[Any, LinearPlan] = {}
-        self._parts: dict[tuple[int, int], Part] = {}
-
-    @property
-    def values(self) -> Tensor:
-        """The leaf, for autograd."""
-        return self.leaf
-
-    @property
-    def crowded(self) -> bool:
-        """Whether so many entries are selected that the dense product is the faster one."""
-        return self.indices.numel() > CROWDED * self.weight.numel()
-
-    @property
-    def weight(self) -> Tensor:
-        """The parameter as an ordinary tensor: the same memory and version."""
-        return self.param.detach()
-
-    def _now(self) -> tuple[int, int]:
-        return self.leaf._version, self.param._version
-
-    def follow_(self) -> None:
-        """Bring weight and values together: the values' changes win over the weight's."""
-        if self.leading and self._now() != self._versions:
-            self._follow_()
-
-    @torch.no_grad()
-    def _follow_(self) -> None:
-        if self.leaf._version != self._versions[0]:
-            ops.scatter_(self.weight, self.indices, self.leaf.to(self.param.dtype))
-        else:
-            self.leaf.copy_(ops.gather(self.weight, self.indices))
-        self._versions = self._now()
-
-    def plan(self, key: Any, make: Callable[[], LinearPlan]) -> LinearPlan:
-        """The plan of one use of this parameter, made at the first."""
-        if key not in self._plans:
-            self._plans[key] = make()
-        return self._plans[key]
-
-    def part(self, begin: int, end: int) -> Part:
-        """The entry of some rows, as fused projections are split into."""
-        if (begin, end) not in self._parts:
-            self._parts[begin, end] = Part(self, begin, end)
-        return self._parts[begin, end]
-
-
-class Part(Entry):
-    """Rows ``begin`` to ``end`` of a selected parameter."""
-
-    def __init__(self, whole: Entry, begin: int, end: int) -> None:
-        width = whole.weight[0].numel()
-        bounds = torch.tensor([begin * width, end * width], device=whole.indices.device)
-        self._first, self._last = torch.searchsorted(whole.indices, bounds).tolist()
-        self._whole = whole
-        self._rows = slice(begin, end)
-        self._plans = {}
-        self._parts = {}
-        self.name, self.streamed = whole.name, whole.streamed
-        self.indices = whole.indices[self._first : self._last] - begin * width
-
-    @property
-    def weight(self) -> Tensor:
-        """These rows of the weight."""
-        return self._whole.weight[self._rows]
-
-    @property
-    def values(self) -> Tensor:
-        """A part of the leaf."""
-        return self._whole.values[self._first : self._last]
-
-    def follow_(self) -> None:
-        """See :class:`Entry`."""
-        self._whole.follow_()
-
-
 def _entry(value: Any) -> Entry | None:
     if not isinstance(value, SampledParameter):
         return None
@@ -191,15 +74,18 @@ def _follow(arguments: Iterable[Any]) -> None:
             _entry(value)
 
 
-@_disable_dynamo
 def _use(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run a function of selected parameters that autograd has to know of."""
-    if func is F.multi_head_attention_forward:
-        return _attention(*args, **kwargs)
     with DisableTorchFunctionSubclass():
-        handler = _HANDLERS.get(func)
+        handler = _handler(func)
         result = NotImplemented if handler is None else handler(*args, **kwargs)
         return _stream(func, args, kwargs) if result is NotImplemented else result
+
+
+def _handler(func: Any) -> Callable[..., Any] | None:
+    if torch.compiler.is_dynamo_compiling():  # it cannot look up torch's functions
+        return next((handler for known, handler in _HANDLERS.items() if func is known), None)
+    return _HANDLERS.get(func)
 
 
 def _weight(value: Any) -> Any:
@@ -208,6 +94,8 @@ def _weight(value: Any) -> Any:
 
 def _is_question(func: Any) -> bool:
     """Whether this asks for a property of a tensor, so that it has nothing to do with gradients."""
+    if torch.compiler.is_dynamo_compiling():  # as above; a use of the weight answers it too
+        return False
     if func in _QUESTIONS:
         return True
     return getattr(func, "__name__", "").startswith(("__get__", "__set__", "is_", "_is_"))
@@ -215,7 +103,6 @@ def _is_question(func: Any) -> bool:
 
 def _stream(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run ``func`` on weights whose dense gradients autograd computes and we gather."""
-
     entries: list[Entry] = []
 
     def known(value: Any) -> Any:
@@ -224,10 +111,9 @@ def _stream(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         entry = _entry(value)
         if entry is None:
             return value
-        if entry.indices.numel() == 0:
-            return entry.weight
-        entries.append(entry)
-        return sampled.streamed(entry.weight, entry.values, entry.indices)
+        if entry.indices.numel() > 0:
+            entries.append(entry)
+        return _view(entry)
 
     result = func(*map(known, args), **{key: known(value) for key, value in kwargs.items()})
     differentiable = [result] if isinstance(result, Tensor) else tree_leaves(result)
@@ -235,6 +121,21 @@ def _stream(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         for entry in entries:
             entry.streamed(entry, func)
     return result
+
+
+def _streamed(value: Any, func: Any) -> Any:
+    """The weight for a use in ``func``, whatever is done with it there."""
+    entry = _entry(value)
+    if entry is None:
+        return value
+    entry.streamed(entry, func)
+    return _view(entry)
+
+
+def _view(entry: Entry) -> Tensor:
+    if entry.indices.numel() == 0:
+        return entry.weight
+    return sampled.streamed(entry.weight, entry.values, entry.indices)
 
 
 # What torch does with parameters ------------------------------------------------------------------
@@ -246,6 +147,8 @@ _QUESTIONS = {
     Tensor.stride,
     Tensor.element_size,
     Tensor.data_ptr,
+    Tensor.storage_offset,
+    Tensor.untyped_storage,
     Tensor.detach,
     Tensor.__len__,
     Tensor.__repr__,
@@ -302,6 +205,30 @@ def _linear_plan(
         return LinearPlan.of(in_features, w_indices, b_indices, out_features=out_features)
 
     return owner.plan((w is None, b, in_features, out_features), make)
+
+
+def plan_ahead(module: nn.Module) -> None:
+    """Plan what is likely to be done with a module's own parameters.
+
+    Other plans are made at the first use, which no graph of ``torch.compile`` can hold.
+    """
+    with DisableTorchFunctionSubclass():
+        own = dict(module.named_parameters(recurse=False))
+        for name, param in own.items():
+            entry = _entry(param)
+            if entry is None or param.dim() not in (2, 4):
+                continue
+            if entry.crowded and not isinstance(module, nn.Embedding):
+                continue
+            width = param[0].numel()
+            bias = _entry(own.get(name.removesuffix("weight") + "bias"))
+            if name.endswith("weight") and type(module).__name__ != "Conv1D":
+                _linear_plan(entry, bias, width)
+            elif param.dim() == 2:  # x @ projection, as in the Conv1D of transformers' GPT-2
+                _linear_plan(entry, bias, *param.shape)
+            if name == "in_proj_weight":  # of attention where query, key and value differ
+                for begin in range(0, len(param), width):
+                    _linear_plan(entry.part(begin, begin + width), None, width)
 
 
 @_handles(F.linear)
@@ -372,40 +299,82 @@ def _embedding(
     return sampled.embedding(input, entry.weight, entry.values, plan, padding_idx)
 
 
-@_handles(torch.split, Tensor.split)
-def _split(tensor: Any, split_size_or_sections: Any, dim: int = 0) -> Any:
-    rows = tensor.shape[0] if tensor.dim() else 0
-    if dim != 0 or rows == 0:
-        return NotImplemented
-    sizes = split_size_or_sections
-    if isinstance(sizes, int):
-        sizes = [min(sizes, rows - begin) for begin in range(0, rows, sizes)]
-    ends = list(accumulate(sizes))
-    return tuple(
-        _handle(tensor._saft_entry.part(begin, end)) for begin, end in pairwise([0, *ends])
+# torch's attention --------------------------------------------------------------------------------
+
+
+@_handles(F.multi_head_attention_forward)
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    embed_dim_to_check: int,
+    num_heads: int,
+    in_proj_weight: Any,
+    in_proj_bias: Any,
+    bias_k: Any,
+    bias_v: Any,
+    *rest: Any,
+    **more: Any,
+) -> Any:
+    """torch's own, except for the projections."""
+    func = F.multi_head_attention_forward
+    bias_k, bias_v = _streamed(bias_k, func), _streamed(bias_v, func)
+    if query is not key or key is not value:  # it is cut into three
+        in_proj_bias = _streamed(in_proj_bias, func)
+    sizes = embed_dim_to_check, num_heads
+    weights = in_proj_weight, in_proj_bias, bias_k, bias_v
+    return _torch_attention(query, key, value, *sizes, *weights, *rest, **more)
+
+
+def _project(x: Tensor, weight: Any, bias: Any = None) -> Any:
+    """``F.linear``. In compiled code no function called from here would come back to us."""
+    if isinstance(weight, SampledParameter) or isinstance(bias, SampledParameter):
+        return _use(F.linear, (x, weight, bias), {})
+    return F.linear(x, weight, bias)
+
+
+def _project_packed(q: Tensor, k: Tensor, v: Tensor, weight: Any, bias: Any) -> list[Tensor]:
+    """Project with one weight for all three, [3 E, E]; each result is contiguous."""
+    if q is k and k is v:
+        projected = _project(q, weight, bias).unflatten(-1, (3, -1))
+        return list(projected.movedim(-2, 0).contiguous().unbind())
+    width = q.shape[-1]
+    return [_project_rows(x, weight, bias, i * width, width) for i, x in enumerate((q, k, v))]
+
+
+def _project_rows(x: Tensor, weight: Any, bias: Any, begin: int, count: int) -> Tensor:
+    """The layer of some rows of a weight."""
+    rows = slice(begin, begin + count)
+    bias = None if bias is None else bias[rows]
+    entry = _entry(weight)
+    if entry is None or entry.crowded:
+        return F.linear(x, _streamed(weight, F.linear)[rows], bias)
+    part = entry.part(begin, begin + count)
+    plan = _linear_plan(part, None, x.shape[-1])
+    return sampled.linear(x, part.weight, bias, part.values, None, plan)
+
+
+def _project_separately(q: Tensor, k: Tensor, v: Tensor, *weights_and_biases: Any) -> list[Tensor]:
+    """Project with a weight for each."""
+    weights, biases = weights_and_biases[:3], weights_and_biases[3:]
+    return [_project(*each) for each in zip((q, k, v), weights, biases, strict=True)]
+
+
+def _with_our_projections(function: Any) -> Any:
+    """torch's attention, looking these names up here."""
+    names = {
+        **function.__globals__,
+        "has_torch_function": lambda tensors: False,
+        "linear": _project,
+        "_in_projection_packed": _project_packed,
+        "_in_projection": _project_separately,
+    }
+    del names["__name__"]  # torch.compile would look them up in the module of this name
+    result = types.FunctionType(
+        function.__code__, names, function.__name__, function.__defaults__, function.__closure__
     )
+    result.__kwdefaults__ = function.__kwdefaults__
+    return result
 
 
-def _handle(part: Part) -> SampledParameter:
-    handle = part.weight.as_subclass(SampledParameter)
-    handle._saft_entry = part
-    return handle
-
-
-@_handles(torch.chunk, Tensor.chunk)
-def _chunk(input: Any, chunks: int, dim: int = 0) -> Any:
-    return _split(input, -(-input.shape[0] // chunks), dim) if input.dim() else NotImplemented
-
-
-def _reentrant(function: Any) -> Any:
-    """A Python function of torch that does not hand itself over, but whose calls inside do."""
-    inside = {**function.__globals__, "has_torch_function": lambda tensors: False}
-    again = types.FunctionType(
-        function.__code__, inside, function.__name__, function.__defaults__, function.__closure__
-    )
-    again.__kwdefaults__ = function.__kwdefaults__
-    return again
-
-
-# Its projections are calls of F.linear, on rows of the weight where query and key differ.
-_attention = _reentrant(F.multi_head_attention_forward)
+_torch_attention = _with_our_projections(F.multi_head_attention_forward)

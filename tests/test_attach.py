@@ -287,6 +287,38 @@ def test_any_optimizer_trains_the_compact_leaves(dtype: torch.dtype) -> None:
     assert not torch.equal(model.head.weight, before["head.weight"])
 
 
+def test_gradient_scaling_and_clipping_act_on_the_compact_leaves() -> None:
+    weights = []
+    for scaled in (False, True):
+        model = small_model()
+        with attach(model, small_mask(model)) as sparse:
+            optimizer = torch.optim.AdamW(sparse.parameters(), lr=1e-2)
+            scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=scaled)
+            for step in range(4):
+                optimizer.zero_grad()
+                scaler.scale(loss_of(model, step)).backward()
+                scaler.unscale_(optimizer)
+                nn.utils.clip_grad_norm_(sparse.parameters(), 0.1)
+                scaler.step(optimizer)
+                scaler.update()
+        weights.append(snapshot(model))
+    plain, unscaled = weights
+    assert all(torch.equal(plain[name], unscaled[name]) for name in plain)  # by a power of two
+
+
+def test_a_step_that_the_scaler_skips_changes_no_weight() -> None:
+    model = small_model()
+    before = snapshot(model)
+    with attach(model, small_mask(model)) as sparse:
+        optimizer = torch.optim.AdamW(sparse.parameters(), lr=1e-2)
+        scaler = torch.amp.GradScaler("cpu")
+        scaler.scale(loss_of(model, 0) * float("inf")).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        loss_of(model, 1)
+    assert all(torch.equal(param, before[name]) for name, param in model.named_parameters())
+
+
 def test_weights_that_are_loaded_are_where_training_goes_on() -> None:
     model, other = small_model(), small_model()
     mask = small_mask(model)

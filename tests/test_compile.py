@@ -1,0 +1,160 @@
+"""Sampled mode inside ``torch.compile``: one graph, and the same gradients."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from saft_kernels import CooMask, SparseAdamW, attach, select
+from saft_kernels.attach import Sampled
+from saft_kernels.errors import OptimizerError
+from test_attach import CASES, Case
+from training import backward, loss_of, small_mask, small_model, snapshot
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(autouse=True)
+def _forget_graphs() -> Iterator[None]:
+    yield
+    torch._dynamo.reset()
+
+
+def compiled(function: Any, **options: Any) -> Any:
+    """One graph or an error. It runs without a C++ compiler, with the bits of eager mode."""
+    return torch.compile(function, backend="aot_eager", fullgraph=True, **options)
+
+
+def take_gradients(sparse: Sampled) -> dict[str, Tensor]:
+    found = {n: v.grad for n, v in sparse.named_parameters() if v.grad is not None}
+    for values in sparse.parameters():
+        values.grad = None
+    return found
+
+
+def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(actual[name], tensor), name
+
+
+#: What needs a forward pass before all its plans are made.
+PLANNED_LATE = {"RN50", "DeBERTa-v2"}
+
+
+@pytest.mark.parametrize("name", ["ViT-B-32", "RN50", "MultiheadAttention", "GPT-2", "BERT"])
+def test_a_model_is_one_graph_with_the_gradients_of_eager_mode(name: str) -> None:
+    case: Case = CASES[name]()
+    mask = select(case.model, density=0.02, score="random", seed=3)
+    with attach(case.model, mask) as sparse:
+        if name in PLANNED_LATE:
+            case.loss()
+        torch.manual_seed(1)
+        compiled(case.run)(case.model).backward()
+        gradients = take_gradients(sparse)
+        case.loss().backward()
+        assert len(gradients) > 3
+        assert_same(gradients, take_gradients(sparse))
+
+
+def test_an_unplanned_use_breaks_only_the_first_graph_and_loses_no_gradient() -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(6, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.tanh(x @ self.weight)  # a "weight" is planned as F.linear has it
+
+    torch.manual_seed(0)
+    model, x = Odd(), torch.randn(3, 6)
+    with attach(model, CooMask.from_indices(model, {"weight": torch.tensor([1, 8])})) as sparse:
+        torch.compile(model, backend="aot_eager")(x).sum().backward()
+        gradients = take_gradients(sparse)
+        model(x).sum().backward()
+        assert_same(gradients, take_gradients(sparse))
+        torch._dynamo.reset()
+        compiled(model)(x).sum().backward()
+        assert_same(take_gradients(sparse), gradients)
+
+
+@pytest.mark.parametrize("mode", ["attach", "SparseAdamW"])
+def test_training_a_compiled_model_gives_the_same_bits(mode: str) -> None:
+    weights = []
+    for wrap in (lambda model: model, compiled):
+        model = small_model()
+        mask, before = small_mask(model), snapshot(model)
+        options = {"lr": 1e-2, "weight_decay": 0.1}
+        optimizer: Any
+        if mode == "attach":
+            optimizer = torch.optim.AdamW(attach(model, mask).parameters(), **options)
+        else:
+            optimizer = SparseAdamW(model, mask, gradients="sampled", **options)
+        run = wrap(model)
+        for step in range(6):
+            optimizer.zero_grad()
+            backward(run, step)
+            optimizer.step()
+            with torch.no_grad():
+                loss_of(run, step)
+        for name, param in model.named_parameters():
+            if name not in mask:
+                assert torch.equal(param, before[name])
+        weights.append(snapshot(model))
+        assert not torch.equal(model.head.weight, before["head.weight"])
+    assert_same(*weights)
+
+
+def test_autocast_and_checkpointing_compile() -> None:
+    torch.manual_seed(0)
+    blocks = nn.ModuleList(nn.Sequential(nn.Linear(6, 6), nn.Tanh()) for _ in range(3))
+    x = torch.randn(5, 6)
+
+    def run() -> Tensor:
+        out = x
+        with torch.autocast("cpu", torch.bfloat16):
+            for block in blocks:
+                out = checkpoint(block, out, use_reentrant=False)
+        return out.float().square().sum()
+
+    with attach(blocks, select(blocks, density=0.3, score="random")) as sparse:
+        run().backward()
+        expected = take_gradients(sparse)
+        compiled(run)().backward()
+        assert_same(take_gradients(sparse), expected)
+
+
+def test_values_changed_by_hand_need_update_before_compiled_code() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Linear(6, 4), torch.randn(3, 6)
+    mask = CooMask.from_indices(model, {"weight": torch.tensor([1, 8])})
+    run = compiled(model)
+    with attach(model, mask) as sparse:
+        run(x).sum().backward()
+        (values,) = sparse.parameters()
+        with torch.no_grad():
+            values.add_(1)
+        with pytest.raises(OptimizerError, match=r"'weight' were changed by hand.*update_\(\)"):
+            run(x).sum().backward()
+        sparse.update_()
+        output = run(x)
+        assert torch.equal(output, model(x))
+        output.sum().backward()
+
+
+def test_a_model_that_is_dropped_in_sampled_mode_is_freed() -> None:
+    model = nn.Linear(6, 4)
+    sparse = attach(model, CooMask.from_indices(model, {"weight": torch.tensor([1, 8])}))
+    torch.optim.SGD(sparse.parameters(), lr=0.1).step()
+    model(torch.randn(3, 6)).sum().backward()
+    alive = [weakref.ref(model), weakref.ref(sparse), weakref.ref(model.weight)]
+    del model, sparse
+    gc.collect()
+    assert [each() for each in alive] == [None, None, None]
