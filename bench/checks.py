@@ -17,6 +17,9 @@ from saft_kernels.ops import end_to_end
 STEP_ATOL = 0.05 * ADAMW["lr"]
 STEP_RTOL = 3 * 2.0**-24
 
+#: Of gradients summed in another order, relative to the largest of their parameter.
+GRADIENT_TOLERANCE = 1e-3
+
 #: Gradients this much smaller than the largest of their tensor may be roundings of their sums.
 ROUNDING = 1e-4
 
@@ -68,6 +71,25 @@ def require_untouched(
             indices = mask[name]
             reference.scatter_(actual, indices, reference.gather(original, indices))
         require(torch.equal(actual, original), f"{name!r} has changed outside the mask")
+
+
+def require_same_gradients(
+    actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], mask: CooMask | None = None
+) -> None:
+    """The gradients agree, at the selected entries if there is a mask.
+
+    Those that cancel to nothing but roundings are held to the largest of all parameters.
+    """
+    names = expected.keys() if mask is None else set(mask)
+    require(actual.keys() == names, "other parameters get gradients")
+    largest = max(gradient.abs().max() for gradient in expected.values())
+    for name, gradient in actual.items():
+        wanted = expected[name]
+        scale = torch.maximum(wanted.abs().max(), 1e-3 * largest)
+        if mask is not None:
+            gradient, wanted = (reference.gather(t, mask[name]) for t in (gradient, wanted))
+        error = (gradient - wanted).abs().max()
+        require(bool(error <= GRADIENT_TOLERANCE * scale), f"the gradient of {name!r} differs")
 
 
 def require_same_indices(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:

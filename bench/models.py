@@ -151,13 +151,7 @@ class Workload:
 def workload(setting: Setting) -> Workload:
     """Everything that the cases share, made once."""
     own = make_task(setting.model, setting.images, setting.prompts)
-    selected = select(
-        own.model,
-        lambda model, batch: own.loss(model),
-        [own.images],
-        density=setting.density,
-        exclude=list(FROZEN),
-    )
+    selected = selected_mask(own, setting.density)
     loss = own.loss(own.model)
     loss.backward()
     gradients = {name: _take_gradient(param) for name, param in candidates(own.model).items()}
@@ -173,6 +167,17 @@ def _take_gradient(param: nn.Parameter) -> Tensor:
 def uniform_mask(model: nn.Module, density: float) -> CooMask:
     """Entries drawn uniformly from all candidates."""
     return select(model, density=density, score="random", exclude=list(FROZEN), seed=_SEED)
+
+
+def selected_mask(task: Task, density: float) -> CooMask:
+    """The entries with the largest gradients on the task's batch."""
+    return select(
+        task.model,
+        lambda model, batch: task.loss(model),
+        [task.images],
+        density=density,
+        exclude=list(FROZEN),
+    )
 
 
 def cache_lines(mask: CooMask, tensors: Mapping[str, Tensor]) -> int:

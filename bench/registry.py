@@ -13,8 +13,11 @@ from bench.cases import (
     delta,
     encode_prompts,
     gather_scatter,
+    prompt_step,
+    real_masks,
     sampled_grad,
     sparse_adamw,
+    step_account,
 )
 from bench.environment import watch_load
 from bench.harness import Outcome, WrongResultError
@@ -30,7 +33,7 @@ class Case:
     run: Callable[[Setting], Outcome]
 
 
-#: In the order of the data path, the training step last.
+#: In the order of the data path, the training steps last.
 CASES = {
     case.name: case
     for case in (
@@ -40,9 +43,12 @@ CASES = {
         ),
         Case("sparse_adamw", "the optimizer step, its state and its growth", sparse_adamw.run),
         Case("sampled_grad", "a weight gradient at the selected entries only", sampled_grad.run),
+        Case("real_masks", "where real masks' entries lie, and what suits them", real_masks.run),
         Case("delta", "the delta file: size, writing, applying, reverting", delta.run),
         Case("encode_prompts", "the text tower without padding", encode_prompts.run),
         Case("clip_step", "a whole training step: time and peak memory", clip_step.run),
+        Case("step_account", "where the time of a training step goes", step_account.run),
+        Case("prompt_step", "a whole training step on ImageNet's 1,000 classes", prompt_step.run),
     )
 }
 

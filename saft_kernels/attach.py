@@ -46,6 +46,7 @@ class Sampled:
     ) -> None:
         for param, (name, _) in selected.items():
             _require_plain(name, param)
+        self._model = model
         self.streamed: dict[str, str] = {}
         self.entries = {
             param: Entry(name, param, index, leading, self.note_streamed)
@@ -93,6 +94,14 @@ class Sampled:
         """The compact leaves, fp32, one for each parameter with selected entries."""
         return (values for _, values in self.named_parameters())
 
+    def as_module(self) -> nn.Module:
+        """The model as a module whose trainable parameters are the compact leaves.
+
+        For wrappers that look for a module's parameters, ``DistributedDataParallel`` for one: they
+        synchronise the compact gradients, 4 bytes per selected entry.
+        """
+        return _WithLeaves(self._model, self.parameters())
+
     def note_streamed(self, entry: Entry, func: Any) -> None:
         """Remember that a parameter was used without a sampled form; warn if it is large."""
         if entry.weight.dim() < 2 or entry.name in self.streamed:
@@ -139,6 +148,16 @@ class Sampled:
     def __exit__(self, *error: object) -> None:
         """:meth:`detach`."""
         self.detach()
+
+
+class _WithLeaves(nn.Module):
+    def __init__(self, model: nn.Module, leaves: Iterator[nn.Parameter]) -> None:
+        super().__init__()
+        self.model = model
+        self.values = nn.ParameterList(leaves)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
 
 
 def _weakly(method: Callable[..., None]) -> Callable[..., None]:

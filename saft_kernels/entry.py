@@ -12,11 +12,11 @@ from saft_kernels import ops
 from saft_kernels.errors import OptimizerError
 from saft_kernels.plan import LinearPlan
 
-#: The share of selected entries from which on the dense product is used. On a CPU with AVX-512 the
-#: sampled product of a uniform mask was still 1.15 times faster at 10% in fp32 (``python -m bench
-#: run sampled_grad``), and more in bf16 or where the entries share rows. A product over the used
-#: rows and columns only would need more than a tenth of *these* selected to be faster, which masks
-#: of the paper's 0.1% are far from.
+#: The share of selected entries from which on the dense product is used: the cost model of sampled
+#: mode, and all of it. On a CPU with AVX-512 the sampled product of a uniform mask was still faster
+#: at 10% in fp32, and more so in bf16 or where entries share rows (``python -m bench run
+#: sampled_grad``). A third way, the dense product over the used rows and columns only, lost to the
+#: sampled one on masks of real models, mostly to the copy of the used rows (``real_masks``).
 CROWDED = 0.1
 
 

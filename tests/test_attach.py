@@ -319,6 +319,45 @@ def test_a_step_that_the_scaler_skips_changes_no_weight() -> None:
     assert all(torch.equal(param, before[name]) for name, param in model.named_parameters())
 
 
+def train_in_parallel(rank: int, folder: str) -> None:
+    """One of two processes, each with its half of every batch."""
+    torch.set_num_threads(1)
+    start = f"file://{folder}/start"
+    torch.distributed.init_process_group("gloo", start, rank=rank, world_size=2)
+    torch.manual_seed(rank)  # the first process' weights are everybody's
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4))
+    sparse = attach(model, select(model, density=0.3, score="random", seed=0))
+    parallel = nn.parallel.DistributedDataParallel(sparse.as_module())
+    optimizer = torch.optim.AdamW(sparse.parameters(), lr=1e-2)
+    for batch in parallel_batches():
+        optimizer.zero_grad()
+        parallel(batch[rank::2]).square().mean().backward()
+        optimizer.step()
+    sparse.detach()
+    torch.save(model.state_dict(), f"{folder}/{rank}")
+    torch.distributed.destroy_process_group()
+
+
+def parallel_batches() -> Tensor:
+    return torch.randn(5, 10, 6, generator=torch.Generator().manual_seed(3))
+
+
+def test_distributed_data_parallel_trains_as_one_process_does(tmp_path) -> None:
+    torch.multiprocessing.spawn(train_in_parallel, (str(tmp_path),), nprocs=2)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4))
+    with attach(model, select(model, density=0.3, score="random", seed=0)) as sparse:
+        optimizer = torch.optim.AdamW(sparse.parameters(), lr=1e-2)
+        for batch in parallel_batches():
+            optimizer.zero_grad()
+            model(batch).square().mean().backward()
+            optimizer.step()
+    for rank in range(2):
+        trained = torch.load(tmp_path / str(rank), weights_only=True)
+        for name, weight in model.state_dict().items():
+            assert_close(trained[name], weight, "adamw_trajectory")
+
+
 def test_weights_that_are_loaded_are_where_training_goes_on() -> None:
     model, other = small_model(), small_model()
     mask = small_mask(model)

@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
+import re
+import subprocess
+import sys
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from open_clip.transformer import ResidualAttentionBlock
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from typer.testing import CliRunner
 
-from bench import report
+from bench import checks, report
 from bench.__main__ import app, measure_cases
+from bench.baselines.frozen import frozen
+from bench.baselines.lora import lora, merged, pretrained, require_trained, text_blocks
 from bench.baselines.topk import concatenated, topk
-from bench.cases import accumulate_topk, clip_step, sparse_adamw
+from bench.cases import accumulate_topk, clip_step, prompt_step, sampled_grad, sparse_adamw
 from bench.environment import watch_load
 from bench.harness import (
     Contender,
@@ -33,8 +43,10 @@ from bench.harness import (
     times_faster,
 )
 from bench.memory import MeasurementError, Memory, load_work, peak_memory
-from bench.models import SMOKE, Setting, uniform_mask, workload
+from bench.models import SMOKE, Setting, Task, candidates, make_task, uniform_mask, workload
 from bench.registry import CASES, Case, run_case
+from saft_clip.text_tower import padding_reason
+from saft_kernels import CooMask
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -251,6 +263,122 @@ def test_topk_baseline_splits_by_parameter() -> None:
     assert {name: index.tolist() for name, index in chosen.items()} == {"a": [1, 2], "c": [0]}
 
 
+@pytest.fixture
+def task() -> Task:
+    """The tiny model, for its user to change, and a batch."""
+    shared = workload(SMOKE).task
+    return replace(shared, model=copy.deepcopy(shared.model))
+
+
+def test_floor_is_the_step_without_weight_gradients(task: Task) -> None:
+    full = copy.deepcopy(task.model)
+    step = frozen(task.model, workload(SMOKE).masks["uniform"], task.loss)
+    floor = gradients_of_first_layers(task.model, step)
+    expected = gradients_of_first_layers(full, lambda: backward(task.loss(full)))
+    assert all(param.grad is None for param in task.model.parameters())
+    for name, gradient in expected.items():
+        torch.testing.assert_close(floor[name], gradient, msg=name)
+
+
+def backward(loss: Tensor) -> None:
+    loss.backward()
+
+
+def gradients_of_first_layers(model: nn.Module, step: Callable[[], Any]) -> dict[str, Tensor]:
+    """The gradients of their outputs, where those of all other layers come together."""
+    gradients: dict[str, Tensor] = {}
+    modules = dict(model.named_modules())
+    for name in ("visual.conv1", "token_embedding"):
+
+        def watch(module: nn.Module, inputs: Any, output: Tensor, name: str = name) -> None:
+            output.register_hook(lambda gradient: gradients.update({name: gradient}))
+
+        modules[name].register_forward_hook(watch)
+    step()
+    return gradients
+
+
+def test_products_of_the_floor_have_two_dimensions(task: Task) -> None:
+    class Batched(TorchDispatchMode):
+        seen = 0
+
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            self.seen += func is torch.ops.aten.bmm.default
+            return func(*args, **(kwargs or {}))
+
+    def products(step: Callable[[], Any]) -> int:
+        with Batched() as mode:
+            step()
+        return mode.seen
+
+    model = copy.deepcopy(task.model).requires_grad_(False)
+    model.visual.conv1.register_forward_hook(lambda m, i, y: y.requires_grad_())  # type: ignore[union-attr]
+    plain = products(lambda: backward(task.loss(model)))
+    floor = products(frozen(task.model, workload(SMOKE).masks["uniform"], task.loss))
+    assert plain > floor == 0  # else torch has no such product any more, and nothing needs doing
+
+
+def test_floor_leaves_torch_as_it_was(task: Task) -> None:
+    original = F.linear
+
+    def failing(model: nn.Module) -> Tensor:
+        assert F.linear is not original
+        raise KeyError
+
+    with pytest.raises(KeyError):
+        frozen(task.model, workload(SMOKE).masks["uniform"], failing)()
+    assert F.linear is original
+
+
+def test_lora_trains_adapters_and_nothing_else(task: Task) -> None:
+    before = {name: param.detach().clone() for name, param in task.model.named_parameters()}
+    step = lora(task.model, workload(SMOKE).masks["uniform"], task.loss)
+    with pytest.raises(WrongResultError, match="no adapter was trained"):
+        require_trained(task.model)
+    assert step().item() == pytest.approx(workload(SMOKE).loss, rel=1e-5)
+    require_trained(task.model)
+    assert pretrained(task.model).keys() == before.keys()
+    checks.require_untouched(pretrained(task.model), before, None)
+    trained = [name for name, param in task.model.named_parameters() if param.requires_grad]
+    blocks = 2 * sum(isinstance(m, ResidualAttentionBlock) for m in task.model.modules())
+    assert len(trained) == 4 * blocks  # in_proj, out_proj, c_fc, c_proj: two matrices each
+    assert all("lora_" in name for name in trained)
+
+
+def test_lora_on_packed_prompts_is_that_of_peft(task: Task) -> None:
+    lora(task.model, workload(SMOKE).masks["uniform"], task.loss)
+    adapters = {n: p for n, p in task.model.named_parameters() if p.requires_grad}
+    for adapter in adapters.values():
+        nn.init.normal_(adapter, std=0.02)
+    blocks = text_blocks(task.model)
+    assert padding_reason(task.model) is not None
+    expected = task.loss(task.model)
+    wanted = torch.autograd.grad(expected, list(adapters.values()))
+    with merged(blocks):
+        assert padding_reason(task.model) is None
+        loss = task.loss(task.model)
+    actual = torch.autograd.grad(loss, list(adapters.values()))
+    assert abs(loss - workload(SMOKE).loss) > 1e-3  # the adapters do something
+    torch.testing.assert_close(loss, expected)
+    for name, gradient, other in zip(adapters, actual, wanted, strict=True):
+        torch.testing.assert_close(gradient, other, rtol=1e-3, atol=1e-6, msg=name)
+    assert padding_reason(task.model) is not None
+
+
+def test_lora_without_peft_is_one_sentence(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(MeasurementError, match=r"needs peft.*pip install"):
+        lora(task.model, workload(SMOKE).masks["uniform"], task.loss)
+
+
+def test_peft_is_loaded_by_the_baseline_only() -> None:
+    code = "import sys, bench.__main__; sys.exit('peft' in sys.modules)"
+    root = Path(__file__).parent.parent
+    subprocess.run([sys.executable, "-c", code], cwd=root, check=True)
+
+
 # Cases --------------------------------------------------------------------------------------------
 
 
@@ -326,6 +454,117 @@ def test_wrong_selection_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(accumulate_topk, "StreamingTopK", OneShort)
     assert "are selected" in run_case(CASES["accumulate_topk"], SMOKE)["refused"]
+
+
+def test_sampled_step_is_held_to_lora(memory_of_this_process: list[str]) -> None:
+    outcome = clip_step.run(SMOKE)
+    held = [f for f in outcome.figures if f.what.endswith(f"against {clip_step.LORA}")]
+    assert [figure.bar for figure in held] == [1.0] * 4  # two masks, two precisions
+    lora_timings = [t for t in outcome.timings if t.name == clip_step.LORA]
+    assert [timing.peak is not None for timing in lora_timings] == [True, False]
+
+
+@pytest.mark.parametrize("chunk", [7, 20])
+def test_padded_step_in_chunks_has_the_gradients_of_one_batch(chunk: int) -> None:
+    task = make_task("saft-tiny", 4, 20)
+    model: Any = copy.deepcopy(task.model)
+    images = F.normalize(model.encode_image(task.images), dim=-1)
+    classes = F.normalize(model.encode_text(task.tokens.flatten(0, 1)), dim=-1)
+    loss = F.cross_entropy(model.logit_scale.exp() * images @ classes.T, task.labels)
+    loss.backward()
+    params = candidates(model)
+    expected = {name: p.grad for name, p in params.items() if p.grad is not None}
+
+    padded = prompt_step.PaddedStep(task, chunk)
+    padded.find_classes()
+    torch.testing.assert_close(padded.classes, classes.detach())
+    value, gradients = prompt_step.watch(padded.step, padded.model)
+    assert value == pytest.approx(loss.item(), rel=1e-6)
+    assert gradients.keys() == expected.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6, msg=name)
+    assert all(param.grad is None for param in padded.model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda loss: 1.01 * loss, "its loss is"),
+        (lambda loss: 1.01 * loss - 0.01 * loss.detach(), "the gradient of .* differs"),
+    ],
+)
+def test_packed_step_with_another_loss_is_refused(
+    change: Callable[[Tensor], Tensor], reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = prompt_step.sampled
+
+    def wrong(model: nn.Module, mask: Any, loss: Callable[[nn.Module], Tensor]) -> Any:
+        return original(model, mask, lambda model: change(loss(model)))
+
+    monkeypatch.setattr(prompt_step, "sampled", wrong)
+    assert re.search(reason, run_case(CASES["prompt_step"], SMOKE)["refused"])
+
+
+def test_bar_of_the_prompt_step_is_for_the_lower_bound() -> None:
+    figures = prompt_step.run(SMOKE).figures
+    assert [figure.bar for figure in figures] == [prompt_step.BAR, None] * 2
+    for bound, both in zip(figures[::2], figures[1::2], strict=True):
+        assert "lower bound" in bound.what
+        assert bound.value < both.value
+
+
+@pytest.mark.parametrize(
+    ("speeds", "value", "note"),
+    [
+        ([20, 2, 0.5], 10**-1.5, "interpolated between 0.01 and 0.1"),
+        ([20, 2, 1.5], 0.1, "above 0.1"),
+        ([0.9, 0.5, 0.4], 0.001, "below 0.001"),
+    ],
+)
+def test_crossover_is_interpolated_on_logarithms(
+    speeds: list[float], value: float, note: str
+) -> None:
+    figure = sampled_grad.crossover([0.001, 0.01, 0.1], speeds)
+    assert figure.value == pytest.approx(value)
+    assert figure.note == note
+
+
+@pytest.mark.parametrize(
+    ("few", "many", "right", "verdict"),
+    [
+        ([0.5, 0.5], [2.0, 2.0], 2, "PASS"),
+        ([0.5, 2.0], [0.5, 2.0], 2, "PASS"),  # nobody knows
+        ([2.0, 2.0], [2.0, 2.0], 1, "MISS"),
+        ([0.5, 0.5], [0.5, 0.5], 1, "MISS"),
+    ],
+)
+def test_automatic_choice_is_wrong_where_it_is_surely_slower(
+    few: list[float], many: list[float], right: int, verdict: str
+) -> None:
+    densities = [sampled_grad.CROWDED, 3 * sampled_grad.CROWDED]
+    figure = sampled_grad.automatic_choice(
+        densities, [timing(*few), timing(*many)], timing(1.0, 1.0)
+    )
+    assert (figure.value, figure.verdict) == (right, verdict)
+
+
+def test_growth_of_the_sampled_gradient_is_held_to_its_bar() -> None:
+    figures = sampled_grad.run(SMOKE).figures
+    growth = [figure for figure in figures if figure.what.endswith(": exponent")]
+    assert [figure.bar for figure in growth] == [sampled_grad.GROWTH] * 2
+
+
+def test_same_gradients_are_those_at_the_selected_entries() -> None:
+    expected = {"a": torch.tensor([1.0, -2.0, 3.0]), "b": torch.tensor([1e-9, 0.0])}
+    mask = CooMask({"a": torch.tensor([0, 2], dtype=torch.int32)}, {"a": torch.Size([3])})
+    rounded = {name: gradient * (1 + 1e-5) for name, gradient in expected.items()}
+    checks.require_same_gradients(rounded, expected)
+    checks.require_same_gradients({"a": torch.tensor([1.0, 0.0, 3.0])}, expected, mask)
+    with pytest.raises(WrongResultError, match="other parameters"):
+        checks.require_same_gradients(rounded, expected, mask)
+    for wrong in ([1.1, 0.0, 3.0], [1.0, 0.0, float("nan")]):
+        with pytest.raises(WrongResultError, match="'a' differs"):
+            checks.require_same_gradients({"a": torch.tensor(wrong)}, expected, mask)
 
 
 # Reports ------------------------------------------------------------------------------------------

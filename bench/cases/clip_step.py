@@ -2,6 +2,7 @@
 
 The uniform mask is the worst case: it has entries in nearly every tensor, so that nearly every
 weight gradient has to be computed. The selected mask leaves tensors out, whose gradients are not.
+Memory is that of the whole process: some of LoRA's are libraries that ``peft`` loads.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from bench.baselines import Loss, Method, Step
 from bench.baselines.frozen import frozen
 from bench.baselines.full_adamw import full_adamw
 from bench.baselines.index_and_hook import index_and_hook
+from bench.baselines.lora import lora, pretrained, require_trained
 from bench.checks import reference_step, require_stepped, require_untouched
 from bench.harness import Contender, Figure, Outcome, Timing, measure, require, times_as_long
 from bench.memory import Memory, peak_memory
@@ -31,6 +33,7 @@ STREAMED = "SparseAdamW, streamed gradients, uniform mask"
 STREAMED_SELECTED = "SparseAdamW, streamed gradients, selected mask"
 SAMPLED = "SparseAdamW, sampled gradients, uniform mask"
 SAMPLED_SELECTED = "SparseAdamW, sampled gradients, selected mask"
+LORA = "PEFT LoRA r=8 on c_fc, c_proj and attn"
 FLOOR = "floor: every weight frozen"
 
 #: Largest time of a step with sampled gradients over the floor's and over full fine-tuning's.
@@ -78,6 +81,7 @@ WAYS: dict[str, Way] = {
     STREAMED_SELECTED: Way(streamed, "selected"),
     SAMPLED: Way(sampled),
     SAMPLED_SELECTED: Way(sampled, "selected"),
+    LORA: Way(lora),
     FLOOR: Way(frozen),
 }
 
@@ -121,6 +125,7 @@ def _sampled_figures(times: dict[str, Timing], precision: str) -> list[Figure]:
             (FLOOR, OVER_FLOOR[precision]),
             (FULL, OVER_FULL[precision]),
             (INDEX_AND_HOOK, 1.0),
+            (LORA, 1.0),
         ):
             what = f"training step in {precision}: {name} against {other}"
             figures.append(times_as_long(what, times[name], times[other], bar))
@@ -150,27 +155,37 @@ def _contender(name: str, work: Workload, task: Task) -> Contender:
 def _check(
     name: str, model: nn.Module, work: Workload, precision: str
 ) -> Callable[[Callable[[], Any]], None]:
-    """The first step against the specification at the mask, and the bits of what must stay.
-
-    In bf16 the gradients differ from the fp32 ones that the specification has, and the first AdamW
-    step is little more than their sign: there only the loss and the bits are checked.
-    """
+    """The first step's loss, then the weights."""
 
     def check(run: Callable[[], Any]) -> None:
-        mask = work.masks[WAYS[name].mask]
-        base, params = candidates(work.task.model), candidates(model)
         loss = run().item()
         require(
             abs(loss - work.loss) <= LOSS_TOLERANCE[precision] * abs(work.loss),
             f"its loss is {loss}, not {work.loss}",
         )
-        if name != FLOOR and precision == "fp32":
-            sums = work.gradients if name in (SAMPLED, SAMPLED_SELECTED) else None
-            require_stepped(params, reference_step(base, work.gradients, mask), mask, sums)
-        if name != FULL:
-            require_untouched(params, base, None if name == FLOOR else mask)
+        if name == LORA:
+            require_trained(model)
+            require_untouched(pretrained(model), candidates(work.task.model), None)
+        else:
+            _check_weights(name, candidates(model), work, precision)
 
     return check
+
+
+def _check_weights(
+    name: str, params: dict[str, nn.Parameter], work: Workload, precision: str
+) -> None:
+    """The first step against the specification at the mask, and the bits of what must stay.
+
+    In bf16 the gradients differ from the fp32 ones that the specification has, and the first AdamW
+    step is little more than their sign: there only the bits are checked.
+    """
+    base, mask = candidates(work.task.model), work.masks[WAYS[name].mask]
+    if name != FLOOR and precision == "fp32":
+        sums = work.gradients if name in (SAMPLED, SAMPLED_SELECTED) else None
+        require_stepped(params, reference_step(base, work.gradients, mask), mask, sums)
+    if name != FULL:
+        require_untouched(params, base, None if name == FLOOR else mask)
 
 
 def _memories(work: Workload, setting: Setting) -> dict[str, Memory]:

@@ -14,6 +14,7 @@ import open_clip
 import torch
 from torch import Tensor, nn
 
+from bench.checks import require_same_gradients
 from bench.harness import Contender, Effort, Outcome, measure, require, times_faster
 from bench.models import Setting
 from saft_clip.models import load_model
@@ -22,9 +23,6 @@ from saft_clip.text_tower import Packing, encode_packed, ends_of_text
 
 PADDED_BATCH = 100
 BAR = 12
-
-#: Of single precision sums in another order, relative to the largest gradient of a parameter.
-TOLERANCE = 1e-3
 
 
 def run(setting: Setting) -> Outcome:
@@ -82,12 +80,6 @@ def _gradients(model: nn.Module, run: Callable[[], Any]) -> dict[str, Tensor]:
 
 def _check(model: nn.Module, expected: dict[str, Tensor]) -> Callable[[Callable[[], Any]], None]:
     def check(run: Callable[[], Any]) -> None:
-        actual = _gradients(model, run)
-        require(actual.keys() == expected.keys(), "other parameters get gradients")
-        largest = max(gradient.abs().max() for gradient in expected.values())
-        for name, gradient in expected.items():
-            error = (actual[name] - gradient).abs().max()
-            scale = torch.maximum(gradient.abs().max(), 1e-3 * largest)  # some cancel to zero
-            require(bool(error <= TOLERANCE * scale), f"the gradient of {name!r} differs")
+        require_same_gradients(_gradients(model, run), expected)
 
     return check

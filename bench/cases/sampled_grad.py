@@ -8,33 +8,60 @@ sentence encoder touched, MiniLM with a sentiment loss).
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench.harness import Contender, Outcome, Timing, evict_caches, measure, require, times_faster
+from bench.harness import (
+    Contender,
+    Figure,
+    Outcome,
+    Timing,
+    evict_caches,
+    fitted_exponent,
+    measure,
+    require,
+    times_as_long,
+    times_faster,
+)
 from bench.models import Setting
 from saft_kernels import ops
+from saft_kernels.entry import CROWDED
 from saft_kernels.plan import LinearPlan
+
+DENSE = "dense product"
 
 #: Least speed-ups over the dense product, both masks, at a density of 0.1%.
 BARS = {torch.float32: 12, torch.bfloat16: 7}
 
 COLUMNS, ROWS = 0.08, 0.32
-SWEEP = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+SWEEP = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 3e-1)
+
+#: Shares of the layer's tokens, at the setting's density.
+TOKENS = (1 / 8, 1 / 4, 1 / 2, 1, 2)
+
+#: Densities that the growth with the entries is fitted to: below, what does not grow counts most,
+#: and above, nobody samples.
+FITTED = (1e-4, 1e-1)
+
+#: The largest exponent of the time over tokens and over entries.
+GROWTH = 1.1
 
 
 def run(setting: Setting) -> Outcome:
-    """Both dtypes at the setting's density, then a sweep of densities in fp32."""
+    """Both dtypes at the setting's density, then sweeps of densities and of tokens in fp32."""
     small = setting.model == "saft-tiny"
     tokens, height, width = (100, 48, 32) if small else (6304, 3072, 768)
     outcome = Outcome()
     for dtype, bar in BARS.items():
         outcome += _one_dtype(dtype, bar, (tokens, height, width), setting)
-    outcome += _sweep((tokens, height, width), setting)
+    outcome += _density_sweep((tokens, height, width), setting)
+    outcome += _token_sweep((tokens, height, width), setting)
     return outcome
 
 
@@ -57,7 +84,7 @@ def _one_dtype(
     figures = [
         times_faster(
             f"sampled gradient against the dense product, {name}, {kind} mask",
-            timings["dense product"],
+            timings[DENSE],
             timings[f"sampled_grad, {kind} mask"],
             bar,
         )
@@ -114,7 +141,7 @@ def _check(expected: Tensor) -> Callable[[Callable[[], Any]], None]:
 
 def _dense(x: Tensor, dy: Tensor, exact: Tensor) -> Contender:
     moves = x.nbytes + dy.nbytes + x.element_size() * exact.numel()
-    return Contender("dense product", lambda: dy.t() @ x, _check(exact), evict_caches, moves)
+    return Contender(DENSE, lambda: dy.t() @ x, _check(exact), evict_caches, moves)
 
 
 def _sampled(kind: str, flat: Tensor, x: Tensor, dy: Tensor, exact: Tensor) -> list[Contender]:
@@ -164,20 +191,88 @@ def _oracle(flat: Tensor, x: Tensor, dy: Tensor, exact: Tensor) -> Contender:
     )
 
 
-def _sweep(sizes: tuple[int, int, int], setting: Setting) -> Outcome:
-    """Where the dense product becomes the faster one; ``CROWDED`` in sampled_parameter.py."""
+# Growth -------------------------------------------------------------------------------------------
+
+
+def _density_sweep(sizes: tuple[int, int, int], setting: Setting) -> Outcome:
+    """Growth with the entries, and where the dense product becomes the faster one."""
     x, dy = _operands(torch.float32, sizes)
     exact = _exact(x, dy)
     contenders = [_dense(x, dy, exact)]
-    names = []
     for density in SWEEP:
-        kind = f"density {density:g}"
-        contenders.append(_sampled(kind, uniform_entries(sizes, density), x, dy, exact)[0])
-        names.append((kind, contenders[-1].name))
+        flat = uniform_entries(sizes, density)
+        contenders.append(_sampled(f"density {density:g}", flat, x, dy, exact)[0])
     timings = measure("weight gradient over density, uniform mask", contenders, setting.kernels)
-    return Outcome(list(timings.values()), [_speed(timings, *name) for name in names])
+    dense, *sampled = timings.values()
+    speeds = [
+        times_faster(
+            f"sampled gradient against the dense product, float32, uniform mask of density {d:g}",
+            dense,
+            timing,
+        )
+        for d, timing in zip(SWEEP, sampled, strict=True)
+    ]
+    ratios = [speed.value for speed in speeds]
+    figures = [*speeds, _entries_exponent(sampled), crossover(SWEEP, ratios)]
+    return Outcome(list(timings.values()), [*figures, automatic_choice(SWEEP, sampled, dense)])
 
 
-def _speed(timings: dict[str, Timing], kind: str, name: str) -> Any:
-    what = f"sampled gradient against the dense product, float32, uniform mask of {kind}"
-    return times_faster(what, timings["dense product"], timings[name])
+def _entries_exponent(sampled: Sequence[Timing]) -> Figure:
+    low, high = FITTED
+    fitted = [(d, t) for d, t in zip(SWEEP, sampled, strict=True) if low <= d <= high]
+    what = "growth of the sampled gradient's time with entries (uniform mask of 1e-4 to 1e-1)"
+    return _exponent(what, *zip(*fitted, strict=True))
+
+
+def _exponent(what: str, sizes: Sequence[float], timings: Sequence[Timing]) -> Figure:
+    exponent = fitted_exponent(sizes, timings)
+    return Figure(f"{what}: exponent", exponent, "", bar=GROWTH, at_least=False)
+
+
+def crossover(densities: Sequence[float], speeds: Sequence[float]) -> Figure:
+    """The density at which the dense product becomes the faster one.
+
+    Args:
+        densities: of the sweep, ascending.
+        speeds: how many times faster the sampled gradient is at each.
+    """
+    what = "density at which the dense product becomes as fast as the sampled gradient"
+    points = list(zip(densities, speeds, strict=True))
+    for (low, before), (high, after) in pairwise(points):
+        if before >= 1 > after:
+            share = math.log(before) / math.log(before / after)
+            value = low * (high / low) ** share
+            return Figure(what, value, "", note=f"interpolated between {low:g} and {high:g}")
+    sampled_wins = speeds[-1] >= 1
+    value = densities[-1] if sampled_wins else densities[0]
+    return Figure(what, value, "", note=f"{'above' if sampled_wins else 'below'} {value:g}")
+
+
+def automatic_choice(
+    densities: Sequence[float], sampled: Sequence[Timing], dense: Timing
+) -> Figure:
+    """At how many densities sampled mode takes the way that is not the slower one for sure."""
+    right = 0
+    for density, timing in zip(densities, sampled, strict=True):
+        chosen, other = (dense, timing) if density > CROWDED else (timing, dense)
+        right += times_as_long("chosen", chosen, other, 1.0).verdict != "MISS"
+    what = (
+        f"densities at which the automatic choice, dense above {CROWDED:g}, is not the slower way"
+    )
+    return Figure(what, right, f"of {len(densities)}", bar=len(densities))
+
+
+def _token_sweep(sizes: tuple[int, int, int], setting: Setting) -> Outcome:
+    """Growth with the tokens of a batch."""
+    tokens, height, width = sizes
+    counts = [int(share * tokens) for share in TOKENS]
+    x, dy = _operands(torch.float32, (counts[-1], height, width))
+    flat = uniform_entries(sizes, setting.density)
+    contenders = []
+    for count in counts:
+        some = x[:count], dy[:count]
+        contenders.append(_sampled(f"{count:,} tokens, uniform", flat, *some, _exact(*some))[0])
+    timings = measure("weight gradient over tokens, uniform mask", contenders, setting.kernels)
+    what = f"growth of the sampled gradient's time with tokens ({counts[0]:,} to {counts[-1]:,})"
+    figure = _exponent(what, counts, list(timings.values()))
+    return Outcome(list(timings.values()), [figure])

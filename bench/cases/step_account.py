@@ -96,7 +96,7 @@ class _SampledProducts(TorchDispatchMode):
 
     total = 0
 
-    def __torch_dispatch__(  # noqa: D105
+    def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func is torch.ops.saft_kernels.sampled_grad.default:

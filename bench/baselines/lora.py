@@ -1,0 +1,109 @@
+"""LoRA (Hu et al. 2022) of rank 8 on the MLPs and the attention, by the ``peft`` library.
+
+peft wraps ``nn.MultiheadAttention`` in a layer that adds the adapters to the weights before its
+forward pass and takes them off afterwards. Such a layer is none that the text tower could run
+without padding, so the text tower's are merged, by peft's own code, around the whole loss: LoRA
+encodes the same tokens as every other method here. The image tower's are left to peft.
+
+Merging costs LoRA what it costs any user of peft: the dense gradient of every attention weight. It
+also moves the pretrained attention weights by roundings once the adapters are not zero, and peft
+0.21 adds ``out_proj``'s adapter twice in the forward pass; neither changes what a step takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from open_clip.transformer import ResidualAttentionBlock
+from torch import Tensor, nn
+
+from bench.baselines import Loss, Step
+from bench.harness import require
+from bench.memory import MeasurementError
+from bench.models import ADAMW
+from saft_kernels import CooMask
+
+#: What ``peft.LoraConfig`` is given.
+OPTIONS: dict[str, Any] = {
+    "r": 8,
+    "lora_alpha": 16,
+    "lora_dropout": 0.0,
+    "target_modules": ["c_fc", "c_proj", "attn"],
+}
+
+
+def lora(model: nn.Module, mask: CooMask, loss: Loss) -> Step:
+    """Train adapters and nothing else; the mask is not used.
+
+    Raises:
+        MeasurementError: if peft is not installed.
+    """
+    peft = _load_peft()
+    peft.inject_adapter_in_model(peft.LoraConfig(**OPTIONS), model)
+    adapters = [param for param in model.parameters() if param.requires_grad]
+    optimizer = torch.optim.AdamW(adapters, fused=True, **ADAMW)
+    blocks = text_blocks(model)
+
+    def step() -> Tensor:
+        with merged(blocks):
+            value = loss(model)
+        value.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return value
+
+    return step
+
+
+def _load_peft() -> Any:
+    """Imported when it is needed only: it takes seconds and brings much with it."""
+    try:
+        import peft
+    except ImportError as error:
+        raise MeasurementError(
+            f"the LoRA baseline needs peft, which cannot be imported ({error}); "
+            "run `pip install -r requirements.txt`"
+        ) from error
+    return peft
+
+
+def text_blocks(model: nn.Module) -> list[Any]:
+    """The blocks of the text tower."""
+    return [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, ResidualAttentionBlock) and not name.startswith("visual.")
+    ]
+
+
+@contextmanager
+def merged(blocks: Sequence[Any]) -> Iterator[None]:
+    """Let the attention of these blocks be torch's own, with peft's adapters in its weights."""
+    wrapped = [block.attn for block in blocks]
+    try:
+        for block in blocks:
+            block.attn.merge()
+            block.attn = block.attn.base_layer
+        yield
+    finally:
+        for block, attention in zip(blocks, wrapped, strict=True):
+            block.attn = attention
+            attention.unmerge()
+
+
+def require_trained(model: nn.Module) -> None:
+    """An adapter has moved: the second of its two matrices is zero before the first step."""
+    second = [param for name, param in model.named_parameters() if "lora_B" in name]
+    require(any(bool(param.count_nonzero()) for param in second), "no adapter was trained")
+
+
+def pretrained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The model's own parameters, by the names they had before peft wrapped their layers."""
+    return {
+        name.replace(".base_layer", ""): param
+        for name, param in model.named_parameters()
+        if "lora_" not in name
+    }
