@@ -80,7 +80,10 @@ def _choose(names: list[str] | None) -> list[str]:
 
 
 def measure_cases(names: list[str], setting: Setting, file: Path | None) -> dict[str, Any]:
-    """Run the named cases; the result so far is in the file, if one is named, after each."""
+    """Run the named cases; the result so far is in the file, if one is named, after each.
+
+    What the file holds of other cases stays, if it was measured on this machine with this setting.
+    """
     result: dict[str, Any] = {
         "format": reports.FORMAT,
         "version": reports.VERSION,
@@ -88,8 +91,11 @@ def measure_cases(names: list[str], setting: Setting, file: Path | None) -> dict
         "setting": asdict(setting),
         "cases": {},
     }
+    known = {} if file is None else reports.comparable_cases(file, result)
+    when = {key: result["environment"][key] for key in ("date", "commit")}
     for name in names:
-        record = result["cases"][name] = run_case(CASES[name], setting)
+        known[name] = record = {**when, **run_case(CASES[name], setting)}
+        result["cases"] = {name: known[name] for name in CASES if name in known}
         if file is not None:
             reports.write_result(file, result)
         say(f"{name}: {record['seconds']:.0f} s" + (f", kept in {file}" if file else ""))

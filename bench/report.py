@@ -56,6 +56,27 @@ def read_result(path: Path) -> dict[str, Any]:
     return result
 
 
+def comparable_cases(path: Path, result: dict[str, Any]) -> dict[str, Any]:
+    """The cases in a file, if they were measured on the same machine with the same setting.
+
+    Args:
+        path: of the file; it need not exist.
+        result: to compare with.
+    """
+    if not path.exists():
+        return {}
+    other = read_result(path)
+    if other["setting"] != result["setting"] or _machine(other) != _machine(result):
+        return {}
+    when = {key: other["environment"][key] for key in ("date", "commit")}
+    return {name: {**when, **case} for name, case in other["cases"].items()}
+
+
+def _machine(result: dict[str, Any]) -> dict[str, Any]:
+    varying = ("date", "commit", "load_average")
+    return {key: value for key, value in result["environment"].items() if key not in varying}
+
+
 def update_block(path: Path, text: str) -> None:
     """Replace what stands between the two markers of a Markdown file, atomically.
 
@@ -132,12 +153,15 @@ def timings_of(case: dict[str, Any]) -> list[Timing]:
 
 def _conditions(result: dict[str, Any]) -> str:
     where, setting = result["environment"], result["setting"]
+    cases = [{**where, **case} for case in result["cases"].values()]
+    dates = " and ".join(dict.fromkeys(case["date"][:10] for case in cases))
+    commits = " and ".join(dict.fromkeys(case["commit"][:12] for case in cases))
     text = (
-        f"Measured {where['date'][:10]} on {where['processor']}, {where['threads']} threads, "
+        f"Measured {dates} on {where['processor']}, {where['threads']} threads, "
         f"{where['instruction_set']}, torch {where['torch']}, "
         f"with {setting['model']} ({setting['images']} images, {setting['prompts']} prompts, "
         f"density {setting['density']:g}); "
-        f"saft-kernels {where['saft_kernels']} at commit {where['commit'][:12]}."
+        f"saft-kernels {where['saft_kernels']} at commit {commits}."
     )
     loads = [case["load"]["others"] for case in result["cases"].values()]
     known = [load for load in loads if load is not None]

@@ -43,7 +43,18 @@ from bench.harness import (
     times_faster,
 )
 from bench.memory import MeasurementError, Memory, load_work, peak_memory
-from bench.models import SMOKE, Setting, Task, candidates, make_task, uniform_mask, workload
+from bench.models import (
+    COLUMNS,
+    ROWS,
+    SMOKE,
+    Setting,
+    Task,
+    candidates,
+    concentrated_mask,
+    make_task,
+    uniform_mask,
+    workload,
+)
 from bench.registry import CASES, Case, run_case
 from saft_clip.text_tower import padding_reason
 from saft_kernels import CooMask
@@ -459,7 +470,7 @@ def test_wrong_selection_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_sampled_step_is_held_to_lora(memory_of_this_process: list[str]) -> None:
     outcome = clip_step.run(SMOKE)
     held = [f for f in outcome.figures if f.what.endswith(f"against {clip_step.LORA}")]
-    assert [figure.bar for figure in held] == [1.0] * 4  # two masks, two precisions
+    assert [figure.bar for figure in held] == [1.0] * 6  # three masks, two precisions
     lora_timings = [t for t in outcome.timings if t.name == clip_step.LORA]
     assert [timing.peak is not None for timing in lora_timings] == [True, False]
 
@@ -567,6 +578,17 @@ def test_same_gradients_are_those_at_the_selected_entries() -> None:
             checks.require_same_gradients({"a": torch.tensor(wrong)}, expected, mask)
 
 
+def test_concentrated_mask_has_as_many_entries_in_few_rows_and_columns() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 40, 5), nn.Linear(200, 100))
+    mask, uniform = concentrated_mask(model, 1e-2), uniform_mask(model, 1e-2)
+    counts = [{name: index.numel() for name, index in each.items()} for each in (mask, uniform)]
+    assert counts[0] == counts[1]
+    for name, width in (("0.weight", 75), ("1.weight", 200)):
+        rows, columns = mask[name] // width, mask[name] % width
+        assert len(columns.unique()) <= COLUMNS * width
+        assert len(rows.unique()) <= ROWS * len(model.get_parameter(name))
+
+
 # Reports ------------------------------------------------------------------------------------------
 
 
@@ -628,6 +650,24 @@ def test_result_file_round_trip(result: dict[str, Any], tmp_path: Path) -> None:
     assert again["setting"] == json.loads(json.dumps(asdict(SMOKE)))
     for key in ("processor", "instruction_set", "threads", "torch", "commit", "load_average"):
         assert key in again["environment"]
+
+
+def test_a_case_is_measured_again_among_the_others(result: dict[str, Any], tmp_path: Path) -> None:
+    file = tmp_path / "result.json"
+    result["environment"] |= {"date": "2001-02-03T04:05", "commit": "old"}
+    result["cases"] = {name: {"figures": [], "timings": [], "refused": None, "load": case["load"]}
+                       for name, case in result["cases"].items()}  # fmt: skip
+    report.write_result(file, result)
+    again = measure_cases(["one"], SMOKE, file)
+    assert again == report.read_result(file)
+    assert list(again["cases"]) == ["one", "two"]
+    assert len(again["cases"]["one"]["figures"]) == 1
+    assert again["cases"]["two"]["commit"] == "old"
+    assert "2001-02-03" in report.markdown(again)
+    assert " and old" in report.markdown(again)
+    result["setting"] = {"model": "another"}
+    report.write_result(file, result)
+    assert list(measure_cases(["one"], SMOKE, file)["cases"]) == ["one"]
 
 
 def test_update_rewrites_the_block_and_nothing_else(result: dict[str, Any], tmp_path: Path) -> None:

@@ -34,7 +34,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bench.cases.sampled_grad import COLUMNS, ROWS, concentrated_entries
 from bench.harness import (
     Contender,
     Effort,
@@ -46,7 +45,7 @@ from bench.harness import (
     require,
     times_faster,
 )
-from bench.models import Setting
+from bench.models import COLUMNS, ROWS, Setting, concentrated_entries
 from saft_clip.data import few_shot, load_dataset
 from saft_clip.domains import MissingExtraError
 from saft_clip.methods.base import FROZEN, prompt_loss

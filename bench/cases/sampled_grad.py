@@ -29,7 +29,7 @@ from bench.harness import (
     times_as_long,
     times_faster,
 )
-from bench.models import Setting
+from bench.models import Setting, concentrated_entries, uniform_entries
 from saft_kernels import ops
 from saft_kernels.entry import CROWDED
 from saft_kernels.plan import LinearPlan
@@ -39,7 +39,6 @@ DENSE = "dense product"
 #: Least speed-ups over the dense product, both masks, at a density of 0.1%.
 BARS = {torch.float32: 12, torch.bfloat16: 7}
 
-COLUMNS, ROWS = 0.08, 0.32
 SWEEP = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 3e-1)
 
 #: Shares of the layer's tokens, at the setting's density.
@@ -99,27 +98,6 @@ def _operands(dtype: torch.dtype, sizes: tuple[int, int, int]) -> tuple[Tensor, 
     x = torch.randn(tokens, width, generator=generator)
     dy = torch.randn(tokens, height, generator=generator)
     return x.to(dtype), dy.to(dtype)
-
-
-def uniform_entries(sizes: tuple[int, int, int], density: float) -> Tensor:
-    """Flat indices anywhere in the weight."""
-    _, height, width = sizes
-    return _some(height * width, int(density * height * width))
-
-
-def concentrated_entries(sizes: tuple[int, int, int], density: float) -> Tensor:
-    """As many, in a few rows and columns; all of these if they have no more."""
-    _, height, width = sizes
-    rows = _some(height, max(1, int(ROWS * height)), seed=1)
-    columns = _some(width, max(1, int(COLUMNS * width)), seed=2)
-    block = _some(len(rows) * len(columns), int(density * height * width))
-    return rows[block // len(columns)] * width + columns[block % len(columns)]
-
-
-def _some(among: int, count: int, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    count = min(max(count, 1), among)
-    return torch.randperm(among, generator=generator)[:count].sort().values
 
 
 def _exact(x: Tensor, dy: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
 """Where the time of one sampled training step goes, operation by operation.
 
 The step runs under torch's profiler, phase by phase; the time of every operation itself, without
-what it calls, is added up by kind. The rest of the step is Python, and the profiler.
-Beside the times stand the operations that had to be done, counted, and the rate of a large product
-on this machine: what a step would take if it were nothing but products at that rate.
+what it calls, is added up by kind. The rest of the step is Python, and the profiler. Beside the
+times stand the operations that had to be done, counted, and the rate of a large product on this
+machine: what a step would take if it were nothing but products at that rate.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench.display import progress
 from bench.harness import Figure, Outcome, Timing, require
-from bench.models import ADAMW, Setting, Task, Workload, workload
+from bench.models import ADAMW, Setting, Task, Workload, with_concentrated_mask, workload
 from saft_kernels import SparseAdamW
 
 PHASES = ("forward", "backward", "optimizer")
@@ -56,11 +56,11 @@ class Account:
 
 def run(setting: Setting) -> Outcome:
     """Both precisions and both masks."""
-    work = workload(setting)
+    work = with_concentrated_mask(workload(setting), setting.density)
     outcome = Outcome()
     for precision in ("fp32", "amp_bf16"):
         rate = _rate(_DTYPES[precision], setting)
-        for kind in ("selected", "uniform"):
+        for kind in ("concentrated", "uniform"):
             outcome += _one(work, precision, kind, rate, setting)
     return outcome
 
