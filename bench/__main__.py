@@ -68,7 +68,7 @@ def run(
     setting = SMOKE if smoke else replace(Setting(), model=model)
     result = measure_cases(chosen, setting, output_file)
     print(reports.markdown(result), end="")
-    if any(record["refused"] for record in result["cases"].values()):
+    if any(result["cases"][name]["refused"] for name in chosen):
         raise typer.Exit(1)
 
 

@@ -60,12 +60,13 @@ def comparable_cases(path: Path, result: dict[str, Any]) -> dict[str, Any]:
     """The cases in a file, if they were measured on the same machine with the same setting.
 
     Args:
-        path: of the file; it need not exist.
+        path: of the file; without a result of this version there are none.
         result: to compare with.
     """
-    if not path.exists():
+    try:
+        other = read_result(path)
+    except ResultError:  # there is none, or of another version
         return {}
-    other = read_result(path)
     if other["setting"] != result["setting"] or _machine(other) != _machine(result):
         return {}
     when = {key: other["environment"][key] for key in ("date", "commit")}

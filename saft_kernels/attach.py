@@ -11,11 +11,13 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._C import DisableTorchFunctionSubclass
+from torch._compile import _disable_dynamo  # lazy, where torch.compiler.disable imports it all
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from saft_kernels.entry import Entry
@@ -67,24 +69,24 @@ class Sampled:
             param._saft_entry = entry
         for module in model.modules():
             plan_ahead(module)
-        self._stop_watching: Callable[[], object] = lambda: None
         if leading:
             self._watch()
 
     def _watch(self) -> None:
         """Let the weights follow every optimizer step: their uses in compiled code do not."""
         for entry in self.entries.values():
-            entry.leaf.register_post_accumulate_grad_hook(_weakly(entry.require_followed))
+            entry.leaf.register_post_accumulate_grad_hook(_weakly(entry.require_together))
         self._by_leaf = {entry.leaf: entry for entry in self.entries.values()}
-        handle = register_optimizer_step_post_hook(_weakly(self._follow))
-        self._stop_watching = weakref.finalize(self, handle.remove)
+        _register_step_hook()
+        _watched.add(self)
 
-    def _follow(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    def follow_step_(self, optimizer: torch.optim.Optimizer) -> None:
+        """Bring up to date the weights whose values an optimizer has just stepped."""
         leaves = (leaf for group in optimizer.param_groups for leaf in group["params"])
         with DisableTorchFunctionSubclass():
             for leaf in leaves:
                 if leaf in self._by_leaf:
-                    self._by_leaf[leaf].follow_()
+                    self._by_leaf[leaf].follow_step_()
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(name of the model's parameter, its compact leaf)."""
@@ -122,7 +124,8 @@ class Sampled:
     def update_(self) -> None:
         """Bring the weights up to date with the compact leaves; any use of them does it too.
 
-        Needed only before weights are read in ways that torch does not see.
+        Needed only before weights are read in ways that torch does not see, and in compiled models
+        after values or weights were changed by anything but an optimizer.
         """
         with DisableTorchFunctionSubclass():
             for entry in self.entries.values():
@@ -139,7 +142,7 @@ class Sampled:
         for param, flag in self._flags.items():
             param.requires_grad_(flag)
         self._flags.clear()
-        self._stop_watching()
+        _watched.discard(self)
 
     def __enter__(self) -> Sampled:
         """Itself."""
@@ -160,14 +163,30 @@ class _WithLeaves(nn.Module):
         return self.model(*args, **kwargs)
 
 
-def _weakly(method: Callable[..., None]) -> Callable[..., None]:
+#: Those whose weights follow optimizer steps. torch keeps our hook, which must not keep a model.
+_watched: weakref.WeakSet[Sampled] = weakref.WeakSet()
+
+
+@cache
+def _register_step_hook() -> None:
+    register_optimizer_step_post_hook(_follow_step)
+
+
+@_disable_dynamo
+def _follow_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    for sampled in list(_watched):
+        sampled.follow_step_(optimizer)
+
+
+def _weakly(method: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
     """A hook that keeps no object alive: torch's are where the garbage collector does not look."""
     reference = weakref.WeakMethod(method)
 
-    def hook(*args: Any) -> None:
+    @_disable_dynamo
+    def hook(leaf: Tensor) -> None:
         bound = reference()
         if bound is not None:
-            bound(*args)
+            bound(leaf)
 
     return hook
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C import DisableTorchFunctionSubclass
 
 from saft_kernels import ops
 from saft_kernels.errors import OptimizerError
@@ -77,8 +78,8 @@ class Entry:
     def follow_(self) -> None:
         """Bring weight and values together: the values' changes win over the weight's.
 
-        Not in compiled code, which cannot see versions: :class:`saft_kernels.attach.Sampled` does
-        it after every optimizer step, and :meth:`require_followed` finds what that misses.
+        Not in compiled code, which cannot see versions: there the weight follows after the step of
+        an optimizer, and :meth:`require_together` refuses whatever else was changed.
         """
         if torch.compiler.is_dynamo_compiling():
             return
@@ -88,18 +89,35 @@ class Entry:
     @torch.no_grad()
     def _follow_(self) -> None:
         if self.leaf._version != self._versions[0]:
-            ops.scatter_(self.weight, self.indices, self.leaf.to(self.param.dtype))
+            self._lead_()
         else:
             self.leaf.copy_(ops.gather(self.weight, self.indices))
+            self._versions = self._now()
+
+    @torch.no_grad()
+    def _lead_(self) -> None:
+        ops.scatter_(self.weight, self.indices, self.leaf.to(self.param.dtype))
         self._versions = self._now()
 
-    def require_followed(self, leaf: Tensor) -> None:
-        """A hook for the leaf's gradient: it must belong to the values as they are."""
-        if self.leading and leaf._version != self._versions[0]:
-            raise OptimizerError(
-                f"the values of {self.name!r} were changed by hand, and the weight did not follow "
-                "before the forward pass of a compiled model: call update_() after such changes"
-            )
+    def follow_step_(self) -> None:
+        """The same after an optimizer step, which may have written behind the version's back."""
+        if self._now() != self._versions:
+            self._follow_()
+        else:
+            self._lead_()
+
+    def require_together(self, leaf: Tensor) -> None:
+        """A hook for the leaf's gradient, which must belong to these values and this weight."""
+        with DisableTorchFunctionSubclass():
+            if self._now() == self._versions:
+                return
+            if not torch.equal(ops.gather(self.weight, self.indices), leaf.to(self.param.dtype)):
+                raise OptimizerError(
+                    f"{self.name!r} was changed by hand, its weight or its values, and the other "
+                    "did not follow: call update_() after such changes, before a compiled model "
+                    "or backward() runs"
+                )
+            self._versions = self._now()
 
     def plan(self, key: Any, make: Callable[[], LinearPlan]) -> LinearPlan:
         """The plan of one use of this parameter, made at the first."""

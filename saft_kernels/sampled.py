@@ -193,7 +193,7 @@ def _input_columns(x: Tensor, weight_shape: torch.Size, geometry: Any, columns: 
     windows = windows.unfold(3, dilation_w * (kw - 1) + 1, stride_w)
     windows = windows[..., ::dilation_h, ::dilation_w].permute(1, 4, 5, 0, 2, 3)
     chosen = windows[columns // (kh * kw), columns // kw % kh, columns % kw]
-    return chosen.reshape(len(columns), -1).t()
+    return chosen.flatten(1).t()
 
 
 def _output_rows(dy: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,8 @@ and freed.
 from __future__ import annotations
 
 import copy
+import inspect
+import math
 import types
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -218,17 +220,28 @@ def plan_ahead(module: nn.Module) -> None:
             entry = _entry(param)
             if entry is None or param.dim() not in (2, 4):
                 continue
-            if entry.crowded and not isinstance(module, nn.Embedding):
-                continue
-            width = param[0].numel()
-            bias = _entry(own.get(name.removesuffix("weight") + "bias"))
-            if name.endswith("weight") and type(module).__name__ != "Conv1D":
-                _linear_plan(entry, bias, width)
-            elif param.dim() == 2:  # x @ projection, as in the Conv1D of transformers' GPT-2
-                _linear_plan(entry, bias, *param.shape)
-            if name == "in_proj_weight":  # of attention where query, key and value differ
-                for begin in range(0, len(param), width):
-                    _linear_plan(entry.part(begin, begin + width), None, width)
+            if name == "in_proj_weight":
+                _plan_thirds(entry)
+            if not entry.crowded or isinstance(module, nn.Embedding):
+                bias = _entry(own.get(name.removesuffix("weight") + "bias"))
+                _plan_likely_use(module, name, entry, bias)
+
+
+def _plan_likely_use(module: nn.Module, name: str, entry: Entry, bias: Entry | None) -> None:
+    shape = entry.weight.shape
+    if name.endswith("weight") and type(module).__name__ != "Conv1D":
+        _linear_plan(entry, bias, math.prod(shape[1:]))
+    elif len(shape) == 2:  # x @ projection, as in the Conv1D of transformers' GPT-2
+        _linear_plan(entry, bias, *shape)
+
+
+def _plan_thirds(entry: Entry) -> None:
+    """Of fused attention, for queries, keys and values that differ."""
+    height, width = entry.weight.shape
+    for begin in range(0, height, width or 1):
+        part = entry.part(begin, begin + width)
+        if not part.crowded:
+            _linear_plan(part, None, width)
 
 
 @_handles(F.linear)
@@ -301,29 +314,29 @@ def _embedding(
 
 # torch's attention --------------------------------------------------------------------------------
 
+#: Its arguments, in order, and those that are weights of its projections.
+_ARGUMENTS = tuple(inspect.signature(F.multi_head_attention_forward).parameters)
+_PROJECTIONS = (
+    "in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight",
+    "out_proj_weight", "out_proj_bias",
+)  # fmt: skip
 
-@_handles(F.multi_head_attention_forward)
-def _attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    embed_dim_to_check: int,
-    num_heads: int,
-    in_proj_weight: Any,
-    in_proj_bias: Any,
-    bias_k: Any,
-    bias_v: Any,
-    *rest: Any,
-    **more: Any,
-) -> Any:
+
+def _attention(*args: Any, **kwargs: Any) -> Any:
     """torch's own, except for the projections."""
-    func = F.multi_head_attention_forward
-    bias_k, bias_v = _streamed(bias_k, func), _streamed(bias_v, func)
-    if query is not key or key is not value:  # it is cut into three
-        in_proj_bias = _streamed(in_proj_bias, func)
-    sizes = embed_dim_to_check, num_heads
-    weights = in_proj_weight, in_proj_bias, bias_k, bias_v
-    return _torch_attention(query, key, value, *sizes, *weights, *rest, **more)
+    given = {**dict(zip(_ARGUMENTS, args, strict=False)), **kwargs}
+    query, key, value = given["query"], given["key"], given["value"]
+    together = query is key and key is value
+    # Anywhere else torch cuts the bias into three.
+    whole = together and query.dim() == 3 and not given.get("use_separate_proj_weight")
+    ours = (*_PROJECTIONS, "in_proj_bias") if whole else _PROJECTIONS
+    known = {
+        name: each if name in ours else _streamed(each, F.multi_head_attention_forward)
+        for name, each in given.items()
+    }
+    if together:  # still one tensor, if it was a parameter
+        known["key"] = known["value"] = known["query"]
+    return _torch_attention(**known)
 
 
 def _project(x: Tensor, weight: Any, bias: Any = None) -> Any:
@@ -347,9 +360,12 @@ def _project_rows(x: Tensor, weight: Any, bias: Any, begin: int, count: int) -> 
     rows = slice(begin, begin + count)
     bias = None if bias is None else bias[rows]
     entry = _entry(weight)
-    if entry is None or entry.crowded:
-        return F.linear(x, _streamed(weight, F.linear)[rows], bias)
+    if entry is None:
+        return F.linear(x, weight[rows], bias)
     part = entry.part(begin, begin + count)
+    if part.crowded:
+        part.streamed(part, F.linear)
+        return F.linear(x, _view(part), bias)
     plan = _linear_plan(part, None, x.shape[-1])
     return sampled.linear(x, part.weight, bias, part.values, None, plan)
 
@@ -360,15 +376,18 @@ def _project_separately(q: Tensor, k: Tensor, v: Tensor, *weights_and_biases: An
     return [_project(*each) for each in zip((q, k, v), weights, biases, strict=True)]
 
 
+#: What torch's code looks up here.
+_REPLACED = {
+    "has_torch_function": lambda tensors: False,
+    "linear": _project,
+    "_in_projection_packed": _project_packed,
+    "_in_projection": _project_separately,
+}
+
+
 def _with_our_projections(function: Any) -> Any:
-    """torch's attention, looking these names up here."""
-    names = {
-        **function.__globals__,
-        "has_torch_function": lambda tensors: False,
-        "linear": _project,
-        "_in_projection_packed": _project_packed,
-        "_in_projection": _project_separately,
-    }
+    """The same code, with other global names."""
+    names = {**function.__globals__, **_REPLACED}
     del names["__name__"]  # torch.compile would look them up in the module of this name
     result = types.FunctionType(
         function.__code__, names, function.__name__, function.__defaults__, function.__closure__
@@ -377,4 +396,7 @@ def _with_our_projections(function: Any) -> Any:
     return result
 
 
-_torch_attention = _with_our_projections(F.multi_head_attention_forward)
+# Should a torch come that calls other names, attention is streamed, and says so.
+if _REPLACED.keys() <= set(F.multi_head_attention_forward.__code__.co_names):
+    _torch_attention = _with_our_projections(F.multi_head_attention_forward)
+    _HANDLERS[F.multi_head_attention_forward] = _attention

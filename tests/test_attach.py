@@ -93,7 +93,7 @@ def small_timm_models(depth: int, image_size: int) -> Iterator[None]:
 
 
 def attention() -> Case:
-    """torch's own, with one input, with two, and with three, masked and not."""
+    """torch's own, with one input, with two, and with three, batched, masked, learned, and not."""
     torch.manual_seed(0)
     model = nn.ModuleDict(
         {
@@ -102,6 +102,8 @@ def attention() -> Case:
             "three": nn.MultiheadAttention(8, 2, kdim=6, vdim=5, batch_first=True),
         }
     )
+    model.register_parameter("queries", nn.Parameter(torch.randn(3, 8)))
+    model.register_parameter("bias", nn.Parameter(torch.randn(5, 5)))
     x, y = torch.randn(2, 5, 8).double(), torch.randn(2, 5, 8).double()
     k, v = torch.randn(2, 5, 6).double(), torch.randn(2, 5, 5).double()
     mask = torch.ones(5, 5, dtype=torch.bool).triu(1)
@@ -111,6 +113,9 @@ def attention() -> Case:
             model["one"](x, x, x, attn_mask=mask)[0],
             model["one"](x, y, y, need_weights=False)[0],
             model["one"](x, y, x + y)[0],
+            model["one"](x[0], x[0], x[0])[0],
+            model["one"](model.queries, x[0], x[0], attn_mask=model.bias[:3])[0],
+            model["one"](x, x, x, attn_mask=model.bias)[0],
             model["two"](x, y, y)[0],
             model["three"](x, k, v)[0],
         )
@@ -175,7 +180,10 @@ CASES: dict[str, Callable[[], Case]] = {
 }
 
 #: Parameters above 1% of these small models that are used in ways without a sampled form.
-STREAMED = {"DeBERTa-v2": {"deberta.encoder.rel_embeddings.weight"}}
+STREAMED = {
+    "DeBERTa-v2": {"deberta.encoder.rel_embeddings.weight"},
+    "MultiheadAttention": {"queries", "bias"},
+}
 
 #: The largest share of the parameters that a tensor the size of a weight gradient may have.
 DENSE = 0.01
@@ -325,8 +333,8 @@ def train_in_parallel(rank: int, folder: str) -> None:
     start = f"file://{folder}/start"
     torch.distributed.init_process_group("gloo", start, rank=rank, world_size=2)
     torch.manual_seed(rank)  # the first process' weights are everybody's
-    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4))
-    sparse = attach(model, select(model, density=0.3, score="random", seed=0))
+    model = parallel_model()
+    sparse = attach(model, select(model, density=0.05, score="random", seed=0))
     parallel = nn.parallel.DistributedDataParallel(sparse.as_module())
     optimizer = torch.optim.AdamW(sparse.parameters(), lr=1e-2)
     for batch in parallel_batches():
@@ -338,24 +346,56 @@ def train_in_parallel(rank: int, folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
+def parallel_model() -> nn.Module:
+    return nn.Sequential(nn.Linear(16, 24), nn.Tanh(), nn.Linear(24, 8))
+
+
 def parallel_batches() -> Tensor:
-    return torch.randn(5, 10, 6, generator=torch.Generator().manual_seed(3))
+    return torch.randn(5, 10, 16, generator=torch.Generator().manual_seed(3))
 
 
 def test_distributed_data_parallel_trains_as_one_process_does(tmp_path) -> None:
     torch.multiprocessing.spawn(train_in_parallel, (str(tmp_path),), nprocs=2)
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4))
-    with attach(model, select(model, density=0.3, score="random", seed=0)) as sparse:
+    model = parallel_model()
+    before = snapshot(model)
+    with attach(model, select(model, density=0.05, score="random", seed=0)) as sparse:
         optimizer = torch.optim.AdamW(sparse.parameters(), lr=1e-2)
         for batch in parallel_batches():
             optimizer.zero_grad()
             model(batch).square().mean().backward()
             optimizer.step()
+        assert not sparse.streamed
+    assert not torch.equal(model[0].weight, before["0.weight"])
     for rank in range(2):
         trained = torch.load(tmp_path / str(rank), weights_only=True)
         for name, weight in model.state_dict().items():
             assert_close(trained[name], weight, "adamw_trajectory")
+
+
+def test_an_optimizer_that_hides_its_writes_moves_the_weights() -> None:
+    class Hidden(torch.optim.SGD):
+        def step(self) -> None:
+            for group in self.param_groups:
+                for param in group["params"]:
+                    param.data.sub_(param.grad, alpha=group["lr"])  # changes no version
+
+    weights = []
+    for kind in (torch.optim.SGD, Hidden):
+        model = small_model()
+        with attach(model, small_mask(model)) as sparse:
+            optimizer = kind(sparse.parameters(), lr=1e-2)
+            backward(model, 0)
+            optimizer.step()
+        weights.append(snapshot(model))
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_an_empty_matrix_is_no_obstacle() -> None:
+    model = nn.ModuleDict({"empty": nn.Linear(3, 0), "linear": nn.Linear(20, 20)})
+    with attach(model, select(model, density=0.05, score="random")) as sparse:
+        model["linear"](torch.randn(3, 20)).sum().backward()
+        assert any(values.grad is not None for values in sparse.parameters())
 
 
 def test_weights_that_are_loaded_are_where_training_goes_on() -> None:
@@ -402,9 +442,9 @@ def test_frozen_layers_below_the_first_selected_entry_have_no_backward() -> None
 
 
 def test_checkpointing_gives_the_same_gradients() -> None:
-    model = nn.Sequential(*[nn.Sequential(nn.Linear(6, 6), nn.Tanh()) for _ in range(3)])
-    mask = select(model, density=0.3, score="random")
-    x = torch.randn(5, 6)
+    model = nn.Sequential(*[nn.Sequential(nn.Linear(20, 20), nn.Tanh()) for _ in range(3)])
+    mask = select(model, density=0.05, score="random")
+    x = torch.randn(5, 20)
     grads = []
     for through in (lambda f, x: f(x), lambda f, x: checkpoint(f, x, use_reentrant=False)):
         with attach(model, mask) as sparse:
@@ -412,6 +452,7 @@ def test_checkpointing_gives_the_same_gradients() -> None:
             for block in model:
                 out = through(block, out)
             out.square().sum().backward()
+            assert not sparse.streamed
             grads.append([values.grad for values in sparse.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 

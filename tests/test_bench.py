@@ -19,6 +19,7 @@ from open_clip.transformer import ResidualAttentionBlock
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
 from bench import checks, report
@@ -26,7 +27,14 @@ from bench.__main__ import app, measure_cases
 from bench.baselines.frozen import frozen
 from bench.baselines.lora import lora, merged, pretrained, require_trained, text_blocks
 from bench.baselines.topk import concatenated, topk
-from bench.cases import accumulate_topk, clip_step, prompt_step, sampled_grad, sparse_adamw
+from bench.cases import (
+    accumulate_topk,
+    clip_step,
+    prompt_step,
+    sampled_grad,
+    sparse_adamw,
+    step_account,
+)
 from bench.environment import watch_load
 from bench.harness import (
     Contender,
@@ -587,6 +595,23 @@ def test_concentrated_mask_has_as_many_entries_in_few_rows_and_columns() -> None
         rows, columns = mask[name] // width, mask[name] % width
         assert len(columns.unique()) <= COLUMNS * width
         assert len(rows.unique()) <= ROWS * len(model.get_parameter(name))
+
+
+def test_step_account_counts_attention() -> None:
+    q = torch.randn(2, 4, 30, 8, requires_grad=True)
+    with FlopCounterMode(display=False, custom_mapping=step_account.ATTENTION) as counter:
+        F.scaled_dot_product_attention(q, q, q).sum().backward()
+    product = 2 * 2 * 4 * 30 * 30 * 8
+    assert counter.get_total_flops() == product * (2 + 5)
+
+
+def test_step_account_leaves_no_kernel_out() -> None:
+    outcome = step_account.run(SMOKE)
+    shares = [f for f in outcome.figures if f.what.startswith("share of one step in fp32")]
+    assert len(shares) == 2 * (len(step_account.LINES) + 2)
+    for half in (shares[: len(shares) // 2], shares[len(shares) // 2 :]):
+        assert sum(figure.value for figure in half) == pytest.approx(100, abs=10)  # medians
+        assert any("sampled products" in f.what and f.value > 0 for f in half)
 
 
 # Reports ------------------------------------------------------------------------------------------

@@ -160,6 +160,17 @@ def test_gradcheck_of_conv2d(kernel, stride, padding, dilation, channels_last):
     assert torch.equal(layer(x, values, b_values), stock)
 
 
+def test_only_the_bias_of_a_convolution_may_be_selected():
+    x, weight, bias = double(2, 3, 6, 5), double(4, 3, 2, 2), double(4)
+    indices = torch.tensor([1, 3])
+    values = leaf(ops.gather(bias, indices))
+    plan = LinearPlan.of(12, None, indices)
+    y = sampled.conv2d(x, weight, bias, None, values, plan, (1, 1), (0, 0), (1, 1))
+    y.square().sum().backward()
+    expected = 2 * F.conv2d(x, weight, bias)
+    assert torch.allclose(values.grad, expected.sum((0, 2, 3))[indices])
+
+
 @pytest.mark.parametrize("padding_idx", [None, 2])
 def test_gradcheck_of_embedding(padding_idx):
     torch.manual_seed(0)

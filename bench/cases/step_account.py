@@ -19,9 +19,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
+from torch.autograd.profiler import profile
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import (
+    FlopCounterMode,
+    sdpa_backward_flop_count,
+    sdpa_flop_count,
+)
 
 from bench.display import progress
 from bench.harness import Figure, Outcome, Timing, require
@@ -91,6 +95,21 @@ def _one(work: Workload, precision: str, kind: str, rate: float, setting: Settin
 # Counting -----------------------------------------------------------------------------------------
 
 
+def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return int(sdpa_flop_count(query, key, value))
+
+
+def _attention_backward(grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return int(sdpa_backward_flop_count(grad, query, key, value))
+
+
+#: torch counts no operations for attention on a CPU by itself.
+ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
+
+
 class _SampledProducts(TorchDispatchMode):
     """Counts the operations of sampled gradients: two per token and entry."""
 
@@ -108,10 +127,10 @@ class _SampledProducts(TorchDispatchMode):
 def _count(task: Task, optimizer: SparseAdamW) -> tuple[float, dict[str, int], int]:
     """The loss of a step, its floating point operations by phase, and those of sampled products."""
     flops = {}
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
         loss = task.loss(task.model)
     flops["forward"] = counter.get_total_flops()
-    with FlopCounterMode(display=False) as counter, _SampledProducts() as sampled:
+    with counter, _SampledProducts() as sampled:
         loss.backward()
     flops["backward"] = counter.get_total_flops()
     optimizer.zero_grad()
@@ -138,7 +157,7 @@ def _account(task: Task, optimizer: SparseAdamW) -> Account:
     """One step under the profiler and one without, whose phases are timed."""
     phases = _step(task, optimizer, lambda phase: nullcontext())
     kinds: Counter[tuple[str, str]] = Counter()
-    profiles = {phase: profile(activities=[ProfilerActivity.CPU]) for phase in PHASES}
+    profiles = {phase: profile(use_kineto=False) for phase in PHASES}
     total = sum(_step(task, optimizer, profiles.__getitem__).values())
     for phase, profiled in profiles.items():
         for event in profiled.key_averages():
@@ -162,8 +181,10 @@ def _step(task: Task, optimizer: SparseAdamW, around: Callable[[str], Any]) -> d
 
 
 def _kind(name: str) -> str:
+    if name == "saft_kernels::sampled_grad":
+        return "sampled products"
     if name.startswith("saft_kernels::"):
-        return name.removeprefix("saft_kernels::")
+        return "other kernels"
     return "products" if any(part in name for part in PRODUCTS) else "everything else"
 
 
@@ -173,10 +194,11 @@ def _kind(name: str) -> str:
 LINES = {
     ("forward", "products"): "forward, matrix products and attention",
     ("forward", "everything else"): "forward, everything else (norms, GELU, copies)",
-    ("forward", "pack_columns"): "forward, packing the used columns",
+    ("forward", "other kernels"): "forward, packing the used columns",
     ("backward", "products"): "input gradients, matrix products and attention",
     ("backward", "everything else"): "input gradients, everything else",
-    ("backward", "sampled_grad"): "sampled gradients",
+    ("backward", "sampled products"): "gradients of selected entries, sampled products",
+    ("backward", "other kernels"): "gradients of selected entries, embeddings and vectors",
 }
 
 
@@ -208,7 +230,7 @@ def _counted(
     """The step against its products at the machine's rate; sampled products against a dense one."""
     total = statistics.median(sum(a.phases.values()) for a in accounts)
     dense = sum(flops.values())
-    kernel = statistics.median(a.kinds["backward", "sampled_grad"] for a in accounts)
+    kernel = statistics.median(a.kinds["backward", "sampled products"] for a in accounts)
     figures = [
         Figure(
             f"{group}: time over that of its matrix products at the machine's rate",

@@ -131,9 +131,9 @@ def encode_packed(model: nn.Module, packing: Packing) -> Tensor:
     x = tower.token_embedding(packing.tokens).to(dtype)
     x = x + tower.positional_embedding[packing.positions].to(dtype)
     saves_memory = tower.transformer.grad_checkpointing and torch.is_grad_enabled()
-    blocks = list(tower.transformer.resblocks)
-    for block in blocks:
-        read = packing.ends if block is blocks[-1] else None
+    last = len(tower.transformer.resblocks) - 1
+    for depth, block in enumerate(tower.transformer.resblocks):
+        read = packing.ends if depth == last else None
         if saves_memory:
             x = checkpoint(_block, block, x, packing, read, use_reentrant=False)
         else:
@@ -168,8 +168,10 @@ def _attention(attention: Any, x: Tensor, packing: Packing) -> Tensor:
     # One cut for all groups: its backward joins their gradients in one pass.
     lengths = [count * length for count, length in packing.groups]
     (q0, *qs), (k0, *ks), (v0, *vs) = (t.split([packing.prefix, *lengths], 1) for t in (q, k, v))
-    shared = F.scaled_dot_product_attention(q0[None], k0[None], v0[None], is_causal=True)
-    parts = [_joined(shared)] if packing.prefix else []
+    parts = []
+    if packing.prefix:
+        shared = F.scaled_dot_product_attention(q0[None], k0[None], v0[None], is_causal=True)
+        parts.append(_joined(shared))
     for (count, length), q, k, v in zip(packing.groups, qs, ks, vs, strict=True):
         own_q, own_k, own_v = (t.unflatten(1, (count, length)).transpose(0, 1) for t in (q, k, v))
         keys, values = (
