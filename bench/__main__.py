@@ -117,7 +117,7 @@ def report(
         Path | None,
         typer.Option(help="Rewrite the block between the markers of this Markdown file."),
     ] = None,
-    brief: Annotated[bool, typer.Option("--brief", help="Leave the table of times out.")] = False,
+    brief: Annotated[bool, typer.Option("--brief", help="Only figures that have a bar.")] = False,
 ) -> None:
     """Print a result as Markdown, or put it into a file."""
     text = reports.markdown(reports.read_result(result), brief=brief)

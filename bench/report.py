@@ -106,7 +106,7 @@ def markdown(result: dict[str, Any], *, brief: bool = False) -> str:
 
     Args:
         result: of a run.
-        brief: leave the times out.
+        brief: only the figures that have a bar, and no times.
     """
     cases = result["cases"].values()
     parts = [_conditions(result)]
@@ -115,7 +115,12 @@ def markdown(result: dict[str, Any], *, brief: bool = False) -> str:
     for name, case in result["cases"].items():
         if case["refused"]:
             parts.append(f"**{name} was refused:** {case['refused']}")
-    figures = [_figure_row(figure, _mark(case)) for case in cases for figure in figures_of(case)]
+    figures = [
+        _figure_row(figure, _mark(case))
+        for case in cases
+        for figure in figures_of(case)
+        if figure.bar is not None or not brief
+    ]
     timings = [_timing_row(timing, _mark(case)) for case in cases for timing in timings_of(case)]
     if figures:
         parts.append(_table(("what", "measured (95 % interval)", "from", "bar", ""), figures))

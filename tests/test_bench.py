@@ -648,9 +648,13 @@ def test_report_shows_figures_bars_floors_and_refusals(result: dict[str, Any]) -
     assert "saft-tiny (4 images, 4 prompts" in lines[0]
 
 
-def test_brief_report_leaves_out_the_times(result: dict[str, Any]) -> None:
+def test_brief_report_holds_figures_with_a_bar_only(result: dict[str, Any]) -> None:
+    bare = {**result["cases"]["one"]["figures"][0], "what": "size", "bar": None}
+    result["cases"]["one"]["figures"].append(bare)
+    assert "| size |" in report.markdown(result)
     text = report.markdown(result, brief=True)
     assert "| speed |" in text
+    assert "| size |" not in text
     assert "Median times" not in text
     assert "| group |" not in text
 
