@@ -391,6 +391,7 @@ def test_an_optimizer_that_hides_its_writes_moves_the_weights() -> None:
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")
 def test_an_empty_matrix_is_no_obstacle() -> None:
     model = nn.ModuleDict({"empty": nn.Linear(3, 0), "linear": nn.Linear(20, 20)})
     with attach(model, select(model, density=0.05, score="random")) as sparse:

@@ -50,6 +50,7 @@ def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 PLANNED_LATE = {"RN50", "MultiheadAttention"}
 
 
+@pytest.mark.filterwarnings("ignore:the gradient of")
 @pytest.mark.parametrize("name", ["ViT-B-32", "RN50", "MultiheadAttention", "GPT-2", "BERT"])
 def test_a_model_is_one_graph_with_the_gradients_of_eager_mode(name: str) -> None:
     case: Case = CASES[name]()

@@ -926,8 +926,8 @@ DAMAGE: dict[str, tuple[Callable[[Any], Any], str]] = {
     ),
     "other indices": (lambda s: s["conv.bias"]["indices"].add_(1), "'conv.bias'.*another mask"),
     "cut short": (
-        lambda s: s["branch.weight"].update(exp_avg_sq=torch.zeros(299)),
-        "'branch.weight'.*299 entries, not 300",
+        lambda s: s["branch.weight"].update(exp_avg_sq=torch.zeros(249)),
+        "'branch.weight'.*249 entries, not 250",
     ),
     "no tensor": (lambda s: s["scale"].update(step=3.0), "'scale'.*step is not a tensor"),
     "bad step": (lambda s: s["scale"]["step"].fill_(float("nan")), "'scale'.*step is nan"),
