@@ -16,7 +16,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: build  ## fine-tune the built-in tiny CLIP with SAFT and with full fine-tuning, and compare (about 4 minutes)
+demo: build  ## fine-tune the built-in tiny CLIP with SAFT and with full fine-tuning, and compare (about 3 minutes)
 	$(BIN)/saft demo
 
 test: build  ## run all tests

@@ -23,7 +23,7 @@ def test_python_example_runs_as_it_stands(tmp_path):
 
 
 def test_links_lead_to_files():
-    for page in (ROOT / "README.md", ROOT / "docs" / "data_path.md", ROOT / "CONTRIBUTING.md"):
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")):
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
 

@@ -59,7 +59,7 @@ _SCRATCH = ".trials-"
 
 @dataclass(frozen=True)
 class Plan:
-    """What the demo does; the defaults are made for four minutes on two cores.
+    """What the demo does; the defaults are made for a few minutes on two cores.
 
     Attributes:
         trained: the domain of the training images.
