@@ -130,7 +130,8 @@ def _streamed(value: Any, func: Any) -> Any:
     entry = _entry(value)
     if entry is None:
         return value
-    entry.streamed(entry, func)
+    if entry.indices.numel() > 0:
+        entry.streamed(entry, func)
     return _view(entry)
 
 

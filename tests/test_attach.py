@@ -515,6 +515,24 @@ def test_a_large_parameter_without_a_sampled_form_is_named() -> None:
         assert torch.allclose(next(sparse.parameters()).grad, expected)
 
 
+def test_a_frozen_matrix_in_attention_is_not_warned_of() -> None:
+    class Learned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(8, 2)
+            self.bias = nn.Parameter(torch.randn(5, 5))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.attention(x, x, x, attn_mask=self.bias)[0]
+
+    model = Learned()
+    mask = CooMask.from_indices(model, {"attention.in_proj_weight": torch.tensor([1, 100])})
+    with attach(model, mask) as sparse, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(torch.randn(5, 2, 8)).sum().backward()
+        assert not sparse.streamed
+
+
 def test_a_parameter_of_another_class_is_refused() -> None:
     class Special(nn.Parameter):
         pass
