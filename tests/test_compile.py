@@ -16,7 +16,7 @@ from saft_kernels import CooMask, SparseAdamW, attach, ops, select
 from saft_kernels.attach import Sampled
 from saft_kernels.errors import OptimizerError
 from saft_kernels.sampled_parameter import SampledParameter
-from test_attach import CASES, Case
+from test_attach import CASES, Case, scattered_mask
 from training import backward, loss_of, small_mask, small_model, snapshot
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -54,7 +54,7 @@ PLANNED_LATE = {"RN50", "MultiheadAttention"}
 @pytest.mark.parametrize("name", ["ViT-B-32", "RN50", "MultiheadAttention", "GPT-2", "BERT"])
 def test_a_model_is_one_graph_with_the_gradients_of_eager_mode(name: str) -> None:
     case: Case = CASES[name]()
-    mask = select(case.model, density=0.02, score="random", seed=3)
+    mask = scattered_mask(case.model)
     with attach(case.model, mask) as sparse:
         if name in PLANNED_LATE:
             case.loss()
