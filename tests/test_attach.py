@@ -105,6 +105,7 @@ def attention() -> Case:
     model.register_parameter("queries", nn.Parameter(torch.randn(12, 8)))
     model.register_parameter("bias", nn.Parameter(torch.randn(12, 12)))
     x, y = torch.randn(2, 12, 8).double(), torch.randn(2, 12, 8).double()
+    single = x[0]  # not batched
     k, v = torch.randn(2, 12, 6).double(), torch.randn(2, 12, 5).double()
     mask = torch.ones(12, 12, dtype=torch.bool).triu(1)
 
@@ -113,7 +114,7 @@ def attention() -> Case:
             model["one"](x, x, x, attn_mask=mask)[0],
             model["one"](x, y, y, need_weights=False)[0],
             model["one"](x, y, x + y)[0],
-            model["one"](x[0], x[0], x[0])[0],
+            model["one"](single, single, single)[0],
             model["one"](model.queries, x[0], x[0], attn_mask=model.bias)[0],
             model["one"](x, x, x, attn_mask=model.bias)[0],
             model["two"](x, y, y)[0],
@@ -181,10 +182,12 @@ CASES: dict[str, Callable[[], Case]] = {
 
 
 def scattered_mask(model: nn.Module) -> CooMask:
-    """A fiftieth of every parameter, and at least one entry."""
+    """A fiftieth of every matrix, a third of every vector, and at least one entry."""
     generator = torch.Generator().manual_seed(3)
     chosen = {
-        name: torch.randperm(param.numel(), generator=generator)[: max(1, param.numel() // 50)]
+        name: torch.randperm(param.numel(), generator=generator)[
+            : max(1, param.numel() // (50 if param.dim() > 1 else 3))
+        ]
         for name, param in model.named_parameters()
     }
     return CooMask.from_indices(model, {n: i.sort().values.int() for n, i in chosen.items()})
