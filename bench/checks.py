@@ -17,11 +17,20 @@ from saft_kernels.ops import end_to_end
 STEP_ATOL = 0.05 * ADAMW["lr"]
 STEP_RTOL = 3 * 2.0**-24
 
+#: The first step's loss may be this far from the fp32 one's, relatively.
+LOSS_TOLERANCE = {"fp32": 1e-4, "amp_bf16": 2e-2}
+
 #: Of gradients summed in another order, relative to the largest of their parameter.
 GRADIENT_TOLERANCE = 1e-3
 
 #: Gradients this much smaller than the largest of their tensor may be roundings of their sums.
 ROUNDING = 1e-4
+
+
+def require_loss(loss: float, expected: float, precision: str) -> None:
+    """The loss is the fp32 one, as closely as the precision allows."""
+    near = abs(loss - expected) <= LOSS_TOLERANCE[precision] * abs(expected)
+    require(near, f"its loss is {loss}, not {expected}")
 
 
 def reference_step(

@@ -185,8 +185,7 @@ def concentrated_mask(model: nn.Module, density: float) -> CooMask:
         weight = weights[name]
         if weight.dim() > 1:
             width = weight[0].numel()
-            sizes = (0, weight.numel() // width, width)
-            flat = concentrated_entries(sizes, flat.numel() / weight.numel())
+            flat = concentrated_entries(weight.numel() // width, width, flat.numel())
         indices[name] = flat.sort().values.to(torch.int32)
     return CooMask.from_indices(model, indices)
 
@@ -218,18 +217,16 @@ def lines_touched(indices: Tensor, tensor: Tensor) -> int:
     return (indices // (CACHE_LINE // tensor.element_size())).unique_consecutive().numel()
 
 
-def uniform_entries(sizes: tuple[int, int, int], density: float) -> Tensor:
-    """Flat indices anywhere in the weight."""
-    _, height, width = sizes
-    return _some(height * width, int(density * height * width))
+def uniform_entries(height: int, width: int, count: int) -> Tensor:
+    """Flat indices anywhere in a weight of this size."""
+    return _some(height * width, count)
 
 
-def concentrated_entries(sizes: tuple[int, int, int], density: float) -> Tensor:
+def concentrated_entries(height: int, width: int, count: int) -> Tensor:
     """As many, in a few rows and columns; all of these if they have no more."""
-    _, height, width = sizes
     rows = _some(height, max(1, int(ROWS * height)), seed=1)
     columns = _some(width, max(1, int(COLUMNS * width)), seed=2)
-    block = _some(len(rows) * len(columns), int(density * height * width))
+    block = _some(len(rows) * len(columns), count)
     return rows[block // len(columns)] * width + columns[block % len(columns)]
 
 

@@ -17,7 +17,7 @@ from saft_kernels.plan import LinearPlan
 #: mode, and all of it. On a CPU with AVX-512 the sampled product of a uniform mask was still faster
 #: at 10% in fp32, and more so in bf16 or where entries share rows (``python -m bench run
 #: sampled_grad``). A third way, the dense product over the used rows and columns only, lost to the
-#: sampled one on masks of real models, mostly to the copy of the used rows (``real_masks``).
+#: sampled one on masks of real models (``real_masks``).
 CROWDED = 0.1
 
 

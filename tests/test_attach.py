@@ -16,10 +16,11 @@ import timm
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from allocations import Allocations
-from saft_kernels import CooMask, SparseAdamW, attach, ops, reference, select
+from saft_kernels import CooMask, SparseAdamW, attach, ops, reference, sampled_parameter, select
 from saft_kernels.errors import OptimizerError
 from saft_kernels.sampled_parameter import SampledParameter
 from tolerances import assert_close
@@ -527,6 +528,38 @@ def test_a_large_parameter_without_a_sampled_form_is_named() -> None:
             model(x).sum().backward()
         assert sparse.streamed == {"weight": "exp has no sampled form"}
         assert torch.allclose(next(sparse.parameters()).grad, expected)
+
+
+def cross_attention() -> tuple[nn.MultiheadAttention, Callable[[], Tensor]]:
+    torch.manual_seed(0)
+    model = nn.MultiheadAttention(8, 2).double()
+    q, k = torch.randn(3, 2, 8).double(), torch.randn(4, 2, 8).double()
+    return model, lambda: weighted(model(q, k, k)[0])
+
+
+def test_a_crowded_part_of_attention_uses_the_dense_product() -> None:
+    model, loss = cross_attention()
+    indices = {"in_proj_weight": torch.cat([torch.arange(64, 128, 2), torch.tensor([140])])}
+    mask = CooMask.from_indices(model, indices)
+    loss().backward()
+    expected = reference.gather(model.in_proj_weight.grad, mask["in_proj_weight"])
+    with attach(model, mask) as sparse, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loss().backward()
+        assert "50% of its entries" in sparse.streamed["in_proj_weight"]
+        assert_close(next(sparse.parameters()).grad, expected, "double_model")
+
+
+def test_attention_of_a_torch_we_do_not_know_is_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sampled_parameter._HANDLERS, F.multi_head_attention_forward)
+    model, loss = cross_attention()
+    mask = CooMask.from_indices(model, {"in_proj_weight": torch.tensor([1, 70, 140])})
+    loss().backward()
+    expected = reference.gather(model.in_proj_weight.grad, mask["in_proj_weight"])
+    with attach(model, mask) as sparse:
+        with pytest.warns(UserWarning, match="multi_head_attention_forward has no sampled form"):
+            loss().backward()
+        assert_close(next(sparse.parameters()).grad, expected, "double_model")
 
 
 def test_a_frozen_matrix_in_attention_is_not_warned_of() -> None:

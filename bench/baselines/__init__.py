@@ -6,6 +6,7 @@ A method of training is a function ``(model, mask, loss) -> step``: it sets ever
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
 from saft_kernels import CooMask
@@ -13,3 +14,16 @@ from saft_kernels import CooMask
 Loss = Callable[[nn.Module], Tensor]
 Step = Callable[[], Tensor]
 Method = Callable[[nn.Module, CooMask, Loss], Step]
+
+
+def step_of(optimizer: torch.optim.Optimizer, model: nn.Module, loss: Loss) -> Step:
+    """A training step of an optimizer that was set up for the model."""
+
+    def step() -> Tensor:
+        value = loss(model)
+        value.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return value
+
+    return step

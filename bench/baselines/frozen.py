@@ -2,7 +2,7 @@
 
 It is as fast as plain torch can be made. For a frozen matrix and an input of three dimensions that
 is not contiguous, as ``nn.MultiheadAttention`` has it, torch takes a batched product, forward and
-backward: slower in fp32 and up to ten times slower in bf16, where freezing the weights would cost
+backward: slower in fp32 and much slower in bf16, where freezing the weights would cost
 time in place of saving it. The linear layers here see their tokens in two dimensions, which is one
 plain product.
 """

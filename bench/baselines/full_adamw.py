@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from bench.baselines import Loss, Step
+from bench.baselines import Loss, Step, step_of
 from bench.models import ADAMW, candidates
 from saft_kernels import CooMask
 
@@ -13,12 +13,4 @@ from saft_kernels import CooMask
 def full_adamw(model: nn.Module, mask: CooMask, loss: Loss) -> Step:
     """Train everything; the mask is not used."""
     optimizer = torch.optim.AdamW(candidates(model).values(), fused=True, **ADAMW)
-
-    def step() -> Tensor:
-        value = loss(model)
-        value.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return value
-
-    return step
+    return step_of(optimizer, model, loss)

@@ -20,7 +20,7 @@ import torch
 from open_clip.transformer import ResidualAttentionBlock
 from torch import Tensor, nn
 
-from bench.baselines import Loss, Step
+from bench.baselines import Loss, Step, step_of
 from bench.harness import require
 from bench.memory import MeasurementError
 from bench.models import ADAMW
@@ -47,15 +47,11 @@ def lora(model: nn.Module, mask: CooMask, loss: Loss) -> Step:
     optimizer = torch.optim.AdamW(adapters, fused=True, **ADAMW)
     blocks = text_blocks(model)
 
-    def step() -> Tensor:
+    def merged_loss(model: nn.Module) -> Tensor:
         with merged(blocks):
-            value = loss(model)
-        value.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return value
+            return loss(model)
 
-    return step
+    return step_of(optimizer, model, merged_loss)
 
 
 def _load_peft() -> Any:

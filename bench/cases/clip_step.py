@@ -15,15 +15,15 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from bench.baselines import Loss, Method, Step
+from bench.baselines import Loss, Method, Step, step_of
 from bench.baselines.frozen import frozen
 from bench.baselines.full_adamw import full_adamw
 from bench.baselines.index_and_hook import index_and_hook
 from bench.baselines.lora import lora, pretrained, require_trained
-from bench.checks import reference_step, require_stepped, require_untouched
-from bench.harness import Contender, Figure, Outcome, Timing, measure, require, times_as_long
+from bench.checks import reference_step, require_loss, require_stepped, require_untouched
+from bench.harness import Contender, Figure, Outcome, Timing, measure, times_as_long
 from bench.memory import Memory, peak_memory
 from bench.models import (
     ADAMW,
@@ -53,30 +53,15 @@ ALL_SAMPLED = (SAMPLED, SAMPLED_CONCENTRATED, SAMPLED_SELECTED)
 OVER_FLOOR = {"fp32": 1.05, "amp_bf16": 1.06}
 OVER_FULL = {"fp32": 0.66, "amp_bf16": 0.72}
 
-#: The first step's loss may be this far from the fp32 one's, relatively.
-LOSS_TOLERANCE = {"fp32": 1e-4, "amp_bf16": 2e-2}
-
 
 def streamed(model: nn.Module, mask: CooMask, loss: Loss) -> Step:
     """This package, with gradients gathered and freed as they come."""
-    return _step(SparseAdamW(model, mask, gradients="streamed", **ADAMW), model, loss)
+    return step_of(SparseAdamW(model, mask, gradients="streamed", **ADAMW), model, loss)
 
 
 def sampled(model: nn.Module, mask: CooMask, loss: Loss) -> Step:
     """This package, with gradients computed at the selected entries only."""
-    return _step(SparseAdamW(model, mask, gradients="sampled", **ADAMW), model, loss)
-
-
-def _step(optimizer: SparseAdamW, model: nn.Module, loss: Loss) -> Step:
-
-    def step() -> Tensor:
-        value = loss(model)
-        value.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return value
-
-    return step
+    return step_of(SparseAdamW(model, mask, gradients="sampled", **ADAMW), model, loss)
 
 
 @dataclass(frozen=True)
@@ -173,11 +158,7 @@ def _check(
     """The first step's loss, then the weights."""
 
     def check(run: Callable[[], Any]) -> None:
-        loss = run().item()
-        require(
-            abs(loss - work.loss) <= LOSS_TOLERANCE[precision] * abs(work.loss),
-            f"its loss is {loss}, not {work.loss}",
-        )
+        require_loss(run().item(), work.loss, precision)
         if name == LORA:
             require_trained(model)
             require_untouched(pretrained(model), candidates(work.task.model), None)

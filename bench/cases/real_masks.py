@@ -372,7 +372,8 @@ def _sweep(sizes: tuple[int, int, int], dtype: torch.dtype, setting: Setting) ->
     tokens, height, width = sizes
     # Few entries do not reach every row, and then the block in use is smaller than the one they
     # were drawn from: what counts, here as in real masks, is Layer.share.
-    drawn = [concentrated_entries(sizes, share * ROWS * COLUMNS) for share in SHARES]
+    counts = [int(share * ROWS * COLUMNS * height * width) for share in SHARES]
+    drawn = [concentrated_entries(height, width, count) for count in counts]
     layers = [Layer(f"{flat.numel():,} entries", height, width, flat) for flat in drawn]
     work = make_work(layers, tokens, dtype)
     contenders = _single_layers(work, [each.exact() for each in work])

@@ -70,8 +70,8 @@ def _one_dtype(
     x, dy = _operands(dtype, sizes)
     name = str(dtype).removeprefix("torch.")
     masks = {
-        "uniform": uniform_entries(sizes, setting.density),
-        "concentrated": concentrated_entries(sizes, setting.density),
+        "uniform": uniform_entries(*_entries(sizes, setting.density)),
+        "concentrated": concentrated_entries(*_entries(sizes, setting.density)),
     }
     exact = _exact(x, dy)
     contenders = [_dense(x, dy, exact)]
@@ -98,6 +98,12 @@ def _operands(dtype: torch.dtype, sizes: tuple[int, int, int]) -> tuple[Tensor, 
     x = torch.randn(tokens, width, generator=generator)
     dy = torch.randn(tokens, height, generator=generator)
     return x.to(dtype), dy.to(dtype)
+
+
+def _entries(sizes: tuple[int, int, int], density: float) -> tuple[int, int, int]:
+    """Height and width of the weight, and how many of its entries are selected."""
+    _, height, width = sizes
+    return height, width, int(density * height * width)
 
 
 def _exact(x: Tensor, dy: Tensor) -> Tensor:
@@ -178,7 +184,7 @@ def _density_sweep(sizes: tuple[int, int, int], setting: Setting) -> Outcome:
     exact = _exact(x, dy)
     contenders = [_dense(x, dy, exact)]
     for density in SWEEP:
-        flat = uniform_entries(sizes, density)
+        flat = uniform_entries(*_entries(sizes, density))
         contenders.append(_sampled(f"density {density:g}", flat, x, dy, exact)[0])
     timings = measure("weight gradient over density, uniform mask", contenders, setting.kernels)
     dense, *sampled = timings.values()
@@ -245,7 +251,7 @@ def _token_sweep(sizes: tuple[int, int, int], setting: Setting) -> Outcome:
     tokens, height, width = sizes
     counts = [int(share * tokens) for share in TOKENS]
     x, dy = _operands(torch.float32, (counts[-1], height, width))
-    flat = uniform_entries(sizes, setting.density)
+    flat = uniform_entries(*_entries(sizes, setting.density))
     contenders = []
     for count in counts:
         some = x[:count], dy[:count]

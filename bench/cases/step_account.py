@@ -27,8 +27,9 @@ from torch.utils.flop_counter import (
     sdpa_flop_count,
 )
 
+from bench.checks import require_loss
 from bench.display import progress
-from bench.harness import Figure, Outcome, Timing, require
+from bench.harness import Figure, Outcome, Timing
 from bench.models import ADAMW, Setting, Task, Workload, with_concentrated_mask, workload
 from saft_kernels import SparseAdamW
 
@@ -36,9 +37,6 @@ PHASES = ("forward", "backward", "optimizer")
 
 #: Names of operations that multiply matrices, attention included.
 PRODUCTS = ("mm", "matmul", "linear", "convolution", "scaled_dot_product", "mkldnn")
-
-#: The loss of the first step may be this far from the fp32 one's, relatively.
-LOSS_TOLERANCE = {"fp32": 1e-4, "amp_bf16": 2e-2}
 
 _DTYPES = {"fp32": torch.float32, "amp_bf16": torch.bfloat16}
 
@@ -73,8 +71,7 @@ def _one(work: Workload, precision: str, kind: str, rate: float, setting: Settin
     task = replace(work.task, precision=precision, model=copy.deepcopy(work.task.model))
     optimizer = SparseAdamW(task.model, work.masks[kind], gradients="sampled", **ADAMW)
     loss, flops, products = _count(task, optimizer)
-    near = abs(loss - work.loss) <= LOSS_TOLERANCE[precision] * abs(work.loss)
-    require(near, f"the loss is {loss}, not {work.loss}")
+    require_loss(loss, work.loss, precision)
     group = f"one step in {precision}, sampled gradients, {kind} mask"
     rounds = setting.steps.least
     accounts = []
