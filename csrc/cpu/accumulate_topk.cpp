@@ -6,8 +6,9 @@
 // Of D values in random order about k (1 + ln(D / k)) beat the k best before them: eight times k for a thousandth of
 // D. That holds only if the threshold follows closely, hence the histogram: it raises the threshold with every batch.
 
-#include "accumulate_topk.h"
+#include "../ops/accumulate_topk.h"
 
+#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
@@ -16,7 +17,7 @@
 #include <mutex>
 #include <vector>
 
-#include "../ops/accumulate_topk.h"
+#include "accumulate_topk_kernel.h"
 #include "numbers.h"
 
 namespace saft::cpu {
@@ -100,11 +101,21 @@ Bar kth_best(const TopkBuffer& b) {
   return {bits_of(b.values[kth]), b.positions[kth]};
 }
 
+void compact(const TopkBuffer& b) {
+  if (b.k == 0) b.state[kCount] = 0;
+  if (b.state[kCount] < b.k || b.k == 0) return;
+  raise_to_bin(b);
+  const Bar kth = kth_best(b);
+  drop_below(b, kth);
+  b.state[kThreshold] = kth.bits;
+  b.state[kTie] = kth.tie;
+}
+
 // Drops what no longer reaches the threshold; where that is little (equal values, mostly), keeps only the k best.
 void make_room(const TopkBuffer& b) {
   raise_to_bin(b);
   drop_below(b, bar_of(b.state));
-  if (b.state[kCount] - b.k > (b.capacity - b.k) / 2) compact_topk(b);
+  if (b.state[kCount] - b.k > (b.capacity - b.k) / 2) compact(b);
 }
 
 // What a thread has found since it last held the lock.
@@ -178,13 +189,13 @@ class SharedBuffer {
 // One thread's share of a tensor.
 class Worker {
  public:
-  Worker(const Scan& scan, int64_t base, SharedBuffer& shared) : scan_(scan), base_(base), shared_(shared) {}
+  Worker(const Scan& scan, SharedBuffer& shared) : scan_(scan), shared_(shared) {}
 
   void run(int64_t begin, int64_t end) {
     const auto& kernels = accumulate_topk_kernels();
     for (; begin < end; begin += kChunk) {
       follow_bar();
-      const float threshold = shared_.selects() ? bar_.threshold_from(base_ + begin) : from_bits(kInfinity);
+      const float threshold = shared_.selects() ? bar_.threshold_from(scan_.base + begin) : from_bits(kInfinity);
       const int64_t n = kernels.scan(scan_, begin, std::min(begin + kChunk, end), threshold, offsets_.data());
       collect(begin, n);
       if (batch_.n >= kEager) flush(batch_.n > kBatch - kChunk);
@@ -207,11 +218,11 @@ class Worker {
       const int64_t element = begin + offsets_[i];
       const uint32_t bits = bits_of(scan_.acc[element]) & 0x7fffffff;
       batch_.values[found] = from_bits(bits);
-      batch_.positions[found] = base_ + element;
+      batch_.positions[found] = scan_.base + element;
       if (bits >= kInfinity)
-        batch_.nonfinite = std::min(batch_.nonfinite, base_ + element);
+        batch_.nonfinite = std::min(batch_.nonfinite, scan_.base + element);
       else
-        found += bar_.admits(bits, base_ + element);
+        found += bar_.admits(bits, scan_.base + element);
     }
     batch_.n = found;
   }
@@ -221,7 +232,6 @@ class Worker {
   }
 
   const Scan& scan_;
-  const int64_t base_;
   SharedBuffer& shared_;
   Bar bar_;
   uint64_t seen_ = 0;
@@ -229,22 +239,31 @@ class Worker {
   std::array<int32_t, kChunk + kSurvivorSlack> offsets_;
 };
 
-}  // namespace
-
-void compact_topk(const TopkBuffer& b) {
-  if (b.k == 0) b.state[kCount] = 0;
-  if (b.state[kCount] < b.k || b.k == 0) return;
-  raise_to_bin(b);
-  const Bar kth = kth_best(b);
-  drop_below(b, kth);
-  b.state[kThreshold] = kth.bits;
-  b.state[kTie] = kth.tie;
+TopkBuffer checked_buffer(int64_t k, const Tensor& values, const Tensor& positions, const Tensor& state) {
+  const TopkBuffer buffer = check_topk_buffer(k, values, positions, state, kCpu);
+  const int64_t count = buffer.state[kCount], bin = buffer.state[kBin];
+  STD_TORCH_CHECK(count >= 0 && count <= buffer.capacity, "state says ", count, " candidates, the buffer holds ",
+                  buffer.capacity);
+  STD_TORCH_CHECK(bin >= 0 && bin < kBins, "state was not made for this operation");
+  return buffer;
 }
 
-void accumulate_topk(const Scan& scan, int64_t base, const TopkBuffer& buffer) {
-  SharedBuffer shared(buffer);
+void accumulate_topk_(const Tensor& acc, const std::optional<Tensor>& grad, double scale, bool square, int64_t key,
+                      int64_t offset, int64_t k, const Tensor& values, const Tensor& positions, const Tensor& state) {
+  const Scan scan = check_scan(acc, grad, scale, square, key, offset, kCpu);
+  SharedBuffer shared(checked_buffer(k, values, positions, state));
   torch::stable::parallel_for(0, scan.n, kGrain,
-                              [&](int64_t begin, int64_t end) { Worker(scan, base, shared).run(begin, end); });
+                              [&](int64_t begin, int64_t end) { Worker(scan, shared).run(begin, end); });
 }
 
+void compact_topk_(int64_t k, const Tensor& values, const Tensor& positions, const Tensor& state) {
+  compact(checked_buffer(k, values, positions, state));
+}
+
+}  // namespace
 }  // namespace saft::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(saft_kernels, CPU, m) {
+  m.impl("accumulate_topk_", TORCH_BOX(&saft::cpu::accumulate_topk_));
+  m.impl("compact_topk_", TORCH_BOX(&saft::cpu::compact_topk_));
+}

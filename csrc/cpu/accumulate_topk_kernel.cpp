@@ -89,11 +89,11 @@ int64_t scan_squared(const Scan& scan, int64_t begin, int64_t end, float thresho
 
 int64_t scan(const Scan& scan, int64_t begin, int64_t end, float threshold, int32_t* survivors) {
   switch (scan.type) {
-    case GradType::fp32:
+    case FloatType::fp32:
       return scan_squared<float>(scan, begin, end, threshold, survivors);
-    case GradType::bf16:
+    case FloatType::bf16:
       return scan_squared<BFloat16>(scan, begin, end, threshold, survivors);
-    case GradType::fp16:
+    case FloatType::fp16:
       return scan_squared<Half>(scan, begin, end, threshold, survivors);
     default:
       return scan_typed<NoGrad, false>(scan, begin, end, threshold, survivors);

@@ -3,20 +3,10 @@
 
 #include <cstdint>
 
+#include "../ops/jobs.h"
 #include "isa.h"
 
 namespace saft::cpu {
-
-enum class GradType { none, fp32, bf16, fp16 };
-
-struct Scan {
-  float* acc;        // [n], changed in place
-  const void* grad;  // [n] of `type`, or null
-  GradType type;
-  float scale;
-  bool square;
-  int64_t n;
-};
 
 // Room that the list of survivors needs beyond the scanned elements.
 constexpr int64_t kSurvivorSlack = 16;

@@ -6,6 +6,8 @@
 
 #include "gather_scatter_kernel.h"
 
+#include "strided.h"
+
 namespace saft::cpu {
 namespace {
 

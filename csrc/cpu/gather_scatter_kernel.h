@@ -3,18 +3,10 @@
 
 #include <cstdint>
 
+#include "../ops/jobs.h"
 #include "isa.h"
-#include "strided.h"
 
 namespace saft::cpu {
-
-struct GatherScatter {
-  void* dense;
-  void* values;      // [indices.n], contiguous
-  int element_size;  // 1, 2, 4 or 8 bytes: values are moved as bits
-  Strided layout;    // of dense
-  Indices indices;
-};
 
 struct GatherScatterKernels {
   void (*gather)(const GatherScatter& job, int64_t begin, int64_t end);

@@ -46,7 +46,7 @@ void pack_typed(const PackColumns& job, int64_t begin, int64_t end) {
     T* to = static_cast<T*>(job.packed) + block * job.n_columns * kTokens;
     for (int64_t c = 0; c < job.n_columns; ++c, to += kTokens) {
       const int64_t column = job.columns[c];
-      if (column == job.width)
+      if (column == x.width)
         pack_ones(tokens, to);
       else
         pack_column(from + column * x.column_stride, x.token_stride, tokens, to);
@@ -112,12 +112,12 @@ void add_blocks(const SampledGrad& job, int64_t begin, int64_t end, int64_t bloc
   for (int64_t row = begin; row < end; ++row) {
     V g[blocks];
     for (int b = 0; b < blocks; ++b)
-      g[b] = load_row<V>(first + b * kTokens * dy.token_stride + job.rows[row] * dy.column_stride, dy.token_stride,
+      g[b] = load_row<V>(first + b * kTokens * dy.token_stride + job.plan.rows[row] * dy.column_stride, dy.token_stride,
                          left - b * kTokens);
-    for (int64_t e = job.offsets[row]; e < job.offsets[row + 1]; ++e, sums += kTokens) {
+    for (int64_t e = job.plan.offsets[row]; e < job.plan.offsets[row + 1]; ++e, sums += kTokens) {
       V sum = load_lanes<V>(sums);
       for (int b = 0; b < blocks; ++b)
-        sum += g[b] * load_lanes<V>(packed + (b * job.n_columns + job.columns[e]) * kTokens);
+        sum += g[b] * load_lanes<V>(packed + (b * job.n_columns + job.plan.columns[e]) * kTokens);
       __builtin_memcpy(sums, &sum, sizeof(sum));
     }
   }
@@ -135,8 +135,8 @@ void grad_typed(const SampledGrad& job, int64_t begin, int64_t end, void* scratc
   using S = typename Sum<T>::type;
   constexpr int kBlocks = 2;  // at a time, which pays where sums are loaded more often than rows of dy
   S* sums = static_cast<S*>(scratch);
-  S* grad = static_cast<S*>(job.grad) + job.offsets[begin];
-  const int64_t n = job.offsets[end] - job.offsets[begin];
+  S* grad = static_cast<S*>(job.grad) + job.plan.offsets[begin];
+  const int64_t n = job.plan.offsets[end] - job.plan.offsets[begin];
   for (int64_t i = 0; i < n * kTokens; ++i) sums[i] = 0;
   const int64_t all = (job.grad_output.tokens + kTokens - 1) / kTokens;
   int64_t block = 0;
@@ -148,27 +148,27 @@ void grad_typed(const SampledGrad& job, int64_t begin, int64_t end, void* scratc
 
 void pack(const PackColumns& job, int64_t begin, int64_t end) {
   switch (job.x.type) {  // elements are moved; ones differ by type
-    case FloatType::fp32:
-      return pack_typed<float>(job, begin, end);
     case FloatType::bf16:
       return pack_typed<BFloat16>(job, begin, end);
     case FloatType::fp16:
       return pack_typed<Half>(job, begin, end);
     case FloatType::fp64:
       return pack_typed<double>(job, begin, end);
+    default:
+      return pack_typed<float>(job, begin, end);
   }
 }
 
 void grad(const SampledGrad& job, int64_t begin, int64_t end, void* sums) {
   switch (job.grad_output.type) {
-    case FloatType::fp32:
-      return grad_typed<float>(job, begin, end, sums);
     case FloatType::bf16:
       return grad_typed<BFloat16>(job, begin, end, sums);
     case FloatType::fp16:
       return grad_typed<Half>(job, begin, end, sums);
     case FloatType::fp64:
       return grad_typed<double>(job, begin, end, sums);
+    default:
+      return grad_typed<float>(job, begin, end, sums);
   }
 }
 

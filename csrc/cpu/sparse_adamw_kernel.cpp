@@ -12,6 +12,7 @@
 #include "sparse_adamw_kernel.h"
 
 #include "numbers.h"
+#include "strided.h"
 
 namespace saft::cpu {
 namespace {
@@ -42,35 +43,37 @@ void update_block(const AdamWSegment& s, const AdamW& h, int64_t n, const float*
 
 template <typename T>
 void step_typed(const AdamWSegment& s, const AdamW& h, int64_t begin, int64_t end) {
-  T* param = static_cast<T*>(s.param);
+  const AdamWTensor& tensor = s.tensor;
+  const AdamWVectors& entries = s.entries;
+  T* param = static_cast<T*>(tensor.param);
   int64_t places[kBlock], grad_places[kBlock];
   float gathered_grad[kBlock], gathered_param[kBlock];
   for (; begin < end; begin += kBlock) {
     const int64_t n = end - begin < kBlock ? end - begin : kBlock;
-    const float* grad = s.grad ? gathered_grad : s.compact_grad + begin;
-    float* w = s.master ? s.master + begin : gathered_param;
-    load_places(s.indices, s.param_layout, begin, n, places);
-    if (s.master)  // w is written without having been read
+    const float* grad = tensor.grad ? gathered_grad : entries.grad + begin;
+    float* w = entries.master ? entries.master + begin : gathered_param;
+    load_places(entries.indices, tensor.param_layout, begin, n, places);
+    if (entries.master)  // w is written without having been read
       in_page_order(n, [=](int64_t i) { __builtin_prefetch(param + places[i], 1); });
     else
       gather_block(param, places, n, gathered_param);
-    if (s.grad) {
-      load_places(s.indices, s.grad_layout, begin, n, grad_places);
-      gather_block(static_cast<const T*>(s.grad), grad_places, n, gathered_grad);
+    if (tensor.grad) {
+      load_places(entries.indices, tensor.grad_layout, begin, n, grad_places);
+      gather_block(static_cast<const T*>(tensor.grad), grad_places, n, gathered_grad);
     }
-    update_block(s, h, n, grad, w, s.exp_avg + begin, s.exp_avg_sq + begin);
+    update_block(s, h, n, grad, w, entries.exp_avg + begin, entries.exp_avg_sq + begin);
     for (int64_t i = 0; i < n; ++i) param[places[i]] = from_float<T>(w[i]);
   }
 }
 
 void step(const AdamWSegment& s, const AdamW& h, int64_t begin, int64_t end) {
-  switch (s.type) {
-    case ParamType::fp32:
-      return step_typed<float>(s, h, begin, end);
-    case ParamType::bf16:
+  switch (h.type) {
+    case FloatType::bf16:
       return step_typed<BFloat16>(s, h, begin, end);
-    case ParamType::fp16:
+    case FloatType::fp16:
       return step_typed<Half>(s, h, begin, end);
+    default:
+      return step_typed<float>(s, h, begin, end);
   }
 }
 

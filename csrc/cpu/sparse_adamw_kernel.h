@@ -3,15 +3,14 @@
 
 #include <cstdint>
 
+#include "../ops/jobs.h"
 #include "isa.h"
-#include "strided.h"
 
 namespace saft::cpu {
 
-enum class ParamType { fp32, bf16, fp16 };
-
 // Factors that all tensors of a step share, rounded to fp32 as torch rounds its scalars.
 struct AdamW {
+  FloatType type;  // of the weights and of dense gradients
   float beta1;
   float one_minus_beta1;
   float beta2;
@@ -22,21 +21,12 @@ struct AdamW {
   float sign;                // -1 to maximize
 };
 
-// One tensor's selected entries. The vectors point at the tensor's first entry.
+// One tensor's selected entries.
 struct AdamWSegment {
-  ParamType type;
-  void* param;
-  Strided param_layout;
-  int64_t numel;
-  const void* grad;  // dense, of `type`; null if compact_grad is given
-  Strided grad_layout;
-  Indices indices;
-  const float* compact_grad;  // [n]
-  float* exp_avg;             // [n]
-  float* exp_avg_sq;          // [n]
-  float* master;              // [n], null for fp32
-  float step_size;            // lr / (1 - beta1^t)
-  float bias_correction2;     // sqrt(1 - beta2^t)
+  AdamWTensor tensor;
+  AdamWVectors entries;    // the tensor's own
+  float step_size;         // lr / (1 - beta1^t)
+  float bias_correction2;  // sqrt(1 - beta2^t)
 };
 
 struct SparseAdamWKernels {

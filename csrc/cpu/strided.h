@@ -5,27 +5,9 @@
 
 #include <cstdint>
 
+#include "../ops/jobs.h"
+
 namespace saft::cpu {
-
-constexpr int kMaxDims = 8;
-
-// A tensor's shape and strides, adjacent dimensions merged where memory allows; dims = 0 means contiguous.
-struct Strided {
-  int dims = 0;
-  int64_t sizes[kMaxDims] = {};
-  int64_t strides[kMaxDims] = {};
-};
-
-// Strictly increasing flat indices, 32 or 64 bits wide.
-struct Indices {
-  const void* data;
-  bool wide;
-  int64_t n;
-
-  Indices slice(int64_t begin, int64_t end) const {
-    return {static_cast<const char*>(data) + begin * (wide ? 8 : 4), wide, end - begin};
-  }
-};
 
 namespace {
 

@@ -17,34 +17,17 @@
 // - k = 0: accumulate and look for non-finite entries only; values and positions are not touched.
 #pragma once
 
-#include <cstdint>
-#include <limits>
+#include <optional>
+
+#include "checks.h"
+#include "jobs.h"
 
 namespace saft {
 
-// Mirrors saft_kernels/layout.py.
-constexpr int kPositionBits = 40;
-constexpr int64_t kMaxElements = int64_t{1} << kPositionBits;
-constexpr int64_t kMaxKeys = int64_t{1} << (63 - kPositionBits);
+TopkBuffer check_topk_buffer(int64_t k, const Tensor& values, const Tensor& positions, const Tensor& state,
+                             Device device);
 
-// A value's bin in the histogram: the exponent and the 6 leading mantissa bits of a non-negative float, so that
-// bins are ordered as values are and 1.6% wide.
-constexpr int kBinShift = 17;
-constexpr int kBins = 1 << (31 - kBinShift);
-
-// kBin: the bin whose lower edge is the highest known bound; kAbove: candidates so far in it and above.
-enum StateSlot : int {
-  kCount,
-  kThreshold,
-  kTie,
-  kNonFinite,
-  kBin,
-  kAbove,
-  kHistogram,
-  kStateSize = kHistogram + kBins
-};
-
-constexpr int64_t kNoThreshold = -1;
-constexpr int64_t kNoPosition = std::numeric_limits<int64_t>::max();
+Scan check_scan(const Tensor& acc, const std::optional<Tensor>& grad, double scale, bool square, int64_t key,
+                int64_t offset, Device device);
 
 }  // namespace saft

@@ -1,11 +1,6 @@
 #include "gather_scatter.h"
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-
-#include "../cpu/gather_scatter_kernel.h"
 #include "indices.h"
-#include "parallel.h"
 
 namespace saft {
 namespace {
@@ -27,35 +22,24 @@ void check_floating(const Tensor& dense) {
   }
 }
 
-cpu::GatherScatter job_of(const Tensor& dense, const Tensor& indices, const Tensor& values, bool writable) {
+GatherScatter job_of(const Tensor& dense, const Tensor& indices, const Tensor& values, Device device, bool writable) {
+  check_device(dense, device, "dense");
+  check_floating(dense);
+  const Indices index = index_vector(indices, device, "indices");
+  check_vector(values, device, dense.scalar_type(), index.n, "values");
   return {const_cast<void*>(dense.const_data_ptr()), const_cast<void*>(values.const_data_ptr()),
-          static_cast<int>(dense.element_size()), strided_of(dense, writable, "dense"),
-          indices_of(indices, dense.numel(), "indices")};
-}
-
-Tensor gather(const Tensor& dense, const Tensor& indices) {
-  check_cpu(dense, "dense");
-  check_floating(dense);
-  const int64_t n = indices.numel();
-  Tensor values = torch::stable::new_empty(dense, {n});
-  const cpu::GatherScatter job = job_of(dense, indices, values, false);
-  parallel_for_entries(n, [&](int64_t begin, int64_t end) { cpu::gather_scatter_kernels().gather(job, begin, end); });
-  return values;
-}
-
-void scatter_(const Tensor& dense, const Tensor& indices, const Tensor& values) {
-  check_cpu(dense, "dense");
-  check_floating(dense);
-  check_vector(values, dense.scalar_type(), indices.numel(), "values");
-  const cpu::GatherScatter job = job_of(dense, indices, values, true);
-  parallel_for_entries(indices.numel(),
-                       [&](int64_t begin, int64_t end) { cpu::gather_scatter_kernels().scatter(job, begin, end); });
+          static_cast<int>(dense.element_size()),    dense.numel(),
+          strided_of(dense, writable, "dense"),      index};
 }
 
 }  // namespace
-}  // namespace saft
 
-STABLE_TORCH_LIBRARY_IMPL(saft_kernels, CPU, m) {
-  m.impl("gather", TORCH_BOX(&saft::gather));
-  m.impl("scatter_", TORCH_BOX(&saft::scatter_));
+GatherScatter check_gather(const Tensor& dense, const Tensor& indices, const Tensor& values, Device device) {
+  return job_of(dense, indices, values, device, false);
 }
+
+GatherScatter check_scatter(const Tensor& dense, const Tensor& indices, const Tensor& values, Device device) {
+  return job_of(dense, indices, values, device, true);
+}
+
+}  // namespace saft

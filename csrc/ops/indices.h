@@ -1,24 +1,19 @@
 // Views of index and dense tensors that kernels take, made only from what has been checked.
 #pragma once
 
-#include "../cpu/strided.h"
 #include "checks.h"
+#include "jobs.h"
 
 namespace saft {
 
 // The layout of a dense tensor. `writable`: its elements must not overlap in memory.
-cpu::Strided strided_of(const Tensor& dense, bool writable, const char* name);
+Strided strided_of(const Tensor& dense, bool writable, const char* name);
 
-// A contiguous vector of int32 or int64, whose values are not looked at.
-cpu::Indices index_vector(const Tensor& indices, const char* name);
+// A contiguous vector of int32 or int64, whose values are not looked at: that is the backend's business, since on a GPU
+// it takes a synchronisation (cpu/index_values.h; saft_kernels/index_values.py for GPUs).
+Indices index_vector(const Tensor& indices, Device device, const char* name);
 
-// Whether entries [begin, end) of `indices` lie within [0, numel), and each is greater than the one before it; that of
-// `begin` too, unless it is the first of all.
-bool increase_below(const cpu::Indices& indices, int64_t begin, int64_t end, int64_t numel);
-
-void require_increase_below(bool holds, int64_t numel, const char* name);
-
-// Checks that `indices` is a vector of int32 or int64 that increases strictly within [0, numel).
-cpu::Indices indices_of(const Tensor& indices, int64_t numel, const char* name);
+// The same for int32 alone.
+const int32_t* int32_vector(const Tensor& indices, Device device, const char* name);
 
 }  // namespace saft

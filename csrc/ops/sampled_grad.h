@@ -26,3 +26,23 @@
 // - tokens: int64; one that is no row of the plan, negative ones included, has no part. Its columns lie within [0, E).
 //   Entries sum their tokens in order.
 #pragma once
+
+#include "checks.h"
+#include "jobs.h"
+
+namespace saft {
+
+// How many blocks of kTokens hold `tokens`.
+int64_t blocks_of(int64_t tokens);
+
+// The type in which products of `type` are summed.
+ScalarType sum_type(FloatType type);
+
+// The values of rows, offsets and columns are not checked yet; outputs are null.
+PackColumns check_pack_columns(const Tensor& x, const Tensor& columns, Device device);
+SampledGrad check_sampled_grad(const Tensor& packed, const Tensor& grad_output, const Tensor& rows,
+                               const Tensor& offsets, const Tensor& columns, Device device);
+SampledEmbeddingGrad check_sampled_embedding_grad(const Tensor& tokens, const Tensor& grad_output, const Tensor& rows,
+                                                  const Tensor& offsets, const Tensor& columns, Device device);
+
+}  // namespace saft

@@ -16,3 +16,30 @@
 // - Everything is checked before anything is written. Entries outside the indices keep their bits.
 // - Deterministic for any number of threads, and the same bits on every CPU instruction set.
 #pragma once
+
+#include <optional>
+#include <vector>
+
+#include "checks.h"
+#include "jobs.h"
+
+namespace saft {
+
+// Tensor i owns entries [bounds[i], bounds[i + 1]) of the vectors. The values of the indices are not checked yet.
+struct AdamWStep {
+  FloatType type = FloatType::fp32;  // of all params and dense gradients
+  std::vector<AdamWTensor> tensors;
+  const std::vector<int64_t>& bounds;
+  AdamWVectors vectors;
+  float* step;  // [tensors.size()]
+};
+
+AdamWStep check_adamw_step(const std::vector<Tensor>& params, const std::vector<Tensor>& grads,
+                           const std::optional<Tensor>& compact_grad, const Tensor& indices,
+                           const std::vector<int64_t>& bounds, const Tensor& exp_avg, const Tensor& exp_avg_sq,
+                           const std::optional<Tensor>& master, const Tensor& step, Device device);
+
+// A tensor of one fp32 or fp64 number, wherever it lies.
+void check_scalar(const Tensor& tensor, const char* name);
+
+}  // namespace saft

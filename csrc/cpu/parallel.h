@@ -7,7 +7,7 @@
 #include <atomic>
 #include <cstdint>
 
-namespace saft {
+namespace saft::cpu {
 
 constexpr int64_t kEntriesAtOnce = 2048;  // fewer entries than this cost less than a second thread does
 
@@ -22,4 +22,4 @@ void parallel_for_entries(int64_t entries, const F& f) {
   });
 }
 
-}  // namespace saft
+}  // namespace saft::cpu
