@@ -30,6 +30,23 @@ STABLE_TORCH_LIBRARY(saft_kernels, m) {
       "sampled_embedding_grad(Tensor tokens, Tensor grad_output, Tensor rows, Tensor offsets, Tensor columns) -> "
       "Tensor");
 
+  // The argument checks alone, for backends that are not compiled (ops/check_only.cpp)
+  m.def(
+      "check_accumulate_topk(Tensor acc, Tensor? grad, float scale, bool square, int key, int offset, int k, "
+      "Tensor values, Tensor positions, Tensor state) -> ()");
+  m.def("check_compact_topk(int k, Tensor values, Tensor positions, Tensor state) -> ()");
+  m.def("check_gather(Tensor dense, Tensor indices, Tensor values) -> ()");
+  m.def("check_scatter(Tensor dense, Tensor indices, Tensor values) -> ()");
+  m.def(
+      "check_sparse_adamw(Tensor[] params, Tensor[] grads, Tensor? compact_grad, Tensor indices, int[] bounds, "
+      "Tensor exp_avg, Tensor exp_avg_sq, Tensor? master, Tensor step, Tensor? lr_tensor, Tensor? grad_scale, "
+      "Tensor? found_inf) -> ()");
+  m.def("check_pack_columns(Tensor x, Tensor columns) -> ()");
+  m.def("check_sampled_grad(Tensor packed, Tensor grad_output, Tensor rows, Tensor offsets, Tensor columns) -> ()");
+  m.def(
+      "check_sampled_embedding_grad(Tensor tokens, Tensor grad_output, Tensor rows, Tensor offsets, "
+      "Tensor columns) -> ()");
+
   // What was built and what is in use (backends.py)
   m.def("build_info() -> str");
   m.def("cpu_isas() -> str");

@@ -29,6 +29,8 @@ import torch
 from saft_kernels.errors import BackendUnavailableError
 
 BACKENDS = ("cpu", "cuda", "triton", "reference")
+#: Those whose index vectors are checked by :mod:`saft_kernels.index_values`.
+GPU = ("cuda", "triton")
 LIBRARY = Path(__file__).with_name("libsaft_kernels.so")
 
 _requested: str | None = None
@@ -175,8 +177,12 @@ def _default_backend(device: torch.device) -> str:
     return device.type
 
 
-def kernels() -> Any:
-    """The namespace of the compiled operations."""
+def kernels(backend: str) -> Any:
+    """The namespace of a backend's operations."""
+    if backend == "triton":
+        from saft_kernels.triton import library  # triton is slow to import, and may be missing
+
+        return library.operations()
     return torch.ops.saft_kernels
 
 

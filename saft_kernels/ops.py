@@ -12,29 +12,50 @@ differentiable.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from saft_kernels import backends, reference
+from saft_kernels import backends, index_values, reference
 from saft_kernels.layout import TOKENS
 
 #: What weights and gradients may be; anything else is converted first.
 FLOATING = (torch.float32, torch.bfloat16, torch.float16)
 
-
-def _implementation(name: str, device: torch.device) -> Any:
-    if backends.resolve(device) == "reference":
-        return getattr(reference, name)
-    return getattr(backends.kernels(), name)
+_INT32_MAX = 2**31 - 1
 
 
-def _register_fake(name: str, fake: Callable[..., Any]) -> None:
-    """Tell torch.compile and opcheck what the operation returns, without running it."""
+#: What torch.compile and opcheck are told an operation returns, without running it.
+_FAKES: dict[str, Callable[..., Any]] = {}
+
+
+def _implementation(name: str, backend: str) -> Any:
+    return getattr(reference if backend == "reference" else backends.kernels(backend), name)
+
+
+def _fake(name: str, fake: Callable[..., Any]) -> None:
+    _FAKES[name] = fake
     if backends.library_error() is None:
         torch.library.register_fake(f"saft_kernels::{name}", fake)
+
+
+def define(namespace: str) -> torch.library.Library:
+    """Another library of the same operations, whose implementations are still to be registered.
+
+    Args:
+        namespace: its operations are ``torch.ops.<namespace>.gather`` and so on.
+
+    Returns:
+        The library; the operations exist as long as it does.
+    """
+    library = torch.library.Library(namespace, "DEF")
+    for name, fake in _FAKES.items():
+        schema = str(getattr(torch.ops.saft_kernels, name).default._schema)
+        library.define(schema.removeprefix("saft_kernels::"))
+        torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
+    return library
 
 
 def _nothing(*_: Any) -> None:
@@ -87,12 +108,12 @@ def accumulate_topk_(
     Raises:
         RuntimeError: if a shape, dtype or device does not fit.
     """
-    run = _implementation("accumulate_topk_", acc.device)
+    run = _implementation("accumulate_topk_", backends.resolve(acc.device))
     run(acc, grad, scale, square, key, offset, k, values, positions, state)
     _changed((acc, values, positions, state))
 
 
-_register_fake("accumulate_topk_", _nothing)
+_fake("accumulate_topk_", _nothing)
 
 
 def compact_topk_(k: int, values: Tensor, positions: Tensor, state: Tensor) -> None:
@@ -100,11 +121,11 @@ def compact_topk_(k: int, values: Tensor, positions: Tensor, state: Tensor) -> N
 
     Args and errors: see :func:`accumulate_topk_`.
     """
-    _implementation("compact_topk_", values.device)(k, values, positions, state)
+    _implementation("compact_topk_", backends.resolve(values.device))(k, values, positions, state)
     _changed((values, positions, state))
 
 
-_register_fake("compact_topk_", _nothing)
+_fake("compact_topk_", _nothing)
 
 
 # 2 ----------------------------------------------------------------------------- gather, scatter_
@@ -123,11 +144,14 @@ def gather(dense: Tensor, indices: Tensor) -> Tensor:
     Raises:
         RuntimeError: if an index is out of range or they do not increase strictly.
     """
-    result: Tensor = _implementation("gather", dense.device)(dense.detach(), indices)
+    backend = backends.resolve(dense.device)
+    if backend in backends.GPU:
+        index_values.require_increasing(indices, [dense.numel()], "indices")
+    result: Tensor = _implementation("gather", backend)(dense.detach(), indices)
     return result
 
 
-_register_fake("gather", lambda dense, indices: dense.new_empty(indices.shape))
+_fake("gather", lambda dense, indices: dense.new_empty(indices.shape))
 
 
 def scatter_(dense: Tensor, indices: Tensor, values: Tensor) -> None:
@@ -143,11 +167,14 @@ def scatter_(dense: Tensor, indices: Tensor, values: Tensor) -> None:
         RuntimeError: if an index is out of range or they do not increase strictly; nothing is
         written.
     """
-    _implementation("scatter_", dense.device)(dense.detach(), indices, values)
+    backend = backends.resolve(dense.device)
+    if backend in backends.GPU:
+        index_values.require_increasing(indices, [dense.numel()], "indices")
+    _implementation("scatter_", backend)(dense.detach(), indices, values)
     _changed((dense,))
 
 
-_register_fake("scatter_", _nothing)
+_fake("scatter_", _nothing)
 
 
 # 3 ----------------------------------------------------------------------------- sparse_adamw_
@@ -226,8 +253,11 @@ def sparse_adamw_(
             raise RuntimeError("one vector of indices needs bounds, which say whose they are")
     else:
         indices, bounds = end_to_end(indices)
+    backend = backends.resolve(exp_avg.device)
+    if backend in backends.GPU and _fit(indices, bounds, params):
+        index_values.require_increasing(indices, [p.numel() for p in params], "indices", bounds)
     with torch.no_grad():
-        _implementation("sparse_adamw_", exp_avg.device)(
+        _implementation("sparse_adamw_", backend)(
             list(params), list(dense), compact, indices, bounds,
             exp_avg, exp_avg_sq, master, step, rate, lr_tensor, *betas, eps, weight_decay, maximize,
             grad_scale, found_inf,
@@ -236,7 +266,17 @@ def sparse_adamw_(
     _changed((*params, *state))
 
 
-_register_fake("sparse_adamw_", _nothing)
+_fake("sparse_adamw_", _nothing)
+
+
+def _fit(indices: Tensor, bounds: Sequence[int], params: Sequence[Tensor]) -> bool:
+    """Whether the bounds name one vector of indices per parameter; else the operation says so."""
+    ends = (bounds[0], bounds[-1]) if bounds else ()
+    return (
+        len(bounds) == len(params) + 1
+        and ends == (0, indices.numel())
+        and all(begin <= end for begin, end in pairwise(bounds))
+    )
 
 
 # 4 ----------------------------------------------------------------------------- sampled_grad
@@ -257,11 +297,14 @@ def pack_columns(x: Tensor, columns: Tensor) -> Tensor:
     Raises:
         RuntimeError: if a shape or dtype does not fit or a column is out of range.
     """
-    packed: Tensor = _implementation("pack_columns", x.device)(x, columns)
+    backend = backends.resolve(x.device)
+    if backend in backends.GPU and x.dim() == 2:
+        index_values.require_increasing(columns, [x.shape[1] + 1], "columns")
+    packed: Tensor = _implementation("pack_columns", backend)(x, columns)
     return packed
 
 
-_register_fake(
+_fake(
     "pack_columns",
     lambda x, columns: x.new_empty((x.shape[0] + TOKENS - 1) // TOKENS, columns.shape[0], TOKENS),
 )
@@ -294,18 +337,27 @@ def sampled_grad(
     Raises:
         RuntimeError: if a shape or dtype does not fit or an index is out of range.
     """
-    grad: Tensor = _implementation("sampled_grad", grad_output.device)(
+    backend = backends.resolve(grad_output.device)
+    if backend in backends.GPU and grad_output.dim() == 2 and packed.dim() == 3:
+        _require_plan(rows, grad_output.shape[1], offsets, columns, packed.shape[1])
+    grad: Tensor = _implementation("sampled_grad", backend)(
         packed, grad_output, rows, offsets, columns
     )
     return grad
 
 
-_register_fake(
+_fake(
     "sampled_grad",
     lambda packed, grad_output, rows, offsets, columns: grad_output.new_empty(
         columns.shape, dtype=torch.promote_types(grad_output.dtype, torch.float32)
     ),
 )
+
+
+def _require_plan(rows: Tensor, height: int, offsets: Tensor, columns: Tensor, width: int) -> None:
+    index_values.require_increasing(rows, [height], "rows")
+    index_values.require_offsets(offsets, columns.numel())
+    index_values.require_columns(columns, width)
 
 
 def sampled_embedding_grad(
@@ -330,13 +382,16 @@ def sampled_embedding_grad(
     Raises:
         RuntimeError: if a shape or dtype does not fit or an index is out of range.
     """
-    grad: Tensor = _implementation("sampled_embedding_grad", grad_output.device)(
+    backend = backends.resolve(grad_output.device)
+    if backend in backends.GPU and grad_output.dim() == 2:
+        _require_plan(rows, _INT32_MAX, offsets, columns, grad_output.shape[1])
+    grad: Tensor = _implementation("sampled_embedding_grad", backend)(
         tokens, grad_output, rows, offsets, columns
     )
     return grad
 
 
-_register_fake(
+_fake(
     "sampled_embedding_grad",
     lambda tokens, grad_output, rows, offsets, columns: grad_output.new_empty(
         columns.shape, dtype=torch.promote_types(grad_output.dtype, torch.float32)

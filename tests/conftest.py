@@ -3,24 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import pytest
 import torch
 
+import simulated
 from saft_kernels import backends
 
 #: Every implementation of the operations that runs here; the specification itself is not one of
-#: them.
-IMPLEMENTATIONS = [f"cpu-{isa}" for isa in backends.cpu_isas()]
+#: them. GPU backends run on a GPU where there is one (``make test-gpu``) and on a simulated one
+#: otherwise.
+CPU = [f"cpu-{isa}" for isa in backends.cpu_isas()]
+IMPLEMENTATIONS = [*CPU, *simulated.names()]
+
+
+@contextmanager
+def implementation(name: str) -> Iterator[torch.device]:
+    """Run the operations inside the block on the named implementation; its device."""
+    kind, variant = name.split("-")
+    with ExitStack() as stack:
+        if kind != "cpu":
+            stack.enter_context(simulated.use(kind, variant))
+        else:
+            stack.enter_context(backends.use_backend(kind))
+            stack.enter_context(backends.use_cpu_isa(variant))
+        yield torch.device("cpu")
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)
 def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
     """Runs the test once per implementation; its device."""
-    kind, isa = request.param.split("-")
-    with backends.use_backend(kind), backends.use_cpu_isa(isa):
-        yield torch.device(kind)
+    with implementation(request.param) as device:
+        yield device
+
+
+def operations() -> Any:
+    """The operations of the implementation in use, as torch knows them."""
+    return backends.kernels(backends.resolve(torch.device("cpu")))
 
 
 @contextmanager

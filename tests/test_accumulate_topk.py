@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from conftest import operations
 from saft_kernels import StreamingTopK, backends, layout, ops
 from saft_kernels.layout import COUNT, NONFINITE, THRESHOLD
 
@@ -252,7 +253,7 @@ def test_opcheck(device):
     buffer = new_buffer(3, 20, device)
     acc, grad = torch.randn(50, device=device), torch.randn(50, device=device)
     shared = (buffer.values.zero_(), buffer.positions, buffer.state)
-    op = backends.kernels()
+    op = operations()
     torch.library.opcheck(op.accumulate_topk_.default, (acc, grad, 0.5, False, 1, 0, 3, *shared))
     torch.library.opcheck(op.compact_topk_.default, (3, *shared))
 

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from conftest import operations
 from saft_kernels import backends, ops, reference
 
 DTYPES = [
@@ -172,7 +173,7 @@ def test_scattering_moves_the_version_counter(device):
 @pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if dtype.itemsize > 1])
 def test_opcheck(device, dtype):
     dense, indices = torch.randn(7, 9, device=device).to(dtype), every_third(63)
-    op = backends.kernels()
+    op = operations()
     torch.library.opcheck(op.gather.default, (dense, indices))
     torch.library.opcheck(op.scatter_.default, (dense, indices, torch.ones(21).to(dtype)))
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from conftest import number_of_threads
+from conftest import number_of_threads, operations
 from saft_kernels import backends, ops, reference
 from tolerances import assert_close
 
@@ -202,9 +202,9 @@ def test_wrong_plans_are_refused(device, change, message):
 def test_opcheck(device, dtype):
     p = problem(dtype)
     columns, *plan = p.plan()
-    torch.library.opcheck(backends.kernels().pack_columns.default, (p.x, columns))
+    torch.library.opcheck(operations().pack_columns.default, (p.x, columns))
     packed = ops.pack_columns(p.x, columns)
-    torch.library.opcheck(backends.kernels().sampled_grad.default, (packed, p.dy, *plan))
+    torch.library.opcheck(operations().sampled_grad.default, (packed, p.dy, *plan))
 
 
 # Embeddings ---------------------------------------------------------------------------------------
@@ -280,5 +280,5 @@ def test_embedding_opcheck(device, dtype):
     row, column = p.entries.t()
     rows, counts = row.unique_consecutive(return_counts=True)
     offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int()
-    op = backends.kernels().sampled_embedding_grad.default
+    op = operations().sampled_embedding_grad.default
     torch.library.opcheck(op, (p.x, p.dy, rows.int(), offsets, column.int()))

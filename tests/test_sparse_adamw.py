@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from conftest import operations
 from saft_kernels import backends, ops
 from tolerances import assert_close
 
@@ -354,7 +355,7 @@ def test_wrong_arguments_are_refused_and_nothing_is_written(change, message):
 def test_opcheck(device, dtype, lr_tensor):
     p = problem(dtype, device)
     numbers = (0.1, lr_tensor, 0.9, 0.999, 1e-8, 0.1, False, None, None)
-    op = backends.kernels().sparse_adamw_.default
+    op = operations().sparse_adamw_.default
     state = (p.exp_avg, p.exp_avg_sq, p.master, p.step)
     indices, bounds = ops.end_to_end(p.indices)
     for grads, compact in ((p.grads, None), ([], p.compact_grad())):

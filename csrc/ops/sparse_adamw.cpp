@@ -45,8 +45,9 @@ AdamWStep check_adamw_step(const std::vector<Tensor>& params, const std::vector<
                            const std::vector<int64_t>& bounds, const Tensor& exp_avg, const Tensor& exp_avg_sq,
                            const std::optional<Tensor>& master, const Tensor& step, Device device) {
   const size_t count = params.size();
-  AdamWStep checked{.bounds = bounds, .vectors = {.indices = index_vector(indices, device, "indices")}};
+  AdamWStep checked{bounds};
   AdamWVectors& vectors = checked.vectors;
+  vectors.indices = index_vector(indices, device, "indices");
   const int64_t n = vectors.indices.n;
   check_bounds(bounds, count, n);
   STD_TORCH_CHECK(grads.size() == (compact_grad.has_value() ? 0 : count),

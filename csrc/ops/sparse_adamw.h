@@ -27,11 +27,11 @@ namespace saft {
 
 // Tensor i owns entries [bounds[i], bounds[i + 1]) of the vectors. The values of the indices are not checked yet.
 struct AdamWStep {
-  FloatType type = FloatType::fp32;  // of all params and dense gradients
-  std::vector<AdamWTensor> tensors;
   const std::vector<int64_t>& bounds;
-  AdamWVectors vectors;
-  float* step;  // [tensors.size()]
+  FloatType type = FloatType::fp32;  // of all params and dense gradients
+  std::vector<AdamWTensor> tensors{};
+  AdamWVectors vectors{};
+  float* step = nullptr;  // [tensors.size()]
 };
 
 AdamWStep check_adamw_step(const std::vector<Tensor>& params, const std::vector<Tensor>& grads,

@@ -1,0 +1,34 @@
+"""The Triton kernels as torch operations, with the schemas and fakes of the compiled ones."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+
+from saft_kernels import ops
+from saft_kernels.triton import gather_scatter
+
+NAMESPACE = "saft_triton"
+
+#: Operation -> its implementation.
+IMPLEMENTATIONS = {
+    "gather": gather_scatter.gather,
+    "scatter_": gather_scatter.scatter_,
+}
+
+
+@functools.cache
+def library() -> torch.library.Library:
+    """The library, registered for GPU tensors when it is first used."""
+    made = ops.define(NAMESPACE)
+    for name, implementation in IMPLEMENTATIONS.items():
+        made.impl(name, implementation, "CUDA")  # the key of ROCm's tensors too
+    return made
+
+
+def operations() -> Any:
+    """The namespace of the operations."""
+    library()
+    return getattr(torch.ops, NAMESPACE)
