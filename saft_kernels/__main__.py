@@ -7,6 +7,8 @@ import os
 import platform
 import sys
 
+import torch
+
 from saft_kernels import backends
 from saft_kernels.errors import BackendUnavailableError
 
@@ -53,9 +55,25 @@ def backend_lines() -> dict[str, str]:
     return {s.name: f"{'works' if s.available else 'unavailable'}: {s.reason}" for s in found}
 
 
+def gpus() -> dict[str, str]:
+    """Every GPU that torch sees: its name, its architecture, and the backend that serves it."""
+    found = {}
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        architecture = getattr(
+            properties, "gcnArchName", f"sm_{properties.major}{properties.minor}"
+        )
+        try:
+            served = f"served by {backends.resolve(torch.device('cuda', index))}"
+        except BackendUnavailableError as error:
+            served = str(error)
+        found[f"cuda:{index}"] = f"{properties.name}, {architecture}; {served}"
+    return found or {"none": "torch sees no GPU"}
+
+
 def environment() -> dict[str, str]:
     """The variables that steer the choice, as they are set."""
-    names = ("SAFT_BACKEND", "SAFT_CPU_ISA")
+    names = ("SAFT_BACKEND", "SAFT_CPU_ISA", "TRITON_INTERPRET")
     return {name: os.environ.get(name) or "not set" for name in names}
 
 
@@ -65,6 +83,7 @@ def sections() -> dict[str, dict[str, str]]:
         "Versions": versions(),
         "Build": build(),
         "Backends": backend_lines(),
+        "GPUs": gpus(),
         "Environment": environment(),
     }
 

@@ -4,20 +4,27 @@ A backend is one implementation of the operations in :mod:`saft_kernels.ops`:
 
 ========== ==========================================================================
 cpu        compiled kernels for CPU tensors, one set per instruction set (see below)
-cuda       compiled kernels for CUDA tensors
-triton     Triton kernels for GPU tensors
+cuda       compiled kernels for NVIDIA GPUs
+triton     Triton kernels for NVIDIA and AMD GPUs
 reference  plain torch, for any device: the specification itself, slow
 ========== ==========================================================================
 
-By default the device of the tensors decides. ``SAFT_BACKEND`` or :func:`use_backend` asks for one
-by name; a backend that was asked for and cannot run raises, nothing falls back silently.
+By default the device of the tensors decides: for a GPU ``cuda`` if kernels were compiled for it,
+else ``triton``. ``SAFT_BACKEND`` or :func:`use_backend` asks for one by name; a backend that was
+asked for and cannot run raises, nothing falls back silently. ``python -m saft_kernels`` says what
+would run and why.
+
+Triton's interpreter (``TRITON_INTERPRET=1``) runs ``triton`` on CPU tensors, for debugging.
 ``SAFT_CPU_ISA`` (or :func:`use_cpu_isa`) forces a lower CPU instruction set: ``baseline``, ``avx2``
 or ``avx512``.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -66,6 +73,7 @@ def library_error() -> str | None:
     return _load_error
 
 
+@functools.cache
 def build_info() -> dict[str, str]:
     """What was compiled: version, compiler, ABI target, CUDA. Empty without the library."""
     if _load_error is not None:
@@ -118,23 +126,66 @@ def _require(name: str | None) -> None:
 
 
 def _obstacle(name: str) -> str | None:
-    """Why the named backend cannot run here; None if it can. Cheap: every operation asks."""
+    """Why the named backend can run on no device here; None if it can."""
     if name == "reference":
         return None
-    if name == "triton":
-        return "this release has no Triton kernels"
     if _load_error is not None:
         return _load_error
-    if name == "cuda":
-        return _cuda_obstacle()
+    if name == "cpu":
+        return None
+    if name == "triton" and interpreting():
+        return _triton_obstacle()
+    return _gpu_obstacle(name, torch.cuda.current_device() if torch.cuda.is_available() else None)
+
+
+@functools.cache
+def _gpu_obstacle(name: str, index: int | None) -> str | None:
+    """Why a GPU backend cannot run on GPU ``index`` (None: there is none); None if it can."""
+    obstacle = _triton_obstacle() if name == "triton" else _cuda_build_obstacle()
+    if obstacle is not None:
+        return obstacle
+    if index is None:
+        return "torch sees no GPU"
+    return _architecture_obstacle(index) if name == "cuda" else None
+
+
+def _triton_obstacle() -> str | None:
+    return None if importlib.util.find_spec("triton") else "triton is not installed"
+
+
+def _cuda_build_obstacle() -> str | None:
+    built = build_info()["cuda"]
+    if built.startswith("off"):
+        return (
+            f"the library was built without CUDA: {built.removeprefix('off (').removesuffix(')')}"
+        )
+    if torch.version.cuda is None:
+        return "the compiled kernels are for NVIDIA GPUs, and this torch is not"
     return None
 
 
-def _cuda_obstacle() -> str | None:
+def _architecture_obstacle(index: int) -> str | None:
     built = build_info()["cuda"]
-    if built.startswith("off"):
-        return built.removeprefix("off (").removesuffix(")")
-    return None if torch.cuda.is_available() else "torch sees no CUDA device"
+    major, minor = torch.cuda.get_device_capability(index)
+    if runs_on(built, major, minor):
+        return None
+    return f"GPU {index} is sm_{major}{minor}, and the kernels were compiled for {built}"
+
+
+def runs_on(built: str, major: int, minor: int) -> bool:
+    """Whether kernels built as :func:`build_info` says run on compute capability major.minor.
+
+    Machine code runs on GPUs of its own major version and its minor version or higher; PTX runs on
+    every later GPU.
+    """
+    own = [divmod(int(sm), 10) for sm in re.findall(r"sm_(\d+)", built)]
+    ptx = [divmod(int(sm), 10) for sm in re.findall(r"compute_(\d+)", built)]
+    return any(major == m and minor >= n for m, n in own) or any((major, minor) >= p for p in ptx)
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels are interpreted, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def backend_status(name: str) -> BackendStatus:
@@ -142,9 +193,17 @@ def backend_status(name: str) -> BackendStatus:
     obstacle = _obstacle(name)
     if obstacle is not None:
         return BackendStatus(name, False, obstacle)
-    if name == "cpu":
-        return BackendStatus(name, True, f"compiled; instruction set {cpu_isa()}")
-    return BackendStatus(name, True, "plain torch" if name == "reference" else "compiled")
+    reasons = {
+        "cpu": lambda: f"compiled; instruction set {cpu_isa()}",
+        "cuda": lambda: f"compiled, {build_info()['cuda']}; on {torch.cuda.get_device_name()}",
+        "triton": lambda: (
+            "interpreted, on the CPU"
+            if interpreting()
+            else f"compiled when first used; on {torch.cuda.get_device_name()}"
+        ),
+        "reference": lambda: "plain torch",
+    }
+    return BackendStatus(name, True, reasons[name]())
 
 
 def resolve(device: torch.device) -> str:
@@ -158,29 +217,49 @@ def resolve(device: torch.device) -> str:
     require_environment()
     if _requested is None:
         return _default_backend(device)
-    if _requested != "reference" and (_requested == "cpu") != (device.type == "cpu"):
+    if _requested != "reference" and not _serves(_requested, device):
         raise BackendUnavailableError(
             f"the backend {_requested!r} was asked for, but the tensors are on {device}"
         )
-    _require(_requested)
+    obstacle = _device_obstacle(_requested, device)
+    if obstacle is not None:
+        raise BackendUnavailableError(f"the backend {_requested!r} was asked for: {obstacle}")
     return _requested
 
 
+def _serves(name: str, device: torch.device) -> bool:
+    if device.type == "cpu":
+        return name == "cpu" or (name == "triton" and interpreting())
+    return device.type == "cuda" and name in GPU
+
+
+def _device_obstacle(name: str, device: torch.device) -> str | None:
+    if name in GPU and device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        return _load_error or _gpu_obstacle(name, index)
+    return _obstacle(name)
+
+
 def _default_backend(device: torch.device) -> str:
-    known = device.type in BACKENDS
-    obstacle = _obstacle(device.type) if known else "this release knows no such device"
-    if obstacle is not None:
-        raise BackendUnavailableError(
-            f"there are no kernels for tensors on {device} ({obstacle}); "
-            "SAFT_BACKEND=reference runs plain torch there"
-        )
-    return device.type
+    obstacles = []
+    for name in ("cpu", "cuda", "triton") if not interpreting() else ("cpu",):
+        if not _serves(name, device):
+            continue
+        obstacle = _device_obstacle(name, device)
+        if obstacle is None:
+            return name
+        obstacles.append(f"{name}: {obstacle}")
+    raise BackendUnavailableError(
+        f"there are no kernels for tensors on {device} "
+        f"({'; '.join(obstacles) or 'this release knows no such device'}); "
+        "SAFT_BACKEND=reference runs plain torch there"
+    )
 
 
 def kernels(backend: str) -> Any:
     """The namespace of a backend's operations."""
     if backend == "triton":
-        from saft_kernels.triton import library  # triton is slow to import, and may be missing
+        from saft_kernels.triton import library  # imports triton, which may be missing
 
         return library.operations()
     return torch.ops.saft_kernels

@@ -1,8 +1,8 @@
 """What index vectors must hold, checked for the GPU backends before a kernel reads them.
 
-The CPU kernels check their indices in every call. On a GPU that takes a synchronisation, so a vector
-is checked when it is first used and then trusted for as long as it lives and nobody writes to it:
-a training step, whose vectors are always the same, waits for nothing.
+The CPU kernels check their indices in every call. On a GPU that takes a synchronisation, so a
+vector is checked when it is first used and then trusted for as long as it lives and nobody writes
+to it: a training step, whose vectors are always the same, waits for nothing.
 """
 
 from __future__ import annotations

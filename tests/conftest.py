@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -12,24 +12,31 @@ import torch
 import simulated
 from saft_kernels import backends
 
-#: Every implementation of the operations that runs here; the specification itself is not one of
-#: them. GPU backends run on a GPU where there is one (``make test-gpu``) and on a simulated one
-#: otherwise.
 CPU = [f"cpu-{isa}" for isa in backends.cpu_isas()]
-IMPLEMENTATIONS = [*CPU, *simulated.names()]
+GPU = [
+    f"{name}-gpu"
+    for name in backends.GPU
+    if torch.cuda.is_available() and backends.backend_status(name).available
+]
+
+#: Every implementation of the operations that runs here; the specification itself is not one of
+#: them. GPU backends run on a GPU if there is one (``make test-gpu``), else on a simulated one.
+IMPLEMENTATIONS = [*CPU, *(GPU or simulated.names())]
 
 
 @contextmanager
 def implementation(name: str) -> Iterator[torch.device]:
     """Run the operations inside the block on the named implementation; its device."""
     kind, variant = name.split("-")
-    with ExitStack() as stack:
-        if kind != "cpu":
-            stack.enter_context(simulated.use(kind, variant))
-        else:
-            stack.enter_context(backends.use_backend(kind))
-            stack.enter_context(backends.use_cpu_isa(variant))
-        yield torch.device("cpu")
+    if name in GPU:
+        with backends.use_backend(kind):
+            yield torch.device("cuda", torch.cuda.current_device())
+    elif kind == "cpu":
+        with backends.use_backend(kind), backends.use_cpu_isa(variant):
+            yield torch.device("cpu")
+    else:
+        with simulated.use(kind, variant):
+            yield torch.device("cpu")
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)
@@ -39,9 +46,9 @@ def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
         yield device
 
 
-def operations() -> Any:
-    """The operations of the implementation in use, as torch knows them."""
-    return backends.kernels(backends.resolve(torch.device("cpu")))
+def operations(device: torch.device | None = None) -> Any:
+    """The operations of the implementation in use for a device, as torch knows them."""
+    return backends.kernels(backends.resolve(device or torch.device("cpu")))
 
 
 @contextmanager

@@ -36,7 +36,7 @@ def test_report_names_versions_build_and_every_backend(capsys):
     report = sections()
     assert set(report["Backends"]) == set(backends.BACKENDS)
     assert report["Backends"]["cpu"].startswith("works")
-    assert report["Backends"]["triton"].startswith("unavailable: ")
+    assert ("works" in report["Backends"]["triton"]) == torch.cuda.is_available()
     assert report["Build"]["torch stable ABI"] == "2.11 and later"
 
 
@@ -69,8 +69,8 @@ def test_environment_chooses_the_backend():
 
 @pytest.mark.parametrize("name", ["triton", "cuda", "tpu"])
 def test_unavailable_backend_is_an_error_and_never_a_fallback(name):
-    if name == "cuda" and backends.backend_status("cuda").available:
-        pytest.skip("CUDA works here")
+    if name != "tpu" and backends.backend_status(name).available:
+        pytest.skip(f"{name} works here")
     with pytest.raises(BackendUnavailableError, match=name), backends.use_backend(name):
         pass
     failed = run("-c", USE, SAFT_BACKEND=name)
@@ -106,3 +106,76 @@ def test_missing_library_is_said_clearly(tmp_path, monkeypatch):
     with backends.use_backend("reference"):
         assert ops.gather(torch.ones(3), INDICES).item() == 1
     assert main() == 1
+
+
+# A GPU that is not there --------------------------------------------------------------------------
+
+CUDA = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A function that makes torch see a GPU of a compute capability, and a build for some."""
+
+    def see(capability, built="13.0: sm_80 sm_90, PTX of compute_90", cuda="13.0", triton=True):
+        info = {**backends.build_info(), "cuda": built}
+        monkeypatch.setattr(backends, "build_info", lambda: info)
+        monkeypatch.setattr(torch.version, "cuda", cuda)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "imagined GPU")
+        if not triton:
+            monkeypatch.setattr(backends, "_triton_obstacle", lambda: "triton is not installed")
+        backends._gpu_obstacle.cache_clear()
+
+    yield see
+    backends._gpu_obstacle.cache_clear()
+
+
+def test_a_gpu_is_served_by_what_was_compiled_for_it(gpu):
+    gpu((9, 0))
+    assert backends.resolve(CUDA) == "cuda"
+    assert backends.backend_status("cuda").reason.endswith("on imagined GPU")
+
+
+@pytest.mark.parametrize(
+    "built",
+    ["off (nvcc not found)", "13.0: sm_90, PTX of compute_90"],
+)
+def test_triton_serves_a_gpu_for_which_nothing_was_compiled(gpu, built):
+    gpu((8, 0), built)
+    assert backends.resolve(CUDA) == "triton"
+    with pytest.raises(BackendUnavailableError, match=r"'cuda' was asked for: (the lib|GPU 0 is)"):
+        backends.use_backend("cuda").__enter__()
+
+
+def test_triton_serves_amd(gpu):
+    gpu((9, 4), cuda=None)
+    assert backends.resolve(CUDA) == "triton"
+
+
+def test_a_gpu_that_nothing_serves_is_an_error_with_every_reason(gpu):
+    gpu((8, 0), "off (nvcc not found)", triton=False)
+    with pytest.raises(BackendUnavailableError, match=r"cuda: .*nvcc not found; triton: triton is"):
+        backends.resolve(CUDA)
+
+
+def test_the_choice_between_gpu_backends_can_be_forced(gpu):
+    gpu((9, 0))
+    with backends.use_backend("triton"):
+        assert backends.resolve(CUDA) == "triton"
+        with pytest.raises(BackendUnavailableError, match="tensors are on cpu"):
+            backends.resolve(torch.device("cpu"))
+    with backends.use_backend("cpu"), pytest.raises(BackendUnavailableError, match="on cuda"):
+        backends.resolve(CUDA)
+
+
+@pytest.mark.parametrize(
+    ("capability", "runs"),
+    [((7, 5), False), ((8, 0), True), ((8, 9), True), ((9, 0), True), ((10, 0), False),
+     ((12, 0), True), ((13, 0), True)],
+)  # fmt: skip
+def test_machine_code_serves_its_generation_and_ptx_all_later_ones(capability, runs):
+    built = "13.0: sm_80 sm_90 sm_120, PTX of compute_120"
+    assert backends.runs_on(built, *capability) == runs

@@ -22,17 +22,21 @@ __global__ void __launch_bounds__(kThreads)
   if (first >= n) return;
   const int count = entries_from(first, n);
   Index index[kEntries];
-  T value[kEntries];
   load_entries(indices, first, count, index);
-  if constexpr (scatter) {
-    load_entries(values, first, count, value);
-    for (int i = 0; i < kEntries; ++i)
-      if (i < count) dense[place_of(layout, index[i])] = value[i];
-  } else {
-    for (int i = 0; i < kEntries; ++i)
-      if (i < count) value[i] = dense[place_of(layout, index[i])];
-    store_entries(values, first, count, value);
+  int64_t place[kEntries];
+#pragma unroll
+  for (int i = 0; i < kEntries; ++i) place[i] = place_of(layout, index[i]);
+  T value[kEntries];
+  if constexpr (scatter) load_entries(values, first, count, value);
+#pragma unroll
+  for (int i = 0; i < kEntries; ++i) {
+    if (i >= count) break;
+    if constexpr (scatter)
+      dense[place[i]] = value[i];
+    else
+      value[i] = dense[place[i]];
   }
+  if constexpr (!scatter) store_entries(values, first, count, value);
 }
 
 template <typename T, typename Index, bool scatter>

@@ -50,6 +50,7 @@ __device__ inline double from_float<double>(float x) {
 __device__ inline int64_t place_of(const Strided& layout, int64_t index) {
   if (layout.dims == 0) return index;
   int64_t place = 0;
+#pragma unroll 1  // divisions of 64 bits are long, and strided tensors rare
   for (int d = layout.dims - 1; d >= 0; --d) {
     place += index % layout.sizes[d] * layout.strides[d];
     index /= layout.sizes[d];

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from saft_kernels import ops
+from saft_kernels import backends, ops
 from saft_kernels.triton import gather_scatter
 
 NAMESPACE = "saft_triton"
@@ -23,8 +23,9 @@ IMPLEMENTATIONS = {
 def library() -> torch.library.Library:
     """The library, registered for GPU tensors when it is first used."""
     made = ops.define(NAMESPACE)
+    key = "CPU" if backends.interpreting() else "CUDA"  # which is the key of AMD's tensors too
     for name, implementation in IMPLEMENTATIONS.items():
-        made.impl(name, implementation, "CUDA")  # the key of ROCm's tensors too
+        made.impl(name, implementation, key)
     return made
 
 

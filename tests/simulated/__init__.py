@@ -50,12 +50,12 @@ def use(kind: str, generation: str) -> Iterator[Any]:
     """Let CPU tensors stand for GPU tensors, and run the operations on a simulated GPU."""
     simulator = gpu(kind, generation)
 
-    def resolve(device: torch.device) -> str:
+    def resolve(_: torch.device) -> str:
         return backends.requested_backend() or kind
 
     with (
         simulator.active(),
         mock.patch.object(backends, "resolve", resolve),
-        mock.patch.object(backends, "kernels", lambda backend: simulator),
+        mock.patch.object(backends, "kernels", return_value=simulator),
     ):
         yield simulator
