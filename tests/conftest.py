@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,17 +20,41 @@ GPU = [
 ]
 
 #: Every implementation of the operations that runs here; the specification itself is not one of
-#: them. GPU backends run on a GPU if there is one (``make test-gpu``), else on a simulated one.
-IMPLEMENTATIONS = [*CPU, *(GPU or simulated.names())]
+#: them. GPU backends run on a GPU if there is one (``make test-gpu``), else on a simulated one; a
+#: run under Triton's interpreter (test_triton_interpreter.py) has only that.
+IMPLEMENTATIONS = (
+    ["triton-interpreted"] if backends.interpreting() else [*CPU, *(GPU or simulated.names())]
+)
+
+#: The interpreter computes with NumPy, which has no bf16 and rounds fp16 in its own way.
+_NOT_INTERPRETED = {torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2}
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Under the interpreter, run what it can run: tests of implementations in fp32 and fp64."""
+    if not backends.interpreting():
+        return
+    parameters = {item: getattr(item, "callspec", None) for item in items}
+    kept = [
+        item
+        for item, call in parameters.items()
+        if call and "device" in call.params and not _NOT_INTERPRETED & _dtypes(call.params.values())
+    ]
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = kept
+
+
+def _dtypes(values: Iterable[Any]) -> set[torch.dtype]:
+    return {value for value in values if isinstance(value, torch.dtype)}
 
 
 @contextmanager
 def implementation(name: str) -> Iterator[torch.device]:
     """Run the operations inside the block on the named implementation; its device."""
     kind, variant = name.split("-")
-    if name in GPU:
+    if name in GPU or variant == "interpreted":
         with backends.use_backend(kind):
-            yield torch.device("cuda", torch.cuda.current_device())
+            yield torch.device("cuda", torch.cuda.current_device()) if GPU else torch.device("cpu")
     elif kind == "cpu":
         with backends.use_backend(kind), backends.use_cpu_isa(variant):
             yield torch.device("cpu")

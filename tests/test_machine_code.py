@@ -1,0 +1,187 @@
+"""What the compilers made of the kernels, for every GPU they are compiled for.
+
+nvcc's machine code is read out of the built library, Triton's is compiled here. A kernel that
+spills registers, needs a stack frame, or lost the wide loads that it was designed around fails.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+from saft_kernels import backends
+from saft_kernels.triton import library
+from simulated.launches import Launch, recorded
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+BUILT = backends.build_info()["cuda"]
+needs_cuda = pytest.mark.skipif(
+    BUILT.startswith("off"), reason=f"the library's CUDA part is {BUILT}"
+)
+
+# CUDA C++ -----------------------------------------------------------------------------------------
+
+ARCHITECTURES = re.findall(r"sm_\d+", BUILT)
+
+#: Kernel -> what its machine code must hold: the wide loads and stores that it was designed around.
+#: STG and LDG are global memory; 128 is the width in bits.
+WIDE = {
+    "move_kernel": r"LDG\.E\.128",
+}
+
+
+def cuobjdump(*arguments: str) -> str:
+    command = [str(TOOLS / "cuobjdump"), *arguments, str(backends.LIBRARY)]
+    environment = dict(os.environ, PATH=f"{TOOLS}{os.pathsep}{os.environ['PATH']}")
+    return subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=True
+    ).stdout
+
+
+@functools.cache
+def resources(architecture: str) -> dict[str, dict[str, int]]:
+    """Kernel -> its registers, stack, shared and local memory."""
+    text = cuobjdump("--dump-resource-usage", "-arch", architecture)
+    found = re.findall(r"Function (\S+):\s+(.*)", text)
+    return {
+        name: {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", usage)}
+        for name, usage in found
+    }
+
+
+@functools.cache
+def machine_code(architecture: str) -> dict[str, str]:
+    """Kernel -> its instructions."""
+    pieces = re.split(r"Function : (\S+)", cuobjdump("-sass", "-arch", architecture))
+    return dict(zip(pieces[1::2], pieces[2::2], strict=True))
+
+
+def kernels_in_source() -> set[str]:
+    folder = Path(__file__).parent.parent / "csrc" / "cuda"
+    texts = (path.read_text() for path in folder.glob("*.cu"))
+    pattern = r"__global__\s+void\s+(?:__launch_bounds__\([^)]*\)\s*)?(\w+)\("
+    return {name for text in texts for name in re.findall(pattern, text)}
+
+
+@needs_cuda
+def test_every_listed_architecture_has_machine_code_and_the_newest_ptx():
+    assert BUILT.split(": ")[1] == ("sm_80 sm_86 sm_89 sm_90 sm_100 sm_120, PTX of compute_120")
+    for architecture in ARCHITECTURES:
+        assert machine_code(architecture), architecture
+    assert ".target sm_120" in cuobjdump("-ptx")
+
+
+@needs_cuda
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_kernel_of_the_sources_is_in_the_library(architecture):
+    compiled = " ".join(machine_code(architecture))
+    assert [name for name in kernels_in_source() if name not in compiled] == []
+
+
+@needs_cuda
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_no_kernel_spills_or_needs_a_stack(architecture):
+    wrong = {
+        name: usage
+        for name, usage in resources(architecture).items()
+        if usage["STACK"] > 0 or usage["LOCAL"] > 0
+    }
+    assert wrong == {}
+    assert resources(architecture)
+
+
+@needs_cuda
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("kernel", WIDE)
+def test_wide_loads_are_there(architecture, kernel):
+    codes = {name: code for name, code in machine_code(architecture).items() if kernel in name}
+    assert codes
+    narrow = [name for name, code in codes.items() if not re.search(WIDE[kernel], code)]
+    assert narrow == []
+
+
+@needs_cuda
+def test_no_kernel_uses_the_local_memory_instructions_of_spills():
+    for architecture in ARCHITECTURES:
+        for name, code in machine_code(architecture).items():
+            assert not re.search(r"\b(LDL|STL)\b", code), (architecture, name)
+
+
+# Triton -------------------------------------------------------------------------------------------
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+
+
+def gather_scatter(dtype: torch.dtype) -> None:
+    operations = library.operations()
+    dense = torch.zeros(6, 5, 4, 3, dtype=dtype)
+    for tensor in (dense, dense.to(memory_format=torch.channels_last)):
+        for index in (torch.int32, torch.int64):
+            indices = torch.arange(9, dtype=index)
+            operations.scatter_(tensor, indices, operations.gather(tensor, indices))
+
+
+WORKLOADS: dict[str, Callable[[torch.dtype], None]] = {"gather_scatter": gather_scatter}
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@functools.cache
+def launches(workload: str) -> tuple[Launch, ...]:
+    """Every specialisation of every kernel that the workload launches."""
+    with recorded() as found:
+        for dtype in DTYPES:
+            WORKLOADS[workload](dtype)
+    return tuple(dict.fromkeys(found))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("workload", WORKLOADS)
+def test_triton_kernels_compile_without_spills(workload, target):
+    assert launches(workload)
+    for launch in launches(workload):
+        compiled = launch.compile(TARGETS[target])
+        stack = amd_stack(compiled) if target.startswith("gfx") else nvidia_stack(compiled)
+        assert list(stack) == [], (launch.name, target)
+
+
+def amd_stack(compiled: Any) -> Iterator[str]:
+    """What the code object says of scratch memory and spills, if that is not zero."""
+    text = compiled.asm["amdgcn"]
+    numbers = re.findall(r"\.(private_segment_fixed_size|[sv]gpr_spill_count):\s+(\d+)", text)
+    assert numbers
+    return (f"{key} {value}" for key, value in numbers if int(value) > 0)
+
+
+def nvidia_stack(compiled: Any) -> Iterator[str]:
+    """What the machine code uses of stack and local memory, if that is not zero."""
+    cubin = compiled.metadata_group[f"{compiled.metadata.name}.cubin"]
+    command = [str(TOOLS / "cuobjdump"), "--dump-resource-usage", str(cubin)]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    numbers = re.findall(r"(STACK|LOCAL):(\d+)", text)
+    assert numbers
+    return (f"{key} {value}" for key, value in numbers if int(value) > 0)
+
+
+def test_every_triton_kernel_is_compiled_by_some_workload():
+    folder = Path(library.__file__).parent
+    pattern = r"@triton\.jit\ndef (_\w+_kernel)\("
+    written = {
+        name for path in folder.glob("*.py") for name in re.findall(pattern, path.read_text())
+    }
+    compiled = {launch.name for workload in WORKLOADS for launch in launches(workload)}
+    assert written - compiled == set()
