@@ -42,6 +42,10 @@ else()
   endif()
   list(APPEND CMAKE_CUDA_ARCHITECTURES "${newest}-virtual")
   enable_language(CUDA)
+  if(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 12.1)  # kernel parameters of more than 4 KiB
+    message(FATAL_ERROR "CUDA 12.1 or later is needed, nvcc (${SAFT_NVCC}) is ${CMAKE_CUDA_COMPILER_VERSION}. "
+                        "Set SAFT_CUDA=OFF to build without CUDA.")
+  endif()
   set(SAFT_CUDA_BUILT ON)
   list(JOIN names " " names)
   set(SAFT_CUDA_STATUS "${CMAKE_CUDA_COMPILER_VERSION}: ${names}, PTX of compute_${newest}")
