@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 import ptxsim
+import simulated
 from saft_kernels.triton import launch, library
 
 #: The GPU that operations on CPU tensors run on now.
@@ -53,7 +54,7 @@ class SimulatedTriton:
     def __init__(self, sm: int, order: str = "fwd", seed: int = 1) -> None:
         _registered()
         self.sm = sm
-        self.options = {"order": order, "seed": seed, "races": True, "shared_races": True}
+        self.options = {"order": order, "seed": seed, **simulated.CHECKS}
         self.launches: list[str] = []
         self._memory: list[Tensor] = []
 
