@@ -50,7 +50,8 @@ def _step_kernel(
     block = table + 2 * tl.program_id(0)
     segment = table + tl.load(block)
     entry = tl.load(block + 1) + tl.arange(0, BLOCK)
-    exists = entry < tl.load(segment + 2)
+    end = tl.load(segment + 2)
+    exists = entry < end
     index = tl.load(indices + entry, exists, other=0).to(tl.int64)
     m = tl.load(exp_avg + entry, exists)
     v = tl.load(exp_avg_sq + entry, exists)
@@ -82,7 +83,7 @@ def _step_kernel(
     denominator = tl.div_rn(tl.sqrt_rn(v), bias_correction2) + eps
     w = w * keep - tl.div_rn(step_size * m, denominator)
 
-    written = exists & (_read_or_zero(found_inf, has_found_inf) == 0)
+    written = entry < _none_if_inf(end, found_inf, has_found_inf)
     tl.store(param + place, w.to(TYPE), written)
     tl.store(exp_avg + entry, m, written)
     tl.store(exp_avg_sq + entry, v, written)
@@ -111,8 +112,9 @@ def _lerp(m, g, one_minus_beta1):
 
 
 @triton.jit
-def _read_or_zero(scalar, exists):
-    return tl.load(scalar, exists != 0, other=0.0)
+def _none_if_inf(end, found_inf, has_found_inf):
+    """``end``, or zero if the step must be skipped."""
+    return tl.where(tl.load(found_inf, has_found_inf != 0, other=0.0) == 0, end, 0)
 
 
 @triton.jit(
@@ -121,7 +123,7 @@ def _read_or_zero(scalar, exists):
 )
 def _count_kernel(step, n, found_inf, has_found_inf, BLOCK: tl.constexpr):
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    written = (i < n) & (_read_or_zero(found_inf, has_found_inf) == 0)
+    written = i < _none_if_inf(n, found_inf, has_found_inf)
     tl.store(step + i, tl.load(step + i, written) + 1.0, written)
 
 
