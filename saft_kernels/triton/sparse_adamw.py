@@ -149,10 +149,9 @@ class _Tables:
     ) -> tuple[Tensor, int]:
         """The table for these tensors, on the GPU of ``like``, and how many programs it serves."""
         content = (like.device, tuple(bounds), _places(params), _places(grads))
-        if like.is_cuda and torch.cuda.is_current_stream_capturing():
+        if _is_capturing(like):
             return self._captured_table(content)
-        stream = torch.cuda.current_stream(like.device).cuda_stream if like.is_cuda else 0
-        key = (stream, content)
+        key = (_stream_of(like), content)
         if key not in self._made:
             self._made[key] = _make(like, *content[1:])
             if len(self._made) > self._capacity:
@@ -174,6 +173,15 @@ class _Tables:
 
 
 _tables = _Tables()
+
+
+def _is_capturing(tensor: Tensor) -> bool:
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _stream_of(tensor: Tensor) -> int:
+    """The stream that launches for this tensor go to now; 0 on the CPU."""
+    return torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else 0
 
 
 def _places(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
