@@ -22,17 +22,33 @@ WAITING = {
 
 
 class NoWaiting(TorchDispatchMode):
-    """Fails on an operation that would wait for a GPU if the tensors were there.
+    """Fails on an operation that waits for a GPU, or would if the tensors were on one.
 
-    Copies between the host's and the GPU's memory cannot be told apart where both are the CPU's:
-    every tensor made of the host's numbers counts as one, and every conversion that names a device.
+    Where everything is on the CPU, copies between the host's and the GPU's memory look like any
+    other; but every tensor that is made of the host's numbers is noticed.
     """
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        copies = func is aten._to_copy.default and kwargs.get("device") is not None
-        if func in WAITING or copies or func is aten.lift_fresh.default:
+        waits = func in WAITING or _picks_by_mask(func, args) or _reads_back(func, args, kwargs)
+        if waits or func is aten.lift_fresh.default:
             raise AssertionError(f"{func} would wait for the GPU")
         return func(*args, **kwargs)
+
+
+def _picks_by_mask(func: Any, args: tuple[Any, ...]) -> bool:
+    """Whether a mask says what to index, which is as many elements as it has ones."""
+    indexing = func in (aten.index.Tensor, aten.index_put.default, aten.index_put_.default)
+    return indexing and any(i is not None and i.dtype == torch.bool for i in args[1])
+
+
+def _reads_back(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    if func is aten._to_copy.default:
+        source, target = args[0].device, kwargs.get("device") or args[0].device
+    elif func is aten.copy_.default:
+        source, target = args[1].device, args[0].device
+    else:
+        return False
+    return source.type != "cpu" and target.type == "cpu"
