@@ -21,11 +21,9 @@ Scalar scalar_of(const std::optional<Tensor>& tensor, double otherwise, const ch
   return {value_of(*tensor), nullptr, false};
 }
 
-LogBeta log_of(double beta) {
-  constexpr double kLogOfZero = -1000;  // e to that power is zero in fp32, and its multiples are no NaN
-  const double log_beta = std::max(std::log(beta), kLogOfZero);
-  const auto high = static_cast<float>(log_beta);
-  return {high, static_cast<float>(log_beta - high)};
+float log_of(double beta) {
+  constexpr double kLogOfZero = -1000;  // e to that power is zero in fp32
+  return static_cast<float>(std::max(std::log(beta), kLogOfZero));
 }
 
 void sparse_adamw_(const std::vector<Tensor>& params, const std::vector<Tensor>& grads,

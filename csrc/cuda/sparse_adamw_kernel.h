@@ -14,11 +14,6 @@ struct Scalar {
   bool is_double;    // data, else fp32
 };
 
-// log(beta) as an fp32 number and what rounding lost.
-struct LogBeta {
-  float high, low;
-};
-
 // Factors that all tensors of a step share, those that the host knows rounded to fp32 as torch rounds its scalars.
 struct AdamW {
   FloatType type;  // of the weights and of dense gradients
@@ -26,8 +21,8 @@ struct AdamW {
   float one_minus_beta1;
   float beta2;
   float one_minus_beta2;
-  LogBeta log_beta1;
-  LogBeta log_beta2;
+  float log_beta1;  // finite, also for beta = 0
+  float log_beta2;
   float eps;
   float sign;  // -1 to maximize
   double weight_decay;
