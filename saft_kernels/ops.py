@@ -193,6 +193,24 @@ def end_to_end(indices: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
     return torch.cat(list(indices)) if indices else torch.empty(0, dtype=torch.int32), bounds
 
 
+def check_indices(indices: Tensor, bounds: Sequence[int], params: Sequence[Tensor]) -> None:
+    """Look at the values of index vectors now, so that no later operation has to.
+
+    The GPU backends do so when they first meet a vector, and wait for the GPU; afterwards they know
+    it, its parts included. The CPU kernels look in every call, which costs them nothing.
+
+    Args:
+        indices: int32 or int64 [nnz].
+        bounds: T + 1 numbers; parameter i owns ``indices[bounds[i]:bounds[i + 1]]``.
+        params: T tensors.
+
+    Raises:
+        RuntimeError: if an index is out of range or they do not increase strictly.
+    """
+    if backends.resolve(indices.device) in backends.GPU and _fit(indices, bounds, params):
+        index_values.require_increasing(indices, [p.numel() for p in params], "indices", bounds)
+
+
 def sparse_adamw_(
     params: Sequence[Tensor],
     grads: Sequence[Tensor] | Tensor,

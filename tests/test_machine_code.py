@@ -37,6 +37,7 @@ ARCHITECTURES = re.findall(r"sm_\d+", BUILT)
 #: STG and LDG are global memory; 128 is the width in bits.
 WIDE = {
     "move_kernel": r"LDG\.E\.128",
+    "step_kernel": r"LDG\.E\.128(.|\n)*STG\.E\.128",
 }
 
 
@@ -136,7 +137,21 @@ def gather_scatter(dtype: torch.dtype) -> None:
             operations.scatter_(tensor, indices, operations.gather(tensor, indices))
 
 
-WORKLOADS: dict[str, Callable[[torch.dtype], None]] = {"gather_scatter": gather_scatter}
+def sparse_adamw(dtype: torch.dtype) -> None:
+    param = torch.zeros(6, 5, 4, 3, dtype=dtype)
+    m, v, master = (torch.zeros(9) for _ in range(3))
+    for index in (torch.int32, torch.int64):
+        library.operations().sparse_adamw_(
+            [param], [param], None, torch.arange(9, dtype=index), [0, 9], m, v,
+            None if dtype == torch.float32 else master, torch.zeros(1), 0.1, None,
+            0.9, 0.999, 1e-8, 0.1, False, None, None,
+        )  # fmt: skip
+
+
+WORKLOADS: dict[str, Callable[[torch.dtype], None]] = {
+    "gather_scatter": gather_scatter,
+    "sparse_adamw": sparse_adamw,
+}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 

@@ -39,7 +39,7 @@ AdamWStep check_adamw_step(const std::vector<Tensor>& params, const std::vector<
                            const std::vector<int64_t>& bounds, const Tensor& exp_avg, const Tensor& exp_avg_sq,
                            const std::optional<Tensor>& master, const Tensor& step, Device device);
 
-// A tensor of one fp32 or fp64 number, wherever it lies.
-void check_scalar(const Tensor& tensor, const char* name);
+// A tensor of one fp32 or fp64 number, on the device of the other arguments or on the CPU.
+void check_scalar(const Tensor& tensor, const char* name, Device device);
 
 }  // namespace saft

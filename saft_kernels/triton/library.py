@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from saft_kernels import backends, ops
-from saft_kernels.triton import gather_scatter
+from saft_kernels.triton import gather_scatter, sparse_adamw
 
 NAMESPACE = "saft_triton"
 
@@ -16,6 +16,7 @@ NAMESPACE = "saft_triton"
 IMPLEMENTATIONS = {
     "gather": gather_scatter.gather,
     "scatter_": gather_scatter.scatter_,
+    "sparse_adamw_": sparse_adamw.sparse_adamw_,
 }
 
 

@@ -36,6 +36,12 @@ _GATHER_CU = "csrc/cuda/gather_scatter_kernel.cu"
 _GATHER_PY = "saft_kernels/triton/gather_scatter.py"
 _GATHER_TESTS = "tests/test_gather_scatter.py"
 
+_ADAMW_CU = "csrc/cuda/sparse_adamw_kernel.cu"
+_ADAMW_TABLE = "csrc/cuda/adamw_table.h"
+_ADAMW_PY = "saft_kernels/triton/sparse_adamw.py"
+_ADAMW_TESTS = "tests/test_sparse_adamw.py"
+_ADAMW_GPU_TESTS = "tests/test_sparse_adamw_gpu.py"
+
 FAULTS = (
     Fault(
         "gather, scatter: the first entry behind the end is moved too",
@@ -106,5 +112,124 @@ FAULTS = (
         "rest = rest // sizes[DIMS - 1 - i]",
         "rest = rest // sizes[0]",
         _GATHER_TESTS,
+    ),
+    Fault(
+        "sparse_adamw: a block takes the tensor behind its own",
+        _ADAMW_CU,
+        "if (table.segments[middle].first_block <= block)",
+        "if (table.segments[middle].first_block <= block + 1)",
+        _ADAMW_TESTS,
+    ),
+    Fault(
+        "sparse_adamw: a thread takes entries of the tensor before",
+        _ADAMW_CU,
+        "max(chunk * kEntries - shift, segment.first_entry)",
+        "max(chunk * kEntries - shift, int64_t{0})",
+        _ADAMW_TESTS,
+    ),
+    Fault(
+        "sparse_adamw: a thread takes entries of the tensor behind",
+        _ADAMW_CU,
+        "min((chunk + 1) * kEntries - shift, table.segments[s + 1].first_entry)",
+        "min((chunk + 1) * kEntries - shift, table.segments[table.count].first_entry)",
+        _ADAMW_TESTS,
+    ),
+    Fault(
+        "sparse_adamw: a dense gradient is read with the parameter's layout",
+        _ADAMW_CU,
+        "places_of(table, segment.grad_layout, index, grad_place);",
+        "places_of(table, segment.param_layout, index, grad_place);",
+        _ADAMW_TESTS,
+    ),
+    Fault(
+        "sparse_adamw: the step count is one behind",
+        _ADAMW_CU,
+        "const float t = step[s] + 1;",
+        "const float t = step[s];",
+        _ADAMW_TESTS,
+    ),
+    Fault(
+        "sparse_adamw: bias corrections from a power, not from expm1",
+        _ADAMW_CU,
+        "return -expm1f(t * log_beta);",
+        "return 1 - expf(t * log_beta);",
+        _ADAMW_GPU_TESTS,
+    ),
+    Fault(
+        "sparse_adamw: steps that are skipped are counted",
+        _ADAMW_CU,
+        "if (i < count && read(found_inf) == 0) step[i] += 1;",
+        "if (i < count) step[i] += 1;",
+        _ADAMW_TESTS,
+    ),
+    Fault(
+        "sparse_adamw: the first moment starts from the far end",
+        _ADAMW_CU,
+        "hyper.one_minus_beta1 < 0.5f ?",
+        "hyper.one_minus_beta1 < 1.5f ?",
+        _ADAMW_TESTS,
+    ),
+    Fault(
+        "sparse_adamw: a tensor's last block is missing",
+        _ADAMW_TABLE,
+        "(end - 1 + shift_) / chunk_ - (begin + shift_) / chunk_ + 1;",
+        "(end - 1 + shift_) / chunk_ - (begin + shift_) / chunk_;",
+        _ADAMW_TESTS,
+    ),
+    Fault(
+        "sparse_adamw: layouts that share a size are taken for equal",
+        _ADAMW_TABLE,
+        "if (dims[d].size != layout.sizes[d] || dims[d].stride != layout.strides[d]) return false;",
+        "if (dims[d].size != layout.sizes[d]) return false;",
+        _ADAMW_GPU_TESTS,
+    ),
+    Fault(
+        "sparse_adamw: the tensor that did not fit is left out",
+        _ADAMW_CU,
+        "for (int64_t begin = 0, i = 0; begin < job.count; begin = i) {",
+        "for (int64_t begin = 0, i = 0; begin < job.count; begin = ++i) {",
+        _ADAMW_GPU_TESTS,
+    ),
+    Fault(
+        "sparse_adamw: entries of the tensor behind are updated too",
+        _ADAMW_PY,
+        "exists = entry < end",
+        "exists = entry < end + 1",
+        _ADAMW_TESTS,
+    ),
+    Fault(
+        "sparse_adamw: entries of the tensor behind are written too",
+        _ADAMW_PY,
+        "written = entry < _none_if_inf(end, found_inf, has_found_inf)",
+        "written = entry < _none_if_inf(end + 1, found_inf, has_found_inf)",
+        _ADAMW_TESTS,
+    ),
+    Fault(
+        "sparse_adamw: dimensions are in the wrong order in the table",
+        _ADAMW_PY,
+        "zip(reversed(sizes), reversed(strides), strict=True)",
+        "zip(sizes, strides, strict=True)",
+        _ADAMW_TESTS,
+    ),
+    Fault(
+        "sparse_adamw: all tensors take the first one's step count",
+        _ADAMW_PY,
+        "tl.load(step + tl.load(segment + 3))",
+        "tl.load(step)",
+        _ADAMW_TESTS,
+    ),
+    Fault(
+        "sparse_adamw: a table is not made anew when gradients move",
+        _ADAMW_PY,
+        "content = (like.device, tuple(bounds), _places(params), _places(grads))",
+        "content = (like.device, tuple(bounds), _places(params), _places(grads[:0]))",
+        _ADAMW_GPU_TESTS,
+    ),
+    Fault(
+        "sparse_adamw: the first moment starts from the far end",
+        _ADAMW_PY,
+        "tl.where(one_minus_beta1 < 0.5,",
+        "tl.where(one_minus_beta1 < 1.5,",
+        _ADAMW_TESTS,
     ),
 )
