@@ -8,12 +8,14 @@ from typing import Any
 import torch
 
 from saft_kernels import backends, ops
-from saft_kernels.triton import gather_scatter
+from saft_kernels.triton import accumulate_topk, gather_scatter
 
 NAMESPACE = "saft_triton"
 
 #: Operation -> its implementation.
 IMPLEMENTATIONS = {
+    "accumulate_topk_": accumulate_topk.accumulate_topk_,
+    "compact_topk_": accumulate_topk.compact_topk_,
     "gather": gather_scatter.gather,
     "scatter_": gather_scatter.scatter_,
 }
