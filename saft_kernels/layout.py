@@ -18,9 +18,9 @@ COUNT = 0  #: candidates now in the buffer
 THRESHOLD = 1  #: fp32 bits that a score must reach; NO_THRESHOLD: nothing is excluded
 TIE = 2  #: an equal score counts only at a lower position than this; NO_POSITION: at any
 NONFINITE = 3  #: lowest position of a NaN or infinite accumulator; NO_POSITION: none
-# The rest starts as zeros. The histogram counts the values of all candidates that beat the threshold
-# when they were offered, kept or not; from it the threshold rises between two compactions
-# (``csrc/ops/accumulate_topk.h``). Every backend keeps it, so that they may take turns on a buffer.
+# The rest starts as zeros. The histogram counts the values of all candidates that beat the
+# threshold when they were offered, kept or not; from it the threshold rises between two compactions
+# (``csrc/ops/accumulate_topk.h``). Every backend keeps it, so that they may take turns.
 BIN = 4  #: the highest bin that k candidates have reached or passed
 ABOVE = 5  #: candidates in this bin and above
 FRESH = 6  #: candidates that a GPU call under way has found; 0 between calls

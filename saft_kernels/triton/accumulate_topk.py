@@ -15,7 +15,7 @@ from saft_kernels.triton import launch
 from saft_kernels.triton.launch import ceil_div
 
 BLOCK = 1024
-STEP = 4096  # elements or candidates that the one program of the settle kernel takes at a time
+STEP = 2048  # elements or candidates that the one program of the settle kernel takes at a time
 
 #: Programs of a refill, each of which goes over many parts of the tensor.
 REFILL_PROGRAMS = 1024
@@ -58,7 +58,7 @@ def _append(bits, position, chosen, values, positions, capacity, begin, counter)
         tl.store(positions + slot, position, fits)
 
 
-# That the number of elements is a multiple of 16 is worth a specialisation: only then are the masked
+# That the number of elements is a multiple of 16 is worth a specialisation: only then are masked
 # loads wide.
 @triton.jit(do_not_specialize=["square", "base", "k", "capacity"])
 def _scan_kernel(
@@ -140,9 +140,9 @@ def _digit_counts(
     shift, STEP: tl.constexpr,
 ):  # fmt: skip
     """Adds how many candidates with the bound's known bits have each value of its next digit."""
-    start = tl.zeros_like(n)
+    start = tl.full([], 0, tl.int64)
     while start < n:
-        i = start + tl.arange(0, STEP)
+        i = start + tl.arange(0, STEP).to(tl.int64)
         exists = i < n
         bits = _magnitude_bits(tl.load(candidates + i, exists, other=0.0))
         matches = exists & (((bits ^ bits_known) >> bits_unknown) == 0)
@@ -170,7 +170,7 @@ def _search(
     """
     bits_known = (bin_ << BIN_SHIFT).to(tl.int32)
     bits_unknown = tl.full([], BIN_SHIFT, tl.int32)
-    place_known = tl.zeros_like(k)
+    place_known = tl.full([], 0, tl.int64)
     place_unknown = tl.full([], PLACE_BITS, tl.int32)
     rank = k - (above - within)
     reach = above
@@ -204,8 +204,8 @@ def _search(
 @triton.jit
 def _drop_below(threshold, tie, values, positions, n, STEP: tl.constexpr):
     """Removes, in place, candidates that the bar does not keep; returns how many stay."""
-    kept = tl.zeros_like(n)
-    start = tl.zeros_like(n)
+    kept = tl.full([], 0, tl.int64)
+    start = tl.full([], 0, tl.int64)
     while start < n:
         i = start + tl.arange(0, STEP)
         exists = i < n
