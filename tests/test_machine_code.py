@@ -20,6 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from saft_kernels import backends
+from saft_kernels.layout import STATE_SIZE
 from saft_kernels.triton import library
 from simulated.launches import Launch, recorded
 
@@ -36,6 +37,8 @@ ARCHITECTURES = re.findall(r"sm_\d+", BUILT)
 #: Kernel -> what its machine code must hold: the wide loads and stores that it was designed around.
 #: STG and LDG are global memory; 128 is the width in bits.
 WIDE = {
+    "scan_kernel": r"LDG\.E\.128",
+    "refill_kernel": r"LDG\.E\.128",
     "move_kernel": r"LDG\.E\.128",
     "step_kernel": r"LDG\.E\.128(.|\n)*STG\.E\.128",
 }
@@ -137,6 +140,16 @@ def gather_scatter(dtype: torch.dtype) -> None:
             operations.scatter_(tensor, indices, operations.gather(tensor, indices))
 
 
+def accumulate_topk(dtype: torch.dtype) -> None:
+    operations = library.operations()
+    buffer = torch.zeros(9), torch.zeros(9, dtype=torch.int64), torch.zeros(STATE_SIZE).long()
+    for n in (32, 33):
+        acc = torch.zeros(n)
+        for grad in (None, acc.to(dtype)):
+            operations.accumulate_topk_(acc, grad, 0.5, True, 0, 0, 3, *buffer)
+    operations.compact_topk_(3, *buffer)
+
+
 def sparse_adamw(dtype: torch.dtype) -> None:
     param = torch.zeros(6, 5, 4, 3, dtype=dtype)
     m, v, master = (torch.zeros(9) for _ in range(3))
@@ -149,6 +162,7 @@ def sparse_adamw(dtype: torch.dtype) -> None:
 
 
 WORKLOADS: dict[str, Callable[[torch.dtype], None]] = {
+    "accumulate_topk": accumulate_topk,
     "gather_scatter": gather_scatter,
     "sparse_adamw": sparse_adamw,
 }
