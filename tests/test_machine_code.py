@@ -34,6 +34,10 @@ needs_cuda = pytest.mark.skipif(
 
 ARCHITECTURES = re.findall(r"sm_\d+", BUILT)
 
+#: The generations whose instructions are read, which takes a while; the compiler's report of
+#: registers and stack is read for all.
+DISASSEMBLED = ("sm_80", "sm_90", "sm_100")
+
 #: Kernel -> what its machine code must hold: the wide loads and stores that it was designed around.
 #: STG and LDG are global memory; 128 is the width in bits.
 WIDE = {
@@ -63,9 +67,8 @@ def resources(architecture: str) -> dict[str, dict[str, int]]:
     }
 
 
-@functools.cache
 def machine_code(architecture: str) -> dict[str, str]:
-    """Kernel -> its instructions."""
+    """Kernel -> its instructions; takes some seconds."""
     pieces = re.split(r"Function : (\S+)", cuobjdump("-sass", "-arch", architecture))
     return dict(zip(pieces[1::2], pieces[2::2], strict=True))
 
@@ -78,47 +81,38 @@ def kernels_in_source() -> set[str]:
 
 
 @needs_cuda
-def test_every_listed_architecture_has_machine_code_and_the_newest_ptx():
-    assert BUILT.split(": ")[1] == ("sm_80 sm_86 sm_89 sm_90 sm_100 sm_120, PTX of compute_120")
-    for architecture in ARCHITECTURES:
-        assert machine_code(architecture), architecture
-    assert ".target sm_120" in cuobjdump("-ptx")
+def test_the_library_holds_ptx_of_the_newest_architecture():
+    newest = BUILT.rpartition("compute_")[2]
+    assert f".target sm_{newest}" in cuobjdump("-ptx")
 
 
 @needs_cuda
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_kernel_of_the_sources_is_in_the_library(architecture):
-    compiled = " ".join(machine_code(architecture))
+    compiled = " ".join(resources(architecture))
     assert [name for name in kernels_in_source() if name not in compiled] == []
 
 
 @needs_cuda
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_no_kernel_spills_or_needs_a_stack(architecture):
+    assert resources(architecture)
     wrong = {
         name: usage
         for name, usage in resources(architecture).items()
         if usage["STACK"] > 0 or usage["LOCAL"] > 0
     }
     assert wrong == {}
-    assert resources(architecture)
 
 
 @needs_cuda
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("kernel", WIDE)
-def test_wide_loads_are_there(architecture, kernel):
-    codes = {name: code for name, code in machine_code(architecture).items() if kernel in name}
-    assert codes
-    narrow = [name for name, code in codes.items() if not re.search(WIDE[kernel], code)]
-    assert narrow == []
-
-
-@needs_cuda
-def test_no_kernel_uses_the_local_memory_instructions_of_spills():
-    for architecture in ARCHITECTURES:
-        for name, code in machine_code(architecture).items():
-            assert not re.search(r"\b(LDL|STL)\b", code), (architecture, name)
+@pytest.mark.parametrize("architecture", [sm for sm in ARCHITECTURES if sm in DISASSEMBLED])
+def test_wide_loads_are_there(architecture):
+    codes = machine_code(architecture)
+    for kernel, pattern in WIDE.items():
+        own = {name: code for name, code in codes.items() if kernel in name}
+        assert own, kernel
+        assert [name for name, code in own.items() if not re.search(pattern, code)] == []
 
 
 # Triton -------------------------------------------------------------------------------------------
