@@ -36,8 +36,9 @@ loads would be the bound, entries share rows, and the product is faster than eit
 
 **Sampled or dense.** The sampled ways also save memory: the dense one keeps the whole input for
 backward, not C columns of it, and makes a gradient of the size of the weight. That is taken to be
-worth a factor :data:`MEMORY_IS_WORTH` of time, unless most of the weight is selected. At attach time T is not known; the model takes
-:data:`TOKENS`, and adds what launches cost, which is all the cost of small layers.
+worth a factor :data:`MEMORY_IS_WORTH` of time, unless most of the weight is selected. At attach
+time T is not known; the model takes :data:`TOKENS`, and adds what launches cost, which is all the
+cost of small layers. For 3072 x 768 in bf16 the border is at about 2% of a uniform mask.
 """
 
 from __future__ import annotations

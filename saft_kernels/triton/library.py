@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from saft_kernels import backends, ops
-from saft_kernels.triton import gather_scatter
+from saft_kernels.triton import gather_scatter, sampled_embedding, sampled_grad
 
 NAMESPACE = "saft_triton"
 
@@ -16,6 +16,9 @@ NAMESPACE = "saft_triton"
 IMPLEMENTATIONS = {
     "gather": gather_scatter.gather,
     "scatter_": gather_scatter.scatter_,
+    "pack_columns": sampled_grad.pack_columns,
+    "sampled_grad": sampled_grad.sampled_grad,
+    "sampled_embedding_grad": sampled_embedding.sampled_embedding_grad,
 }
 
 
