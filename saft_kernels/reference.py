@@ -172,7 +172,7 @@ def sparse_adamw_(
         scatter_(param, index, w.to(param.dtype))
 
 
-def pack_columns(x: Tensor, columns: Tensor) -> Tensor:
+def pack_columns(x: Tensor, columns: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """The named columns of ``x``, the last possible one being ones, 16 tokens side by side."""
     tokens, width = x.shape
     if columns.numel() and int(columns[-1]) > width:
@@ -180,11 +180,16 @@ def pack_columns(x: Tensor, columns: Tensor) -> Tensor:
     chosen = torch.cat([x, x.new_ones(tokens, 1)], 1)[:, columns.long()]
     blocks = -(-tokens // TOKENS)
     padded = torch.cat([chosen, chosen.new_zeros(blocks * TOKENS - tokens, columns.numel())])
-    return padded.view(blocks, TOKENS, columns.numel()).transpose(1, 2).contiguous()
+    return padded.view(blocks, TOKENS, columns.numel()).transpose(1, 2).contiguous().to(dtype)
 
 
 def sampled_grad(
-    packed: Tensor, grad_output: Tensor, rows: Tensor, offsets: Tensor, columns: Tensor
+    packed: Tensor,
+    grad_output: Tensor,
+    rows: Tensor,
+    offsets: Tensor,
+    columns: Tensor,
+    product: bool,  # a matter of speed
 ) -> Tensor:
     """``(grad_output.T @ x)[row, column]`` of every entry, x being what was packed."""
     tokens = grad_output.shape[0]

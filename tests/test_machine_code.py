@@ -45,6 +45,9 @@ WIDE = {
     "refill_kernel": r"LDG\.E\.128",
     "move_kernel": r"LDG\.E\.128",
     "step_kernel": r"LDG\.E\.128(.|\n)*STG\.E\.128",
+    "pack_kernel": r"STG\.E\.128",
+    "entries_kernel": r"LDG\.E\.128",
+    "product_kernel": r"LDG\.E\.(64|128)",
 }
 
 
@@ -107,12 +110,15 @@ def test_no_kernel_spills_or_needs_a_stack(architecture):
 
 @needs_cuda
 @pytest.mark.parametrize("architecture", [sm for sm in ARCHITECTURES if sm in DISASSEMBLED])
-def test_wide_loads_are_there(architecture):
+def test_wide_loads_and_tensor_cores_are_there(architecture):
     codes = machine_code(architecture)
     for kernel, pattern in WIDE.items():
         own = {name: code for name, code in codes.items() if kernel in name}
         assert own, kernel
         assert [name for name, code in own.items() if not re.search(pattern, code)] == []
+    tiles = {name: "HMMA.16816.F32" in code for name, code in codes.items() if "product" in name}
+    assert len(tiles) == 4
+    assert tiles == {name: "bfloat16" in name or "half" in name for name in tiles}, "tensor cores"
 
 
 # Triton -------------------------------------------------------------------------------------------
@@ -155,10 +161,27 @@ def sparse_adamw(dtype: torch.dtype) -> None:
         )  # fmt: skip
 
 
+def sampled_grad(dtype: torch.dtype) -> None:
+    operations = library.operations()
+    columns, rows, offsets, of_entry = (
+        torch.tensor(vector, dtype=torch.int32) for vector in ([0, 2], [0, 1], [0, 1, 3], [0, 0, 1])
+    )
+    x, dy = torch.zeros(300, 3, dtype=dtype), torch.zeros(300, 3, dtype=dtype)
+    for strided_x, strided_dy in ((x, dy), (x.t().contiguous().t(), dy.t().contiguous().t())):
+        packed = operations.pack_columns(strided_x, columns, None)
+        for product in (False, True):
+            operations.sampled_grad(packed, strided_dy, rows, offsets, of_entry, product)
+    if dtype != torch.float32:
+        operations.pack_columns(x.float(), columns, dtype)
+    tokens = torch.zeros(300, dtype=torch.int64)
+    operations.sampled_embedding_grad(tokens, dy, rows, offsets, of_entry)
+
+
 WORKLOADS: dict[str, Callable[[torch.dtype], None]] = {
     "accumulate_topk": accumulate_topk,
     "gather_scatter": gather_scatter,
     "sparse_adamw": sparse_adamw,
+    "sampled_grad": sampled_grad,
 }
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -202,7 +225,7 @@ def nvidia_stack(compiled: Any) -> Iterator[str]:
 
 def test_every_triton_kernel_is_compiled_by_some_workload():
     folder = Path(library.__file__).parent
-    pattern = r"@triton\.jit\ndef (_\w+_kernel)\("
+    pattern = r"@triton\.jit(?:\([^)]*\))?(?:  # fmt: skip)?\ndef (_\w+_kernel)\("
     written = {
         name for path in folder.glob("*.py") for name in re.findall(pattern, path.read_text())
     }

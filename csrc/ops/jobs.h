@@ -141,7 +141,8 @@ struct PackColumns {
   TokenMajor x;  // its width as a column stands for ones
   const int32_t* columns;
   int64_t n_columns;
-  void* packed;  // [ceil(tokens / kTokens), n_columns, kTokens]
+  FloatType packed_type;  // that of x, or for fp32 any of fp32, bf16, fp16
+  void* packed;           // [ceil(tokens / kTokens), n_columns, kTokens]
 };
 
 // Which entries of a weight are wanted, row by row.
