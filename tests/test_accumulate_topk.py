@@ -17,6 +17,7 @@ import simulated
 from conftest import CPU, GPU, IMPLEMENTATIONS, implementation, operations
 from saft_kernels import backends, layout, ops
 from saft_kernels.layout import COUNT, NONFINITE, THRESHOLD
+from saft_kernels.triton import accumulate_topk as triton_topk
 
 GRAD_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SIZES = (0, 1, 7, 16, 17, 513, 4_003)
@@ -192,6 +193,18 @@ def test_nonfinite_entries_in_a_tensor_that_does_not_fit(device, broken):
         best = cat_of_best([data.where(data.isfinite(), 0.0)], 100)
         assert outcome.nonfinite == 2_000
         assert torch.equal(outcome.positions.cpu(), best)
+
+
+@pytest.mark.parametrize("device", ON_GPU, indirect=True)
+def test_a_refill_of_more_parts_than_blocks(device, request, monkeypatch):
+    monkeypatch.setattr(triton_topk, "REFILL_PROGRAMS", 2)
+    blocks = 1024 if request.node.callspec.params["device"].startswith("cuda") else 2
+    n = (blocks + 1) * BLOCK - 30
+    accs = [torch.ones(10, device=device), torch.zeros(n, device=device)]
+    accs[1][-200:] = 2.0
+    accs[1][:30] = 3.0
+    positions = run(accs, [None, None], k=100, room=20).positions
+    assert torch.equal(positions.cpu(), cat_of_best(accs, 100))
 
 
 @pytest.mark.parametrize("device", ON_GPU, indirect=True)
@@ -473,6 +486,21 @@ def test_wrong_arguments_are_refused(change, message):
     }  # fmt: skip
     with pytest.raises(RuntimeError, match=message):
         ops.accumulate_topk_(**(arguments | change))
+
+
+def test_another_k_than_the_buffer_was_filled_with(device, request):
+    """An error on the CPU; elsewhere the result is undefined, but stays within the buffer."""
+    buffer = new_buffer(5, 3_000, device)
+    ops.accumulate_topk_(
+        torch.arange(2_000.0, device=device), None, 1.0, square=False, key=0, offset=0, k=5,
+        values=buffer.values, positions=buffer.positions, state=buffer.state,
+    )  # fmt: skip
+    if request.node.callspec.params["device"] in CPU:
+        with pytest.raises(RuntimeError, match="kept with another k"):
+            ops.compact_topk_(1_000, buffer.values, buffer.positions, buffer.state)
+    else:
+        ops.compact_topk_(1_000, buffer.values, buffer.positions, buffer.state)
+        assert 0 <= int(buffer.state[COUNT]) <= 3_005
 
 
 def test_opcheck(device):

@@ -70,7 +70,7 @@ __device__ void count_in_histogram(int64_t* state, const Found& found) {
 #pragma unroll
   for (int i = 0; i < kEntries; ++i) {
     const int own_bin = found.bits[i] >> kBinShift;
-    count_each(state + kHistogram, own_bin, found.has(i));
+    count_each(own_bin, found.has(i), [=](int index, int n) { add(state + kHistogram + index, n); });
     above += __popc(__ballot_sync(kWarp, found.has(i) && own_bin >= bin));
   }
   if (threadIdx.x % 32 == 0 && above > 0) add(state + kAbove, above);

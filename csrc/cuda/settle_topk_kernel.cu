@@ -8,13 +8,13 @@
 //   drop:    remove from the buffer, in place, what does not reach the threshold
 //
 // Mostly nothing is to be done: the block reads seven numbers and writes seven. Otherwise it works alone, which is
-// enough for what it has to do. Dropping moves up to 24 bytes per candidate, for d = 0.1% of 150 million parameters
-// 300,000 candidates, 7.2 MB, in steps of 4096 that each wait for memory once: about 1 us a step, 0.1 ms in all, and
-// ten to twenty times in a selection. At d = 10 million it is 240 MB of candidates, 5 ms. A search reads values only
-// (4 bytes), twice at most unless many are equal. It pays for many equal values in a tensor that does not fit:
-// 4 bytes for each of its elements and each digit, at most 9, at the 50 to 100 GB/s of one SM; 100 MB of zeros that
-// come first take 10 ms, once. cub's device-wide algorithms would need their sizes on the host, a synchronisation in
-// every call, and memory for a second copy of the candidates.
+// enough for what it has to do (times are estimates for an H100). Dropping moves up to 24 bytes per candidate, for
+// d = 0.1% of 150 million parameters 300,000 candidates, 7.2 MB, in steps of 4096 that each wait for memory once: about
+// 1 us a step, 0.1 ms in all, and ten to twenty times in a selection. At d = 10 million it is 240 MB of candidates, 5
+// ms. A search reads values (4 bytes), twice at most unless many are equal. It pays for many equal values in a tensor
+// that does not fit: 4 bytes for each of its elements and each digit, at most 9, at the 50 to 100 GB/s of one SM; 100
+// MB of zeros that come first take 10 ms, once. cub's device-wide algorithms would need their sizes on the host, a
+// synchronisation in every call, and memory for a second copy of the candidates.
 //
 // Within the block every thread keeps its own copy of the state; the copies stay equal, and thread 0 writes them back.
 
@@ -36,9 +36,22 @@ static_assert(kDigits <= kThreads);
 
 using BlockScan = cub::BlockScan<int64_t, kThreads, cub::BLOCK_SCAN_WARP_SCANS>;
 
+// Counters of 64 bits in shared memory, which has atomics of 32.
+struct Counts {
+  unsigned low[kDigits];
+  unsigned high[kDigits];
+
+  __device__ void add(int i, unsigned n) {
+    const unsigned before = atomicAdd(low + i, n);
+    if (before + n < before) atomicAdd(high + i, 1u);
+  }
+
+  __device__ int64_t operator[](int i) const { return int64_t{high[i]} << 32 | low[i]; }
+};
+
 struct Shared {
   BlockScan::TempStorage scan;
-  int64_t counts[kDigits];
+  Counts counts;
   // What one thread found for all.
   int64_t passed;
   int digit;
@@ -77,7 +90,7 @@ struct Bound {
 // Counts the next digit of every candidate that has the bound's known bits.
 template <typename PositionOf>
 __device__ void count_digits(const Bound& bound, int shift, const float* values, int64_t n, PositionOf position_of,
-                             int64_t* counts) {
+                             Counts& counts) {
   for (int64_t start = 0; start < n; start += kStep) {
     const int64_t first = start + threadIdx.x * kEntries;
     const int count = entries_from(first, n);
@@ -92,7 +105,7 @@ __device__ void count_digits(const Bound& bound, int shift, const float* values,
         matches = bound.matches_place(place);
         digits = place >> shift;
       }
-      count_each(counts, static_cast<int>(digits & (kDigits - 1)), matches);
+      count_each(static_cast<int>(digits & (kDigits - 1)), matches, [&](int digit, int n) { counts.add(digit, n); });
     }
   }
 }
@@ -103,7 +116,7 @@ __device__ int64_t add_digit(Bound& bound, int64_t& rank, const Scan& scan, int6
                              const TopkBuffer& buffer, int64_t n, Shared& shared) {
   const bool in_bits = bound.bits_unknown > 0;
   const int shift = max((in_bits ? bound.bits_unknown : bound.place_unknown) - kDigitBits, 0);
-  if (threadIdx.x < kDigits) shared.counts[threadIdx.x] = 0;
+  if (threadIdx.x < kDigits) shared.counts.low[threadIdx.x] = shared.counts.high[threadIdx.x] = 0;
   if (threadIdx.x == 0) shared.digit = 0, shared.above = 0, shared.within = 0;
   __syncthreads();
   count_digits(bound, shift, buffer.values, n, [&](int64_t i) { return buffer.positions[i]; }, shared.counts);

@@ -46,13 +46,14 @@ __device__ inline unsigned lanes_below() {
   return (1u << (threadIdx.x % 32)) - 1;
 }
 
-// ++counters[index] for every lane that is active, by one atomic for each index: neighbours often have the same one.
-// To be called by whole warps.
-__device__ inline void count_each(int64_t* counters, int index, bool active) {
+// add(index, how many lanes have it) for every index of an active lane, once for each: neighbours often have the same
+// one. To be called by whole warps.
+template <typename Add>
+__device__ void count_each(int index, bool active, Add add) {
   const unsigned lanes = __ballot_sync(kWarp, active);
   if (!active) return;
   const unsigned peers = __match_any_sync(lanes, index);
-  if ((peers & lanes_below()) == 0) add(counters + index, __popc(peers));
+  if ((peers & lanes_below()) == 0) add(index, __popc(peers));
 }
 
 // A thread's consecutive elements of a tensor, of which those whose bit is set in `chosen` are candidates.
