@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saft_kernels import backends, index_values, reference
+from saft_kernels import backends, cost_model, index_values, reference
 from saft_kernels.layout import TOKENS
 
 #: What weights and gradients may be; anything else is converted first.
@@ -305,16 +305,18 @@ def _fit(indices: Tensor, bounds: Sequence[int], params: Sequence[Tensor]) -> bo
 # 4 ----------------------------------------------------------------------------- sampled_grad
 
 
-def pack_columns(x: Tensor, columns: Tensor) -> Tensor:
+def pack_columns(x: Tensor, columns: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """What :func:`sampled_grad` needs of a layer's input: the columns that selected entries use.
 
     Args:
         x: [T, I] (tokens, input features), fp32, bf16, fp16 or fp64, any strides.
         columns: int32 [C], strictly increasing, within [0, I]. Column I is a column of ones: its
             entries get the gradient of the bias.
+        dtype: of the result; that of ``x`` if None. An fp32 ``x`` may be packed as bf16 or fp16,
+            rounded as ``x.to(dtype)`` rounds, in the same pass.
 
     Returns:
-        [ceil(T / 16), C, 16], the dtype of ``x``: 16 tokens of a column side by side, zeros behind
+        [ceil(T / 16), C, 16]: 16 tokens of a column side by side, zeros behind
         the last token.
 
     Raises:
@@ -323,18 +325,26 @@ def pack_columns(x: Tensor, columns: Tensor) -> Tensor:
     backend = backends.resolve(x.device)
     if backend in backends.GPU and x.dim() == 2:
         index_values.require_increasing(columns, [x.shape[1] + 1], "columns")
-    packed: Tensor = _implementation("pack_columns", backend)(x, columns)
+    packed: Tensor = _implementation("pack_columns", backend)(x, columns, dtype)
     return packed
 
 
 _fake(
     "pack_columns",
-    lambda x, columns: x.new_empty((x.shape[0] + TOKENS - 1) // TOKENS, columns.shape[0], TOKENS),
+    lambda x, columns, dtype=None: x.new_empty(
+        (x.shape[0] + TOKENS - 1) // TOKENS, columns.shape[0], TOKENS, dtype=dtype
+    ),
 )
 
 
 def sampled_grad(
-    packed: Tensor, grad_output: Tensor, rows: Tensor, offsets: Tensor, columns: Tensor
+    packed: Tensor,
+    grad_output: Tensor,
+    rows: Tensor,
+    offsets: Tensor,
+    columns: Tensor,
+    *,
+    product: bool | None = None,
 ) -> Tensor:
     """The weight gradient of a linear layer, at selected entries only (a sampled product, SDDMM).
 
@@ -352,10 +362,14 @@ def sampled_grad(
         rows: int32 [R], strictly increasing rows of W that have entries.
         offsets: int32 [R + 1], rising from 0 to n.
         columns: int32 [n], within [0, C).
+        product: whether a GPU computes tiles of the product over the used rows and columns and
+            picks the entries from them, which is faster where entries share rows and columns, or
+            entry by entry; None: what :mod:`saft_kernels.cost_model` predicts to be faster. Only
+            the order of sums differs. A CPU has one way.
 
     Returns:
         [n], fp32 (fp64 for fp64 inputs), in which it was summed. The bits do not depend on the
-        number of threads.
+        number of threads, nor on which GPU it is.
 
     Raises:
         RuntimeError: if a shape or dtype does not fit or an index is out of range.
@@ -363,15 +377,19 @@ def sampled_grad(
     backend = backends.resolve(grad_output.device)
     if backend in backends.GPU and grad_output.dim() == 2 and packed.dim() == 3:
         _require_plan(rows, grad_output.shape[1], offsets, columns, packed.shape[1])
+        if product is None and grad_output.dtype in cost_model.DTYPES:
+            product = cost_model.prefers_product(
+                columns.shape[0], rows.shape[0], packed.shape[1], grad_output.dtype
+            )
     grad: Tensor = _implementation("sampled_grad", backend)(
-        packed, grad_output, rows, offsets, columns
+        packed, grad_output, rows, offsets, columns, bool(product)
     )
     return grad
 
 
 _fake(
     "sampled_grad",
-    lambda packed, grad_output, rows, offsets, columns: grad_output.new_empty(
+    lambda packed, grad_output, rows, offsets, columns, product: grad_output.new_empty(
         columns.shape, dtype=torch.promote_types(grad_output.dtype, torch.float32)
     ),
 )

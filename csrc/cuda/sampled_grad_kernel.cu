@@ -1,307 +1,183 @@
-// for each selected entry e = (o, i):   grad[e] = sum over t of dy[t, o] * x[t, i]
+// pack:     packed[b, c, t] = x[16 b + t, columns[c]]
+// entries:  grad[e] = sum over t of dy[t, row of e] * x[t, column of e]
 //
-// Two ways, of which the plan decides (saft_kernels/cost_model.py has the model, in seconds per token):
+// Bytes, for T tokens, C packed columns, R used rows, n entries and b bytes per number. Packing reads the sectors of x
+// that hold a used column (all of x where C is near I) and writes T C b. The sum reads the sectors of dy that hold a
+// used row and T C b of packed columns from memory, once as long as L2 holds what the entries of a part share; from L2
+// each entry reads T b of its column. For a matrix of 3072 x 768 in bf16, T = 12,800 and one entry in a thousand
+// (n = 2,359, R = 1,640, C = 733) on an H100 (3.35 TB/s; all predicted, nothing measured):
 //
-// entries: a thread per entry. Entries are sorted by row, so the 32 of a warp read a short piece of dy[t, :] for every
-// token, a few sectors of 32 bytes; of x each reads the 16 tokens of its packed column, whole sectors of its own. An
-// entry thus costs about b + 4 bytes of L2 traffic per token of b bytes, and hardly any arithmetic. A 3072 x 768 layer
-// at 0.1% (2,359 entries, uniform) in bf16 with 128 x 197 tokens reads 155 MB of dy and 39 MB of x through HBM, 58 us
-// at 3.35 TB/s, and moves 357 MB out of L2.
+//   pack     20 MB read, 19 MB written                                       12 us
+//   entries  79 MB of dy and 19 MB of columns, 60 MB of columns from L2      29 us
 //
-// product: if entries share rows and columns, the dense product over those alone, in tiles of 64 rows and 64 columns,
-// on tensor cores for 16-bit types: 128 b bytes per tile and token, however many entries a tile has. Of each tile only
-// the entries are written.
-//
-// Tokens are split into parts whose sums are added in order afterwards: a layer has few entries, a GPU many threads.
-//
-// A transposition of the needed rows of dy beforehand would make every entry a product of two contiguous vectors, but
-// reads and writes those rows once more (2 b bytes per row and token), while the pieces that warps read are contiguous
-// enough already.
+// A warp's 32 entries are neighbours in row order, so that for one token they read a short piece of dy: one load of a
+// few sectors. 16 tokens of a packed column are whole sectors, loaded as 16-byte pieces.
 
-#include "numbers.cuh"
 #include "sampled_grad_kernel.h"
-#include "tile_product.cuh"
+#include "sums.cuh"
 
 namespace saft::cuda {
 namespace {
 
 constexpr int kThreads = 128;
 
-// Products are summed in fp32, in fp64 for fp64.
-template <typename T>
-using Sum = decltype(to_float(T{}));
-
-constexpr int64_t kWarps = 4096;       // that keep a GPU busy: about as many as an H100 holds
-constexpr int64_t kBlocksPerPart = 8;  // token blocks, at least: fewer are not worth a sum of their own
-
-// Mirrored in saft_kernels/cost_model.py: the number of entries per tile from which the product is the faster way.
-constexpr int64_t kCrowdedTile16 = 64;   // 16-bit types, on tensor cores
-constexpr int64_t kCrowdedTile32 = 128;  // fp32 and fp64
-
 // Packing ------------------------------------------------------------------------------------------------------------
 
-template <typename T>
-__global__ void __launch_bounds__(kThreads) pack_kernel(const __grid_constant__ PackColumns job, int64_t items) {
-  const int64_t item = int64_t{blockIdx.x} * kThreads + threadIdx.x;
-  if (item >= items) return;
-  const int64_t first = item / job.n_columns * kTokens;
-  const int64_t column = job.columns[item % job.n_columns];
+template <typename P, typename T>
+__device__ inline P packed_as(T x) {
+  if constexpr (sizeof(P) == sizeof(T))
+    return x;
+  else
+    return from_float<P>(x);
+}
+
+// One thread per token block and column, columns first.
+template <typename T, typename P>
+__global__ void __launch_bounds__(kThreads) pack_kernel(const __grid_constant__ PackColumns job, unsigned chunks) {
+  const int64_t c = int64_t{blockIdx.x % chunks} * kThreads + threadIdx.x;
+  const int64_t block = blockIdx.x / chunks;
+  if (c >= job.n_columns) return;
   const TokenMajor& x = job.x;
-  const int tokens = static_cast<int>(min(x.tokens - first, kTokens));
-  const bool ones = column == x.width;
-  const T* from = static_cast<const T*>(x.data) + first * x.token_stride + column * x.column_stride;
-  Column<T> out;
+  const int64_t first = block * kTokens, left = x.tokens - first, column = job.columns[c];
+  P values[kTokens];
+  if (column == x.width) {
 #pragma unroll
-  for (int t = 0; t < kTokens; ++t)
-    out.at[t] = t >= tokens ? from_float<T>(0) : ones ? from_float<T>(1) : from[t * x.token_stride];
-  static_cast<Column<T>*>(job.packed)[item] = out;
+    for (int t = 0; t < kTokens; ++t) values[t] = from_float<P>(t < left ? 1.0f : 0.0f);
+  } else {
+    T loaded[kTokens];
+    load_tokens(static_cast<const T*>(x.data) + first * x.token_stride + column * x.column_stride, x.token_stride, left,
+                loaded);
+#pragma unroll
+    for (int t = 0; t < kTokens; ++t) values[t] = packed_as<P>(loaded[t]);
+  }
+  store_pieces(static_cast<P*>(job.packed) + (block * job.n_columns + c) * kTokens, values);
 }
 
-template <typename T>
-cudaError_t launch_pack(const PackColumns& job, cudaStream_t stream) {
-  const int64_t items = ceil_div(job.x.tokens, kTokens) * job.n_columns;
-  if (items == 0) return cudaSuccess;
-  pack_kernel<T><<<static_cast<unsigned>(ceil_div(items, kThreads)), kThreads, 0, stream>>>(job, items);
+template <typename T, typename P = T>
+cudaError_t pack(const PackColumns& job, cudaStream_t stream) {
+  const int64_t blocks = ceil_div(job.x.tokens, kTokens), chunks = ceil_div(job.n_columns, kThreads);
+  if (blocks * chunks == 0) return cudaSuccess;
+  pack_kernel<T, P>
+      <<<static_cast<unsigned>(blocks * chunks), kThreads, 0, stream>>>(job, static_cast<unsigned>(chunks));
   return cudaGetLastError();
-}
-
-// The parts of the tokens --------------------------------------------------------------------------------------------
-
-// Blocks of tokens that belong to a part.
-struct Range {
-  int64_t begin;
-  int64_t end;
-};
-
-__device__ Range blocks_of_part(int64_t tokens, int part, int parts) {
-  const int64_t blocks = ceil_div(tokens, kTokens);
-  return {blocks * part / parts, blocks * (part + 1) / parts};
-}
-
-template <typename S>
-__global__ void __launch_bounds__(kThreads)
-    add_parts_kernel(const S* __restrict__ partial, S* __restrict__ grad, int64_t n, int parts) {
-  const int64_t e = int64_t{blockIdx.x} * kThreads + threadIdx.x;
-  if (e >= n) return;
-  S sum = partial[e];
-  for (int part = 1; part < parts; ++part) sum += partial[part * n + e];
-  grad[e] = sum;
 }
 
 // Entry by entry -----------------------------------------------------------------------------------------------------
 
-// The number of the row that holds entry e: the last whose first entry is not behind it.
-__device__ int64_t row_of(const RowPlan& plan, int64_t e) {
-  int64_t low = 0, high = plan.n_rows;
-  while (high - low > 1) {
-    const int64_t middle = (low + high) / 2;
-    if (plan.offsets[middle] <= e)
-      low = middle;
-    else
-      high = middle;
-  }
-  return low;
-}
+constexpr int kChains = 4;  // sums of a thread that do not wait for each other
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads) entries_kernel(const __grid_constant__ SampledGrad job, Sum<T>* out) {
+__global__ void __launch_bounds__(kThreads)
+    entries_kernel(const __grid_constant__ SampledGrad job, int64_t blocks_of_part) {
+  using S = Sum<T>;
   const int64_t e = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   if (e >= job.plan.n) return;
   const TokenMajor& dy = job.grad_output;
-  const auto* packed = static_cast<const Column<T>*>(job.packed) + job.plan.columns[e];
-  const T* row = static_cast<const T*>(dy.data) + job.plan.rows[row_of(job.plan, e)] * dy.column_stride;
-  const Range part = blocks_of_part(dy.tokens, static_cast<int>(blockIdx.y), static_cast<int>(gridDim.y));
-  Sum<T> sums[4] = {};  // so that a product need not wait for the sum before it
-  for (int64_t block = part.begin; block < part.end; ++block) {
-    const Column<T> x = packed[block * job.n_columns];
-    const T* from = row + block * kTokens * dy.token_stride;
-    const int64_t left = dy.tokens - block * kTokens;
+  const int64_t row = job.plan.rows[row_of(job.plan, e)];
+  const T* __restrict__ of_row = static_cast<const T*>(dy.data) + row * dy.column_stride;
+  const T* __restrict__ packed = static_cast<const T*>(job.packed) + int64_t{job.plan.columns[e]} * kTokens;
+  const int64_t first = int64_t{blockIdx.y} * blocks_of_part;
+  const int64_t end = min(first + blocks_of_part, ceil_div(dy.tokens, kTokens));
+  S sums[kChains] = {};
+  for (int64_t block = first; block < end; ++block) {
+    T g[kTokens], x[kTokens];
+    load_pieces(packed + block * job.n_columns * kTokens, x);
+    load_tokens(of_row + block * kTokens * dy.token_stride, dy.token_stride, dy.tokens - block * kTokens, g);
 #pragma unroll
     for (int t = 0; t < kTokens; ++t)
-      if (t < left) sums[t % 4] = fma(to_float(from[t * dy.token_stride]), to_float(x.at[t]), sums[t % 4]);
+      sums[t % kChains] = multiply_add(to_float(g[t]), to_float(x[t]), sums[t % kChains]);
   }
-  out[blockIdx.y * job.plan.n + e] = (sums[0] + sums[2]) + (sums[1] + sums[3]);
+  static_cast<S*>(job.grad)[blockIdx.y * job.plan.n + e] = (sums[0] + sums[2]) + (sums[1] + sums[3]);
 }
 
 template <typename T>
-void launch_entries(const SampledGrad& job, int parts, void* out, cudaStream_t stream) {
-  const dim3 grid(static_cast<unsigned>(ceil_div(job.plan.n, kThreads)), parts);
-  entries_kernel<T><<<grid, kThreads, 0, stream>>>(job, static_cast<Sum<T>*>(out));
-}
-
-// As a product -------------------------------------------------------------------------------------------------------
-
-template <typename T>
-__global__ void __launch_bounds__(kTileThreads) product_kernel(const __grid_constant__ SampledGrad job, Sum<T>* out) {
-  __shared__ TileMemory<T, Sum<T>> memory;
-  const int64_t first_row = int64_t{blockIdx.y} * kTile, first_column = int64_t{blockIdx.x} * kTile;
-  const Range part = blocks_of_part(job.grad_output.tokens, static_cast<int>(blockIdx.z), static_cast<int>(gridDim.z));
-  TileSums<T, Sum<T>> sums;
-  for (int64_t block = part.begin; block < part.end; block += kTileBlocks) {
-    load_rows(job, first_row, block, part.end, memory.rows);
-    load_columns(job, first_column, block, part.end, memory.columns);
-    __syncthreads();
-    sums.add_products(memory);
-    __syncthreads();
-  }
-  sums.store(memory.products);
-  __syncthreads();
-
-  // A warp per row writes those of its entries that lie in the tile.
-  const int64_t last_row = min(first_row + kTile, job.plan.n_rows);
-  for (int64_t j = first_row + threadIdx.x / 32; j < last_row; j += kTileThreads / 32) {
-    for (int64_t e = job.plan.offsets[j] + threadIdx.x % 32; e < job.plan.offsets[j + 1]; e += 32) {
-      const int64_t column = job.plan.columns[e] - first_column;
-      if (column >= 0 && column < kTile) out[blockIdx.z * job.plan.n + e] = memory.products[j - first_row][column];
-    }
-  }
-}
-
-int64_t tiles_of(const SampledGrad& job) {
-  return ceil_div(job.plan.n_rows, kTile) * ceil_div(job.n_columns, kTile);
-}
-
-template <typename T>
-void launch_product(const SampledGrad& job, int parts, void* out, cudaStream_t stream) {
-  const dim3 grid(static_cast<unsigned>(ceil_div(job.n_columns, kTile)),
-                  static_cast<unsigned>(ceil_div(job.plan.n_rows, kTile)), parts);
-  product_kernel<T><<<grid, kTileThreads, 0, stream>>>(job, static_cast<Sum<T>*>(out));
-}
-
-// Both ---------------------------------------------------------------------------------------------------------------
-
-template <typename T>
-cudaError_t launch_grad(const SampledGrad& job, SampledStrategy strategy, void* partial, cudaStream_t stream) {
-  const int64_t n = job.plan.n;
-  if (n == 0) return cudaSuccess;
-  void* const out = strategy.parts > 1 ? partial : job.grad;
-  if (strategy.product)
-    launch_product<T>(job, strategy.parts, out, stream);
-  else
-    launch_entries<T>(job, strategy.parts, out, stream);
-  if (const cudaError_t status = cudaGetLastError(); status != cudaSuccess || strategy.parts == 1) return status;
-  add_parts_kernel<<<static_cast<unsigned>(ceil_div(n, kThreads)), kThreads, 0, stream>>>(
-      static_cast<const Sum<T>*>(partial), static_cast<Sum<T>*>(job.grad), n, strategy.parts);
+cudaError_t entries(const SampledGrad& job, TokenParts parts, cudaStream_t stream) {
+  if (job.plan.n == 0) return cudaSuccess;
+  const dim3 grid(static_cast<unsigned>(ceil_div(job.plan.n, kThreads)), static_cast<unsigned>(parts.count));
+  entries_kernel<T><<<grid, kThreads, 0, stream>>>(job, parts.blocks);
   return cudaGetLastError();
 }
 
-// Embeddings ---------------------------------------------------------------------------------------------------------
+// Parts --------------------------------------------------------------------------------------------------------------
 
-__global__ void __launch_bounds__(kThreads)
-    find_rows_kernel(const __grid_constant__ SampledEmbeddingGrad job, int32_t* __restrict__ found) {
-  const int64_t t = int64_t{blockIdx.x} * kThreads + threadIdx.x;
-  if (t >= job.grad_output.tokens) return;
-  const int64_t token = job.tokens[t];
-  int64_t low = 0, high = job.plan.n_rows;
-  while (low < high) {
-    const int64_t middle = (low + high) / 2;
-    if (job.plan.rows[middle] < token)
-      low = middle + 1;
-    else
-      high = middle;
-  }
-  const bool has_row = low < job.plan.n_rows && job.plan.rows[low] == token;
-  found[t] = static_cast<int32_t>(has_row ? low : job.plan.n_rows);
-}
+constexpr int kGroup = 32;  // entries of a thread block
+constexpr int kGroups = 8;  // that share the parts of an entry
 
-// The first place at which sorted[place] >= row.
-__device__ int64_t lower_bound(const int32_t* sorted, int64_t n, int64_t row) {
-  int64_t low = 0, high = n;
-  while (low < high) {
-    const int64_t middle = (low + high) / 2;
-    if (sorted[middle] < row)
-      low = middle + 1;
-    else
-      high = middle;
-  }
-  return low;
-}
-
-// A warp per entry: lanes take the row's tokens in turns, and their sums are added pairwise.
-template <typename T>
-__global__ void __launch_bounds__(kThreads)
-    embedding_kernel(const __grid_constant__ SampledEmbeddingGrad job, const int32_t* __restrict__ found,
-                     const int64_t* __restrict__ order, Sum<T>* __restrict__ grad) {
-  const int64_t e = (int64_t{blockIdx.x} * kThreads + threadIdx.x) / 32;
-  if (e >= job.plan.n) return;
-  const TokenMajor& dy = job.grad_output;
-  const int64_t row = row_of(job.plan, e);
-  const T* column = static_cast<const T*>(dy.data) + job.plan.columns[e] * dy.column_stride;
-  const int64_t end = lower_bound(found, dy.tokens, row + 1);
-  Sum<T> sum = 0;
-  for (int64_t i = lower_bound(found, dy.tokens, row) + threadIdx.x % 32; i < end; i += 32)
-    sum += to_float(column[order[i] * dy.token_stride]);
+// Thread (e, k) adds the parts k, k + 8, k + 16 ... of entry e, and then the eight are added in order.
+template <typename S>
+__global__ void __launch_bounds__(kGroup* kGroups)
+    sum_parts_kernel(const S* __restrict__ sums, int64_t parts, int64_t n, S* __restrict__ grad) {
+  __shared__ S of_group[kGroups][kGroup];
+  const int64_t e = int64_t{blockIdx.x} * kGroup + threadIdx.x;
+  S sum = 0;
+  if (e < n)
+    for (int64_t part = threadIdx.y; part < parts; part += kGroups) sum += sums[part * n + e];
+  of_group[threadIdx.y][threadIdx.x] = sum;
+  __syncthreads();
+  if (threadIdx.y > 0 || e >= n) return;
 #pragma unroll
-  for (int distance = 16; distance > 0; distance /= 2) sum += __shfl_down_sync(~0u, sum, distance);
-  if (threadIdx.x % 32 == 0) grad[e] = sum;
+  for (int k = 1; k < kGroups; ++k) sum += of_group[k][threadIdx.x];
+  grad[e] = sum;
 }
 
-template <typename T>
-cudaError_t launch_embedding(const SampledEmbeddingGrad& job, const int32_t* found, const int64_t* order,
-                             cudaStream_t stream) {
-  if (job.plan.n == 0) return cudaSuccess;
-  const auto blocks = static_cast<unsigned>(ceil_div(job.plan.n * 32, kThreads));
-  embedding_kernel<T><<<blocks, kThreads, 0, stream>>>(job, found, order, static_cast<Sum<T>*>(job.grad));
+template <typename S>
+cudaError_t sum_parts(const void* sums, int64_t parts, int64_t n, void* grad, cudaStream_t stream) {
+  if (n == 0) return cudaSuccess;
+  sum_parts_kernel<S><<<static_cast<unsigned>(ceil_div(n, kGroup)), dim3(kGroup, kGroups), 0, stream>>>(
+      static_cast<const S*>(sums), parts, n, static_cast<S*>(grad));
   return cudaGetLastError();
 }
 
 }  // namespace
 
-SampledStrategy strategy_of(const SampledGrad& job) {
-  const FloatType type = job.grad_output.type;
-  const bool narrow = type == FloatType::bf16 || type == FloatType::fp16;
-  const bool product = job.plan.n >= tiles_of(job) * (narrow ? kCrowdedTile16 : kCrowdedTile32) && job.plan.n > 0;
-  const int64_t warps = product ? tiles_of(job) * (kTileThreads / 32) : ceil_div(job.plan.n, 32);
-  const int64_t most = job.grad_output.tokens / (kTokens * kBlocksPerPart);
-  const int64_t parts = warps == 0 || most < 1 ? 1 : kWarps / warps < most ? kWarps / warps : most;
-  return {product, static_cast<int>(parts < 1 ? 1 : parts)};
-}
-
-cudaError_t launch_pack_columns(const PackColumns& job, cudaStream_t stream) {
-  switch (job.x.type) {
+cudaError_t launch_pack(const PackColumns& job, cudaStream_t stream) {
+  switch (job.packed_type) {
     case FloatType::bf16:
-      return launch_pack<BFloat16>(job, stream);
+      return job.x.type == FloatType::bf16 ? pack<BFloat16>(job, stream) : pack<float, BFloat16>(job, stream);
     case FloatType::fp16:
-      return launch_pack<Half>(job, stream);
+      return job.x.type == FloatType::fp16 ? pack<Half>(job, stream) : pack<float, Half>(job, stream);
     case FloatType::fp64:
-      return launch_pack<double>(job, stream);
+      return pack<double>(job, stream);
     default:
-      return launch_pack<float>(job, stream);
+      return pack<float>(job, stream);
   }
 }
 
-cudaError_t launch_sampled_grad(const SampledGrad& job, SampledStrategy strategy, void* partial, cudaStream_t stream) {
+TokenParts parts_of_entries(const SampledGrad& job) {
+  return token_parts(job.grad_output.tokens, ceil_div(job.plan.n, 32));
+}
+
+cudaError_t launch_entries(const SampledGrad& job, TokenParts parts, cudaStream_t stream) {
   switch (job.grad_output.type) {
     case FloatType::bf16:
-      return launch_grad<BFloat16>(job, strategy, partial, stream);
+      return entries<BFloat16>(job, parts, stream);
     case FloatType::fp16:
-      return launch_grad<Half>(job, strategy, partial, stream);
+      return entries<Half>(job, parts, stream);
     case FloatType::fp64:
-      return launch_grad<double>(job, strategy, partial, stream);
+      return entries<double>(job, parts, stream);
     default:
-      return launch_grad<float>(job, strategy, partial, stream);
+      return entries<float>(job, parts, stream);
   }
 }
 
-cudaError_t launch_find_rows(const SampledEmbeddingGrad& job, int32_t* found, cudaStream_t stream) {
-  if (job.grad_output.tokens == 0) return cudaSuccess;
-  const auto blocks = static_cast<unsigned>(ceil_div(job.grad_output.tokens, kThreads));
-  find_rows_kernel<<<blocks, kThreads, 0, stream>>>(job, found);
-  return cudaGetLastError();
+TokenParts token_parts(int64_t tokens, int64_t warps) {
+  constexpr int64_t kWarps = 4096;  // about one wave of an H100, half full
+  constexpr int64_t kMaxParts = 256;
+  constexpr int64_t kMinBlocks = 4;  // so that a part is worth its sums
+  const int64_t blocks = ceil_div(tokens, kTokens);
+  const int64_t wanted = ceil_div(kWarps, warps > 0 ? warps : 1);
+  int64_t count = ceil_div(blocks, kMinBlocks);
+  count = count < wanted ? count : wanted;
+  count = count < kMaxParts ? count : kMaxParts;
+  if (count <= 1) return {1, blocks};
+  const int64_t of_part = ceil_div(blocks, count);
+  return {ceil_div(blocks, of_part), of_part};
 }
 
-cudaError_t launch_sampled_embedding_grad(const SampledEmbeddingGrad& job, const int32_t* found, const int64_t* order,
-                                          cudaStream_t stream) {
-  switch (job.grad_output.type) {
-    case FloatType::bf16:
-      return launch_embedding<BFloat16>(job, found, order, stream);
-    case FloatType::fp16:
-      return launch_embedding<Half>(job, found, order, stream);
-    case FloatType::fp64:
-      return launch_embedding<double>(job, found, order, stream);
-    default:
-      return launch_embedding<float>(job, found, order, stream);
-  }
+cudaError_t launch_sum_parts(FloatType type, const void* sums, int64_t parts, int64_t n, void* grad,
+                             cudaStream_t stream) {
+  return type == FloatType::fp64 ? sum_parts<double>(sums, parts, n, grad, stream)
+                                 : sum_parts<float>(sums, parts, n, grad, stream);
 }
 
 }  // namespace saft::cuda

@@ -7,25 +7,37 @@
 
 namespace saft::cuda {
 
-// How a gradient is computed: entry by entry or as a product over the used rows and columns, and in how many parts of
-// the tokens. The same on every GPU, so that the bits are.
-struct SampledStrategy {
-  bool product;
-  int parts;
+cudaError_t launch_pack(const PackColumns& job, cudaStream_t stream);
+
+// The tokens in parts that are summed side by side: `count` of them, `blocks` blocks of kTokens each (the last may be
+// shorter). They depend on the sizes of the job alone, so that the order of the sums is the same on every GPU.
+struct TokenParts {
+  int64_t count;
+  int64_t blocks;
 };
 
-SampledStrategy strategy_of(const SampledGrad& job);
+// For work that takes `warps` warps per part.
+TokenParts token_parts(int64_t tokens, int64_t warps);
 
-cudaError_t launch_pack_columns(const PackColumns& job, cudaStream_t stream);
+// Entry by entry, or as tiles of the product over the used rows and columns. Both write sums [parts.count, n] to
+// job.grad.
+TokenParts parts_of_entries(const SampledGrad& job);
+TokenParts parts_of_product(const SampledGrad& job);
+cudaError_t launch_entries(const SampledGrad& job, TokenParts parts, cudaStream_t stream);
+cudaError_t launch_product(const SampledGrad& job, TokenParts parts, cudaStream_t stream);
 
-// partial: [parts, n] of the type of grad; not used if there is one part.
-cudaError_t launch_sampled_grad(const SampledGrad& job, SampledStrategy strategy, void* partial, cudaStream_t stream);
+// grad[e] = the sum of sums[part, e] over the parts, in a fixed order; both of the sums' type for `type`.
+cudaError_t launch_sum_parts(FloatType type, const void* sums, int64_t parts, int64_t n, void* grad,
+                             cudaStream_t stream);
 
-// found: int32 [tokens], the number of each token's row in the plan, or n_rows if it has none.
+// found[t] = the row of the plan that token t is, or n_rows.
 cudaError_t launch_find_rows(const SampledEmbeddingGrad& job, int32_t* found, cudaStream_t stream);
 
-// found, sorted, and the tokens in that order: int64 [tokens].
-cudaError_t launch_sampled_embedding_grad(const SampledEmbeddingGrad& job, const int32_t* found, const int64_t* order,
-                                          cudaStream_t stream);
+// found, sorted, and the tokens in that order.
+struct SortedTokens {
+  const int32_t* rows;
+  const int64_t* tokens;
+};
+cudaError_t launch_sum_tokens(const SampledEmbeddingGrad& job, SortedTokens sorted, cudaStream_t stream);
 
 }  // namespace saft::cuda

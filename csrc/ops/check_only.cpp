@@ -45,8 +45,8 @@ void sparse_adamw(const std::vector<Tensor>& params, const std::vector<Tensor>& 
   if (found_inf.has_value()) check_scalar(*found_inf, "found_inf", device);
 }
 
-void pack_columns(const Tensor& x, const Tensor& columns) {
-  check_pack_columns(x, columns, Device::of(x));
+void pack_columns(const Tensor& x, const Tensor& columns, std::optional<ScalarType> dtype) {
+  check_pack_columns(x, columns, dtype, Device::of(x));
 }
 
 void sampled_grad(const Tensor& packed, const Tensor& grad_output, const Tensor& rows, const Tensor& offsets,
