@@ -197,7 +197,7 @@ def check_indices(indices: Tensor, bounds: Sequence[int], params: Sequence[Tenso
     """Look at the values of index vectors now, so that no later operation has to.
 
     The GPU backends do so when they first meet a vector, and wait for the GPU; afterwards they know
-    it, its parts included. The CPU kernels look in every call, which costs them nothing.
+    it, its parts included. The CPU kernels look in every call, where it costs little.
 
     Args:
         indices: int32 or int64 [nnz].
@@ -246,12 +246,15 @@ def sparse_adamw_(
             the way), or one compact vector, fp32 [nnz], in the order of ``indices``.
         indices: T vectors, int32 or int64, strictly increasing flat indices; nnz is their total
             length. Or, with ``bounds``, one vector of them end to end, which spares this call the
-            concatenation (:func:`end_to_end` makes both).
+            concatenation and, on a GPU, a look at the values of what it made, for which the host
+            waits (:func:`end_to_end` makes both).
         exp_avg: fp32 [nnz], changed in place.
         exp_avg_sq: fp32 [nnz], changed in place.
         step: fp32 [T], the number of steps each parameter has taken; incremented.
         bounds: T + 1 numbers; parameter i owns ``indices[bounds[i]:bounds[i + 1]]``.
-        lr: learning rate, a float or a one-element tensor read when the step runs.
+        lr: learning rate, a float or a one-element tensor, read when the step runs if it is on the
+            GPU of the others, so that nobody waits; on the CPU it is read now. So are the scalars
+            below.
         betas: decay rates of the two moments, each in [0, 1).
         eps: added to the denominator.
         weight_decay: decoupled decay factor.
@@ -269,8 +272,10 @@ def sparse_adamw_(
     if isinstance(indices, Tensor):
         if bounds is None:
             raise RuntimeError("one vector of indices needs bounds, which say whose they are")
-    else:
+    elif indices:
         indices, bounds = end_to_end(indices)
+    else:
+        indices, bounds = exp_avg.new_empty(0, dtype=torch.int32), [0]
     backend = backends.resolve(exp_avg.device)
     if backend in backends.GPU and _fit(indices, bounds, params):
         index_values.require_increasing(indices, [p.numel() for p in params], "indices", bounds)

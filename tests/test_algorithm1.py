@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from conftest import CPU, IMPLEMENTATIONS
+from gpu_modes import GPU_MODES
 from saft_kernels import ops
 from saft_kernels.mask import CooMask
 from saft_kernels.selected_grad import SelectedGrad
@@ -31,11 +31,7 @@ from training import (
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-ON_GPU = pytest.mark.parametrize(
-    "device", [name for name in IMPLEMENTATIONS if name not in CPU], indirect=True
-)
-#: The sampled mode's own operations are tested in test_sampled_grad.py.
-GPU_MODES = ["dense", "streamed"]
+ON_GPU = pytest.mark.parametrize(("device", "mode"), GPU_MODES, indirect=["device"])
 LOW_PRECISION = [torch.bfloat16, torch.float16]
 
 
@@ -88,7 +84,6 @@ def test_training_follows_algorithm_1(
 
 
 @ON_GPU
-@pytest.mark.parametrize("mode", GPU_MODES)
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_training_on_a_gpu_follows_algorithm_1(
     device: torch.device, mode: str, accumulate: int
@@ -132,7 +127,6 @@ def test_steps_on_the_same_gradients_follow_algorithm_1_on_an_fp32_copy(
 
 
 @ON_GPU
-@pytest.mark.parametrize("mode", GPU_MODES)
 @pytest.mark.parametrize("dtype", LOW_PRECISION)
 def test_steps_on_a_gpu_follow_algorithm_1_on_an_fp32_copy(
     device: torch.device, dtype: torch.dtype, mode: str

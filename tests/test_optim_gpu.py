@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from conftest import CPU, IMPLEMENTATIONS
+from conftest import CPU
+from gpu_modes import GPU, GPU_MODES
 from saft_kernels import index_values, ops
 from saft_kernels.selected_grad import SelectedGrad
 from training import DTYPES, MODES, SmallModel, loss_of, make_optimizer, small_model
@@ -17,10 +18,12 @@ from waiting import NoWaiting
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-GPU = [name for name in IMPLEMENTATIONS if name not in CPU]
 ON_GPU = pytest.mark.parametrize("device", GPU, indirect=True)
-#: The sampled mode's own operations are tested in test_sampled_grad.py.
-EVERYWHERE = [(n, mode) for n in [CPU[-1], *GPU] for mode in MODES if n in CPU or mode != "sampled"]
+#: In sampled mode layers still make index vectors in every step, which waits (sampled.py).
+EVERYWHERE = [
+    *((CPU[-1], mode) for mode in MODES),
+    *((name, mode) for name, mode in GPU_MODES if mode != "sampled"),
+]
 
 
 def model_on(device: torch.device, dtype: torch.dtype) -> SmallModel:
