@@ -78,8 +78,13 @@ def _machine(result: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in result["environment"].items() if key not in varying}
 
 
-def update_block(path: Path, text: str) -> None:
+def update_block(path: Path, text: str, markers: tuple[str, str] = (BEGIN, END)) -> None:
     """Replace what stands between the two markers of a Markdown file, atomically.
+
+    Args:
+        path: of the file.
+        text: what comes there.
+        markers: the first and the last line of the block, which stay.
 
     Raises:
         ResultError: if the file cannot be read or does not hold both markers, once each, in order.
@@ -88,12 +93,13 @@ def update_block(path: Path, text: str) -> None:
         content = path.read_text(encoding="utf-8")
     except OSError as error:
         raise ResultError(f"{path} cannot be read ({error.strerror})") from error
-    begin, end = content.find(BEGIN), content.find(END)
-    if not (0 <= begin < end) or content.count(BEGIN) != 1 or content.count(END) != 1:
+    first, last = markers
+    begin, end = content.find(first), content.find(last)
+    if not (0 <= begin < end) or content.count(first) != 1 or content.count(last) != 1:
         raise ResultError(
-            f"{path} has no place for the report; put {BEGIN} and {END} on lines of their own"
+            f"{path} has no place for the report; put {first} and {last} on lines of their own"
         )
-    updated = content[: begin + len(BEGIN)] + "\n" + text + content[end:]
+    updated = content[: begin + len(first)] + "\n" + text + content[end:]
     with atomic_write(path) as temporary:
         temporary.write_text(updated, encoding="utf-8")
 
@@ -123,10 +129,10 @@ def markdown(result: dict[str, Any], *, brief: bool = False) -> str:
     ]
     timings = [_timing_row(timing, _mark(case)) for case in cases for timing in timings_of(case)]
     if figures:
-        parts.append(_table(("what", "measured (95 % interval)", "from", "bar", ""), figures))
+        parts.append(table(("what", "measured (95 % interval)", "from", "bar", ""), figures))
     if timings and not brief:
         header = ("work", "by", "time", "quartiles", "floor", "reached", "peak memory")
-        parts += [_TIMES, _table(header, timings)]
+        parts += [_TIMES, table(header, timings)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -203,8 +209,8 @@ def _timing_row(timing: Timing, mark: str) -> list[str]:
     ]
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns in which every row is empty are left out."""
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; columns in which every row is empty are left out."""
     used = [i for i in range(len(header)) if any(row[i] for row in rows)]
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(line[i] for i in used)} |" for line in lines)
