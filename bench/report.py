@@ -143,7 +143,7 @@ _DISTURBED = (
 _TIMES = (
     "Median times and their quartiles. The floor is the time of a copy, run alongside, of as many "
     "bytes as the work must move. Weights and gradients that are selected entry by entry count as "
-    "whole cache lines. Work that reads more than it writes can beat a copy."
+    "whole cache lines (on a GPU: sectors). Work that reads more than it writes can beat a copy."
 )
 
 
@@ -163,14 +163,20 @@ def timings_of(case: dict[str, Any]) -> list[Timing]:
     return [Timing(**timing) for timing in case["timings"]]
 
 
+def _hardware(where: dict[str, Any]) -> str:
+    host = f"{where['processor']}, {where['threads']} threads, {where['instruction_set']}"
+    if "gpu" not in where:
+        return host
+    return f"{where['gpu']} (driver {where['driver']}, {where['toolkit']}; host {host})"
+
+
 def _conditions(result: dict[str, Any]) -> str:
     where, setting = result["environment"], result["setting"]
     cases = [{**where, **case} for case in result["cases"].values()]
     dates = " and ".join(dict.fromkeys(case["date"][:10] for case in cases))
     commits = " and ".join(dict.fromkeys(case["commit"][:12] for case in cases))
     text = (
-        f"Measured {dates} on {where['processor']}, {where['threads']} threads, "
-        f"{where['instruction_set']}, torch {where['torch']}, "
+        f"Measured {dates} on {_hardware(where)}, torch {where['torch']}, "
         f"with {setting['model']} ({setting['images']} images, {setting['prompts']} prompts, "
         f"density {setting['density']:g}); "
         f"saft-kernels {where['saft_kernels']} at commit {commits}."
