@@ -1,4 +1,5 @@
-# Five targets for newcomers: demo, test, bench, lint, wheel. Each creates .venv and builds what is missing first.
+# Five targets for newcomers: demo, test, bench, lint, wheel; two more where there is a GPU: test-gpu, bench-gpu.
+# Each creates .venv and builds what is missing first.
 
 PYTHON ?= python3
 VENV   := .venv
@@ -11,10 +12,12 @@ NATIVE := $(shell find csrc cmake -type f) CMakeLists.txt setup.py pyproject.tom
 # One OpenMP thread per test process: several processes share the cores. Tests that need more ask for them.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 
-.PHONY: help demo test bench lint wheel build clean
+.PHONY: help demo test bench lint wheel test-gpu bench-gpu build clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo 'on a machine with a GPU:'
+	@awk -F ':.*## ' '/^[a-z]+-gpu:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: build  ## fine-tune the built-in tiny CLIP with SAFT and with full fine-tuning, and compare (about 3 minutes)
 	$(BIN)/saft demo
@@ -36,6 +39,15 @@ wheel: build  ## build the wheel into dist/
 	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
 	@test "$$(ls dist | wc -l)" = 1 && ls dist/saft_kernels-*-py3-none-*.whl \
 	  || { echo "expected exactly one py3-none wheel in dist/, found: $$(ls dist)"; exit 1; }
+
+# In one process: tests of streams look at what the GPU does meanwhile.
+test-gpu: build  ## run the tests of the kernels and of the whole data path on the GPU
+	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() \
+	  or sys.exit(f"there is no GPU to test on: torch {torch.__version__} sees none; make test needs none")'
+	$(BIN)/python -m pytest -k gpu
+
+bench-gpu: build  ## measure kernels, memory and training steps on the GPU
+	$(BIN)/python -m bench gpu
 
 build: $(VENV)/built
 

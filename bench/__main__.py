@@ -12,12 +12,18 @@ import typer
 
 from bench import report as reports
 from bench.environment import NOTICEABLE_LOAD, environment
+from bench.harness import Effort
 from bench.models import SMOKE, Setting
 from bench.registry import CASES, run_case
 from saft_clip.console import output, say, warn
 from saft_kernels.errors import SaftError
 
 RESULTS = Path(__file__).parent / "results"
+
+#: What a GPU is measured on: batches that keep it busy, and more rounds, since they are short.
+GPU_SETTING = Setting(
+    images=128, prompts=100, kernels=Effort(6, 15, 100, 2), steps=Effort(60, 7, 40, 2)
+)
 
 app = typer.Typer(
     help="Measure kernels, memory and training steps against their baselines.",
@@ -35,9 +41,23 @@ def everything(context: typer.Context) -> None:
 
 
 def _file_name(where: dict[str, Any]) -> str:
-    """One file per kind of machine and release."""
-    machine = f"{where['processor']} {where['cores']} cores".lower()
+    """One file per kind of machine, or of GPU if that is what was measured, and release."""
+    machine = str(where.get("gpu") or f"{where['processor']} {where['cores']} cores").lower()
     return f"{re.sub(r'[^a-z0-9]+', '-', machine).strip('-')}-{where['saft_kernels']}.json"
+
+
+@app.command()
+def gpu() -> None:
+    """Measure the GPU and keep the result in bench/results, in a file with its name."""
+    file = RESULTS / _file_name(environment(gpu=True))
+    result = measure_cases(["gpu"], GPU_SETTING, file)
+    print(reports.markdown(result), end="")
+    _exit_if_refused(result, ["gpu"])
+
+
+def _exit_if_refused(result: dict[str, Any], names: list[str]) -> None:
+    if any(result["cases"][name]["refused"] for name in names):
+        raise typer.Exit(1)
 
 
 @app.command("list")
@@ -51,7 +71,7 @@ def list_cases() -> None:
 def run(
     cases: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[CASE]...", help="Which ones; all if none is named."),
+        typer.Argument(metavar="[CASE]...", help="Which ones; all of the CPU if none is named."),
     ] = None,
     output_file: Annotated[
         Path | None, typer.Option("--output", help="Keep the result in this JSON file.")
@@ -68,15 +88,14 @@ def run(
     setting = SMOKE if smoke else replace(Setting(), model=model)
     result = measure_cases(chosen, setting, output_file)
     print(reports.markdown(result), end="")
-    if any(result["cases"][name]["refused"] for name in chosen):
-        raise typer.Exit(1)
+    _exit_if_refused(result, chosen)
 
 
 def _choose(names: list[str] | None) -> list[str]:
     for name in names or ():
         if name not in CASES:
             raise reports.ResultError(f"there is no case {name!r}; choose among {', '.join(CASES)}")
-    return names or list(CASES)
+    return names or [case.name for case in CASES.values() if not case.on_gpu]
 
 
 def measure_cases(names: list[str], setting: Setting, file: Path | None) -> dict[str, Any]:
@@ -87,7 +106,7 @@ def measure_cases(names: list[str], setting: Setting, file: Path | None) -> dict
     result: dict[str, Any] = {
         "format": reports.FORMAT,
         "version": reports.VERSION,
-        "environment": environment(),
+        "environment": environment(gpu=any(CASES[name].on_gpu for name in names)),
         "setting": asdict(setting),
         "cases": {},
     }

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 import saft_kernels
+from bench.memory import MeasurementError
 from saft_kernels import backends
 
 #: Above this share of the processors, other programs disturb what is measured.
@@ -24,9 +25,14 @@ NOTICEABLE_LOAD = 0.1
 _ROOT = Path(__file__).parent.parent
 
 
-def environment() -> dict[str, str | int | float]:
-    """Machine, versions and settings, as they are recorded beside every result."""
+def environment(*, gpu: bool = False) -> dict[str, str | int | float]:
+    """Machine, versions and settings, as they are recorded beside every result.
+
+    Args:
+        gpu: whether the GPU is measured, and so belongs to it.
+    """
     return {
+        **(gpu_environment() if gpu else {}),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "processor": _processor(),
         "cores": os.cpu_count() or 0,
@@ -43,6 +49,65 @@ def environment() -> dict[str, str | int | float]:
         "commit": _commit(),
         "load_average": os.getloadavg()[0],
     }
+
+
+#: What is asked of ``nvidia-smi``: name in a record -> name there.
+_ASKED = {
+    "driver": "driver_version",
+    "largest_sm_clock": "clocks.max.sm",
+    "largest_memory_clock": "clocks.max.mem",
+    "power_limit": "power.limit",
+}
+
+
+def current_gpu() -> tuple[torch.device, list[str]]:
+    """The GPU to measure on, and the backends that run there.
+
+    Raises:
+        MeasurementError: if there is none, or no backend for it.
+    """
+    if not torch.cuda.is_available():
+        raise MeasurementError(
+            f"there is no GPU to measure on: torch {torch.__version__} sees none; "
+            "`python -m bench` measures the CPU"
+        )
+    found = [backends.backend_status(name) for name in backends.GPU]
+    available = [status.name for status in found if status.available]
+    if not available:
+        reasons = "; ".join(f"{status.name}: {status.reason}" for status in found)
+        raise MeasurementError(f"there are no kernels for this GPU to measure ({reasons})")
+    return torch.device("cuda", torch.cuda.current_device()), available
+
+
+def gpu_environment() -> dict[str, str]:
+    """The current GPU, its driver and toolkit, its largest clocks and its power limit.
+
+    Raises:
+        MeasurementError: if there is none.
+    """
+    device, names = current_gpu()
+    properties = torch.cuda.get_device_properties(device)
+    toolkit = f"CUDA {torch.version.cuda}" if torch.version.cuda else f"ROCm {torch.version.hip}"
+    return {
+        "gpu": properties.name,
+        "gpu_memory": f"{properties.total_memory / 2**30:.0f} GiB",
+        "toolkit": toolkit,
+        "gpu_backends": ", ".join(names),
+        **dict.fromkeys(_ASKED, "unknown"),
+        **_ask_nvidia(str(getattr(properties, "uuid", ""))),
+    }
+
+
+def _ask_nvidia(uuid: str) -> dict[str, str]:
+    """What ``nvidia-smi`` says of the GPU; nothing where there is no such program."""
+    command = ["nvidia-smi", f"--query-gpu={','.join(_ASKED.values())}", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(
+            [*command, f"--id=GPU-{uuid}"], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return {}
+    return dict(zip(_ASKED, map(str.strip, done.stdout.split(",")), strict=False))
 
 
 def _processor() -> str:

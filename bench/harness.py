@@ -17,15 +17,16 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from bench.display import progress
 from saft_kernels.errors import SaftError
 
-#: Size of the buffers that are copied and of what evicts the caches: several times any L3 cache.
-BUFFER_BYTES = 128 << 20
+#: Size of the buffers that are copied and of what evicts the caches, by kind of device: several
+#: times any last-level cache.
+BUFFER_BYTES = {"cpu": 128 << 20, "cuda": 1 << 30}
 COPY = "copy"
 
 _RESAMPLES = 2000
@@ -84,7 +85,7 @@ class Timing:
     Attributes:
         group: what was done.
         name: by whom.
-        seconds: wall time.
+        seconds: wall time, or the GPU's.
         cpu_seconds: processor time, of all threads together.
         moves: bytes that the work must move.
         floor: seconds that a copy of as many bytes took.
@@ -166,11 +167,96 @@ class Outcome:
         return self
 
 
+# Timers -------------------------------------------------------------------------------------------
+
+
+class Timer(Protocol):
+    """The way to time something on one kind of device."""
+
+    device: torch.device
+
+    def wait(self) -> None:
+        """Wait until the device has done all it was asked for."""
+
+    def time(self, run: Callable[[], Any]) -> tuple[float, float]:
+        """Seconds that ``run`` took, and processor seconds of all threads together."""
+
+
+class CpuTimer:
+    """Wall time."""
+
+    device = torch.device("cpu")
+
+    def wait(self) -> None:
+        """Nothing is ever left to do."""
+
+    def time(self, run: Callable[[], Any]) -> tuple[float, float]:
+        """See :class:`Timer`."""
+        cpu, wall = time.process_time(), time.perf_counter()
+        result = run()
+        sample = time.perf_counter() - wall, time.process_time() - cpu
+        del result  # freeing it is not part of the work
+        return sample
+
+
+class CudaTimer:
+    """The time between two events in a GPU's current stream.
+
+    The GPU first spins for a while, in which the host asks for the work, so that what is timed is
+    the GPU and not Python. Where the host needs longer than that (after some doubling, or since
+    the work waits for the GPU itself), its time is part of the sample, as it is of the work.
+
+    Args:
+        device: the GPU.
+        head_start: seconds that it spins at first; 0: what is timed is GPU and host together.
+    """
+
+    #: The longest head start, in seconds.
+    LONGEST = 0.1
+
+    #: Cycles per second of GPUs, roughly: how long one spins need not be exact.
+    _CYCLES = 1.5e9
+
+    def __init__(self, device: torch.device, head_start: float = 1e-3) -> None:
+        self.device = device
+        self.head_start = head_start
+
+    def wait(self) -> None:
+        """See :class:`Timer`."""
+        torch.cuda.synchronize(self.device)
+
+    def time(self, run: Callable[[], Any]) -> tuple[float, float]:
+        """See :class:`Timer`."""
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self.wait()
+        if self.head_start:
+            torch.cuda._sleep(int(self.head_start * self._CYCLES))
+        start.record()
+        cpu = time.process_time()
+        result = run()
+        cpu = time.process_time() - cpu
+        end.record()
+        late = start.query()
+        self.wait()
+        del result
+        if self.head_start and late:
+            self.head_start = min(2 * self.head_start, self.LONGEST)
+        return start.elapsed_time(end) / 1e3, cpu
+
+
+CPU = CpuTimer()
+
+
 # Measuring ----------------------------------------------------------------------------------------
 
 
 def measure(
-    group: str, contenders: Sequence[Contender], effort: Effort, *, seed: int = 0
+    group: str,
+    contenders: Sequence[Contender],
+    effort: Effort,
+    *,
+    seed: int = 0,
+    timer: Timer = CPU,
 ) -> dict[str, Timing]:
     """Check every contender, then time all of them in interleaved rounds.
 
@@ -181,6 +267,7 @@ def measure(
         contenders: with names of their own.
         effort: how often.
         seed: of the order within the rounds.
+        timer: the way to time them.
 
     Returns:
         Timings by name, in the order of ``contenders``.
@@ -190,10 +277,10 @@ def measure(
     """
     runners = list(contenders)
     if any(contender.moves is not None for contender in contenders):
-        runners.append(_copy())
+        runners.append(_copy(timer.device))
     if len({runner.name for runner in runners}) != len(runners):
         raise ValueError(f"{group}: two contenders have the same name")
-    rounds = effort.rounds(sum(_checked(group, runner) for runner in runners))
+    rounds = effort.rounds(sum(_checked(group, runner, timer) for runner in runners))
     samples: dict[str, list[tuple[float, float]]] = {runner.name: [] for runner in runners}
     shuffle = random.Random(seed).shuffle
     with progress(group, rounds * len(runners)) as advance, _no_garbage_collection():
@@ -201,26 +288,28 @@ def measure(
             shuffle(runners)
             for runner in runners:
                 runner.before()
-                sample = _timed(runner.run)
+                sample = timer.time(runner.run)
                 if number >= 0:
                     samples[runner.name].append(sample)
                     advance()
-    bandwidth = _bandwidth(samples.get(COPY))
+    bandwidth = _bandwidth(samples.get(COPY), timer.device)
     return {c.name: _timing(group, c, samples[c.name], bandwidth) for c in contenders}
 
 
-def _checked(group: str, contender: Contender) -> float:
+def _checked(group: str, contender: Contender, timer: Timer) -> float:
     """Run the contender under its check; the seconds that one run and its preparation took."""
     calls: list[float] = []
 
     def run() -> Any:
         start = time.perf_counter()
         result = contender.run()
+        timer.wait()
         calls.append(time.perf_counter() - start)
         return result
 
     start = time.perf_counter()
     contender.before()
+    timer.wait()
     preparation = time.perf_counter() - start
     try:
         contender.check(run)
@@ -231,14 +320,6 @@ def _checked(group: str, contender: Contender) -> float:
             f"{group}: {contender.name} is not timed: its check ran it {len(calls)} times, not once"
         )
     return preparation + calls[0]
-
-
-def _timed(run: Callable[[], Any]) -> tuple[float, float]:
-    cpu, wall = time.process_time(), time.perf_counter()
-    result = run()
-    sample = time.perf_counter() - wall, time.process_time() - cpu
-    del result  # freeing it is not part of the work
-    return sample
 
 
 def _timing(
@@ -262,35 +343,38 @@ def _no_garbage_collection() -> Any:
 
 # The machine's limit ------------------------------------------------------------------------------
 
-_buffers: list[torch.Tensor] = []
+_buffers: dict[torch.device, list[torch.Tensor]] = {}
 
 
-def _buffer_pair() -> list[torch.Tensor]:
-    if not _buffers:
-        _buffers.extend(torch.full((BUFFER_BYTES // 4,), float(i)) for i in range(2))
-    return _buffers
+def _buffer_pair(device: torch.device) -> list[torch.Tensor]:
+    if device not in _buffers:
+        elements = BUFFER_BYTES[device.type] // 4
+        _buffers[device] = [torch.full((elements,), float(i), device=device) for i in range(2)]
+    return _buffers[device]
 
 
-def _copy() -> Contender:
-    source, target = _buffer_pair()
+def _copy(device: torch.device) -> Contender:
+    source, target = _buffer_pair(device)
 
     def check(run: Callable[[], Any]) -> None:
         run()
         require(torch.equal(source, target), "the copy differs from its source")
 
-    return Contender(COPY, lambda: target.copy_(source), check, moves=2 * BUFFER_BYTES)
+    moves = 2 * BUFFER_BYTES[device.type]
+    return Contender(COPY, lambda: target.copy_(source), check, moves=moves)
 
 
-def _bandwidth(samples: list[tuple[float, float]] | None) -> float | None:
+def _bandwidth(samples: list[tuple[float, float]] | None, device: torch.device) -> float | None:
     """Bytes read and written per second by a copy."""
     if samples is None:
         return None
-    return 2 * BUFFER_BYTES / statistics.median(wall for wall, _ in samples)
+    seconds = statistics.median(seconds for seconds, _ in samples)
+    return 2 * BUFFER_BYTES[device.type] / seconds
 
 
-def evict_caches() -> None:
+def evict_caches(device: torch.device = CPU.device) -> None:
     """Fill every cache with something else, so that the next run starts cold."""
-    _buffer_pair()[0].add_(0)
+    _buffer_pair(device)[0].add_(0)
 
 
 # Checks and figures -------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ the gradients come from a genuine backward pass of the fine-tuning loss.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -87,6 +88,11 @@ class Task:
     def loss(self, model: nn.Module) -> Tensor:
         """The fine-tuning loss of a copy of the model on the batch (SAFT, Eq. 1)."""
         return prompt_loss(model, self.images, self.labels, self.tokens, self.precision)
+
+    def to(self, device: torch.device) -> Task:
+        """A copy of it on a device."""
+        tensors = {name: getattr(self, name).to(device) for name in ("images", "labels", "tokens")}
+        return replace(self, model=copy.deepcopy(self.model).to(device), **tensors)
 
     def part(self, size: int) -> Task:
         """The same model with the first images and prompts only."""
@@ -212,9 +218,9 @@ def cache_lines(mask: CooMask, tensors: Mapping[str, Tensor]) -> int:
     return sum(lines_touched(indices, tensors[name]) for name, indices in mask.items())
 
 
-def lines_touched(indices: Tensor, tensor: Tensor) -> int:
-    """How many cache lines of a contiguous tensor hold the entries at sorted flat indices."""
-    return (indices // (CACHE_LINE // tensor.element_size())).unique_consecutive().numel()
+def lines_touched(indices: Tensor, tensor: Tensor, line: int = CACHE_LINE) -> int:
+    """How many lines of a contiguous tensor hold the entries at sorted flat indices."""
+    return (indices // (line // tensor.element_size())).unique_consecutive().numel()
 
 
 def uniform_entries(height: int, width: int, count: int) -> Tensor:

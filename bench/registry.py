@@ -13,6 +13,7 @@ from bench.cases import (
     delta,
     encode_prompts,
     gather_scatter,
+    gpu,
     prompt_step,
     real_masks,
     sampled_grad,
@@ -26,11 +27,19 @@ from bench.models import Setting
 
 @dataclass(frozen=True)
 class Case:
-    """A part of the data path and what is measured of it."""
+    """A part of the data path and what is measured of it.
+
+    Attributes:
+        name: on the command line.
+        summary: of what it measures.
+        run: measures it.
+        on_gpu: whether it measures a GPU; then it runs only if it is named.
+    """
 
     name: str
     summary: str
     run: Callable[[Setting], Outcome]
+    on_gpu: bool = False
 
 
 #: In the order of the data path, the training steps last.
@@ -49,6 +58,7 @@ CASES = {
         Case("clip_step", "a whole training step: time and peak memory", clip_step.run),
         Case("step_account", "where the time of a training step goes", step_account.run),
         Case("prompt_step", "a whole training step on ImageNet's 1,000 classes", prompt_step.run),
+        Case("gpu", "every operation and whole training steps on a GPU", gpu.run, on_gpu=True),
     )
 }
 

@@ -78,8 +78,13 @@ def _machine(result: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in result["environment"].items() if key not in varying}
 
 
-def update_block(path: Path, text: str) -> None:
+def update_block(path: Path, text: str, markers: tuple[str, str] = (BEGIN, END)) -> None:
     """Replace what stands between the two markers of a Markdown file, atomically.
+
+    Args:
+        path: of the file.
+        text: what comes there.
+        markers: the first and the last line of the block, which stay.
 
     Raises:
         ResultError: if the file cannot be read or does not hold both markers, once each, in order.
@@ -88,12 +93,13 @@ def update_block(path: Path, text: str) -> None:
         content = path.read_text(encoding="utf-8")
     except OSError as error:
         raise ResultError(f"{path} cannot be read ({error.strerror})") from error
-    begin, end = content.find(BEGIN), content.find(END)
-    if not (0 <= begin < end) or content.count(BEGIN) != 1 or content.count(END) != 1:
+    first, last = markers
+    begin, end = content.find(first), content.find(last)
+    if not (0 <= begin < end) or content.count(first) != 1 or content.count(last) != 1:
         raise ResultError(
-            f"{path} has no place for the report; put {BEGIN} and {END} on lines of their own"
+            f"{path} has no place for the report; put {first} and {last} on lines of their own"
         )
-    updated = content[: begin + len(BEGIN)] + "\n" + text + content[end:]
+    updated = content[: begin + len(first)] + "\n" + text + content[end:]
     with atomic_write(path) as temporary:
         temporary.write_text(updated, encoding="utf-8")
 
@@ -123,10 +129,10 @@ def markdown(result: dict[str, Any], *, brief: bool = False) -> str:
     ]
     timings = [_timing_row(timing, _mark(case)) for case in cases for timing in timings_of(case)]
     if figures:
-        parts.append(_table(("what", "measured (95 % interval)", "from", "bar", ""), figures))
+        parts.append(table(("what", "measured (95 % interval)", "from", "bar", ""), figures))
     if timings and not brief:
         header = ("work", "by", "time", "quartiles", "floor", "reached", "peak memory")
-        parts += [_TIMES, _table(header, timings)]
+        parts += [_TIMES, table(header, timings)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -137,7 +143,7 @@ _DISTURBED = (
 _TIMES = (
     "Median times and their quartiles. The floor is the time of a copy, run alongside, of as many "
     "bytes as the work must move. Weights and gradients that are selected entry by entry count as "
-    "whole cache lines. Work that reads more than it writes can beat a copy."
+    "whole cache lines (on a GPU: sectors). Work that reads more than it writes can beat a copy."
 )
 
 
@@ -157,14 +163,20 @@ def timings_of(case: dict[str, Any]) -> list[Timing]:
     return [Timing(**timing) for timing in case["timings"]]
 
 
+def _hardware(where: dict[str, Any]) -> str:
+    host = f"{where['processor']}, {where['threads']} threads, {where['instruction_set']}"
+    if "gpu" not in where:
+        return host
+    return f"{where['gpu']} (driver {where['driver']}, {where['toolkit']}; host {host})"
+
+
 def _conditions(result: dict[str, Any]) -> str:
     where, setting = result["environment"], result["setting"]
     cases = [{**where, **case} for case in result["cases"].values()]
     dates = " and ".join(dict.fromkeys(case["date"][:10] for case in cases))
     commits = " and ".join(dict.fromkeys(case["commit"][:12] for case in cases))
     text = (
-        f"Measured {dates} on {where['processor']}, {where['threads']} threads, "
-        f"{where['instruction_set']}, torch {where['torch']}, "
+        f"Measured {dates} on {_hardware(where)}, torch {where['torch']}, "
         f"with {setting['model']} ({setting['images']} images, {setting['prompts']} prompts, "
         f"density {setting['density']:g}); "
         f"saft-kernels {where['saft_kernels']} at commit {commits}."
@@ -203,8 +215,8 @@ def _timing_row(timing: Timing, mark: str) -> list[str]:
     ]
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns in which every row is empty are left out."""
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; columns in which every row is empty are left out."""
     used = [i for i in range(len(header)) if any(row[i] for row in rows)]
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(line[i] for i in used)} |" for line in lines)

@@ -43,6 +43,10 @@ def fingerprint(tensor: Tensor) -> str:
 
 def fingerprints(tensors: Iterable[Tensor]) -> list[str]:
     """The fingerprints of many tensors, several at a time (hashing runs outside Python's lock)."""
+    tensors = list(tensors)
+    for device in {tensor.device for tensor in tensors if tensor.is_cuda}:
+        # The threads read on a stream of their own, which waits for no other.
+        torch.cuda.current_stream(device).synchronize()
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         return list(pool.map(fingerprint, tensors))
 

@@ -75,8 +75,9 @@ class CooMask:
         self._indices: dict[str, Tensor] = {}
         for name, shape in self.shapes.items():
             if name in indices and indices[name].numel():
-                _check_indices(name, indices[name], math.prod(shape))
-                self._indices[name] = indices[name].detach().cpu().contiguous()
+                index = indices[name].detach().cpu().contiguous()
+                _check_indices(name, index, math.prod(shape))
+                self._indices[name] = index
         if not self._indices:
             raise MaskError("the mask selects no entry; give at least one index")
 

@@ -193,7 +193,7 @@ def sampled_grad(
 ) -> Tensor:
     """``(grad_output.T @ x)[row, column]`` of every entry, x being what was packed."""
     tokens = grad_output.shape[0]
-    x = packed.transpose(1, 2).reshape(-1, packed.shape[1])[:tokens]
+    x = packed.transpose(1, 2).reshape(packed.shape[0] * TOKENS, packed.shape[1])[:tokens]
     row_of_entry = rows.long().repeat_interleave(offsets.long().diff())
     dtype = torch.promote_types(grad_output.dtype, torch.float32)
     dy = grad_output[:, row_of_entry].to(dtype)

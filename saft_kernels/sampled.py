@@ -176,7 +176,9 @@ def conv2d(
     geometry = (tuple(stride), tuple(padding), tuple(dilation))
     if not torch.is_grad_enabled():
         return F.conv2d(x, weight, bias, *geometry)
-    result: Tensor = _Conv2d.apply(x, weight, bias, values, bias_values, geometry, *plan.tensors())
+    result: Tensor = _Conv2d.apply(
+        x, weight, bias, values, bias_values, geometry, plan.numbers, *plan.tensors()
+    )
     return result
 
 
@@ -196,12 +198,12 @@ def _input_columns(x: Tensor, weight_shape: torch.Size, geometry: Any, columns: 
     return chosen.flatten(1).t()
 
 
-def _output_rows(dy: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+def _output_rows(dy: Tensor, rows: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
     """The gradient as [T, ...] and the rows to read there: no more than these are copied."""
     if dy.is_contiguous(memory_format=torch.channels_last):
         return dy.permute(0, 2, 3, 1).reshape(-1, dy.shape[1]), rows
     chosen = dy.transpose(0, 1).index_select(0, rows).reshape(rows.numel(), -1)
-    return chosen.t(), torch.arange(rows.numel(), dtype=torch.int32, device=rows.device)
+    return chosen.t(), numbers[: rows.numel()]
 
 
 class _Conv2d(torch.autograd.Function):
@@ -214,6 +216,7 @@ class _Conv2d(torch.autograd.Function):
         values: Tensor | None,
         bias_values: Tensor | None,
         geometry: Any,
+        numbers: Tensor,
         columns: Tensor,
         *plan: Tensor | None,
     ) -> Tensor:
@@ -221,24 +224,23 @@ class _Conv2d(torch.autograd.Function):
         ctx.sizes, ctx.geometry = _sizes(values, bias_values), geometry
         inner = columns[:-1] if ctx.sizes[1] else columns  # the bias' column is the last
         inputs = _input_columns(x, weight.shape, geometry, inner.long())
-        places = torch.arange(columns.numel(), dtype=torch.int32, device=columns.device)
-        packed = ops.pack_columns(inputs, places).to(y.dtype)
-        ctx.save_for_backward(weight if ctx.needs_input_grad[0] else None, packed, *plan)
+        packed = ops.pack_columns(inputs, numbers[: columns.numel()]).to(y.dtype)
+        ctx.save_for_backward(weight if ctx.needs_input_grad[0] else None, packed, numbers, *plan)
         ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        weight, packed, rows, *plan = ctx.saved_tensors
+        weight, packed, numbers, rows, *plan = ctx.saved_tensors
         dx = dbias = None
         if weight is not None:
             dx = conv2d_input(ctx.x_shape, weight.to(dy.dtype), dy, *ctx.geometry).to(ctx.x_dtype)
         if ctx.needs_input_grad[2]:
             dbias = dy.sum((0, 2, 3))
-        tokens, rows = _output_rows(dy, rows)
+        tokens, rows = _output_rows(dy, rows, numbers)
         dvalues, dbias_values = _grads_of_values(ctx, packed, tokens, rows, *plan)
-        return dx, None, dbias, dvalues, dbias_values, None, None, None, None, None, None
+        return dx, None, dbias, dvalues, dbias_values, *([None] * 7)
 
 
 def embedding(
@@ -250,7 +252,7 @@ def embedding(
         tokens: int32 or int64, any shape.
         weight: [V, E].
         values: for its selected entries.
-        plan: made for these entries, with E as the number of input features.
+        plan: made for these entries and every column, with E as the number of input features.
         padding_idx: a token without gradient, or None.
 
     Returns:
@@ -279,13 +281,11 @@ class _Embedding(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        tokens, columns, rows, offsets, entry_columns, places = ctx.saved_tensors
+        tokens, _, rows, offsets, columns, places = ctx.saved_tensors
         flat = tokens.reshape(-1)
         if ctx.padding_idx is not None:
             flat = flat.masked_fill(flat == ctx.padding_idx, -1)
-        grad = ops.sampled_embedding_grad(
-            flat, _flat_tokens(dy), rows, offsets, columns[entry_columns]
-        )
+        grad = ops.sampled_embedding_grad(flat, _flat_tokens(dy), rows, offsets, columns)
         return None, None, _in_order(grad, places), None, None, None, None, None, None
 
 

@@ -210,6 +210,13 @@ def _linear_plan(
     return owner.plan((w is None, b, in_features, out_features), make)
 
 
+def _embedding_plan(entry: Entry, width: int) -> LinearPlan:
+    def make() -> LinearPlan:
+        return LinearPlan.of(width, entry.indices, every_column=True)
+
+    return entry.plan("embedding", make)
+
+
 def plan_ahead(module: nn.Module) -> None:
     """Plan what is likely to be done with a module's own parameters.
 
@@ -230,7 +237,9 @@ def plan_ahead(module: nn.Module) -> None:
 
 def _plan_likely_use(module: nn.Module, name: str, entry: Entry, bias: Entry | None) -> None:
     shape = entry.weight.shape
-    if name.endswith("weight") and type(module).__name__ != "Conv1D":
+    if isinstance(module, nn.Embedding):
+        _embedding_plan(entry, shape[1])
+    elif name.endswith("weight") and type(module).__name__ != "Conv1D":
         _linear_plan(entry, bias, math.prod(shape[1:]))
     elif len(shape) == 2:  # x @ projection, as in the Conv1D of transformers' GPT-2
         _linear_plan(entry, bias, *shape)
@@ -309,7 +318,7 @@ def _embedding(
     assert entry is not None
     if padding_idx is not None and padding_idx < 0:
         padding_idx += weight.shape[0]
-    plan = _linear_plan(entry, None, weight.shape[1])
+    plan = _embedding_plan(entry, weight.shape[1])
     return sampled.embedding(input, entry.weight, entry.values, plan, padding_idx)
 
 

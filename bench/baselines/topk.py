@@ -27,7 +27,7 @@ def split(positions: Tensor, mean: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Indices per parameter from positions in the concatenated vector, in any order."""
     positions = positions.sort().values
     begins = [0, *accumulate(tensor.numel() for tensor in mean.values())]
-    cuts = torch.searchsorted(positions, torch.tensor(begins)).tolist()
+    cuts = torch.searchsorted(positions, torch.tensor(begins, device=positions.device)).tolist()
     pieces = {
         name: (positions[low:high] - begin).int()
         for name, begin, low, high in zip(mean, begins, cuts, cuts[1:], strict=False)

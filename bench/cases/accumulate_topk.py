@@ -46,12 +46,14 @@ def run(setting: Setting) -> Outcome:
 
 def _selection(data: str, mean: dict[str, Tensor], k: int, setting: Setting) -> Outcome:
     """Selecting from sums that are there already: every entry has to be read once."""
-    expected = _selected(mean, k)
-    bytes_read = 4 * _numel(mean)
+    expected = selected(mean, k)
+    bytes_read = 4 * numel_of(mean)
     magnitude = concatenated(mean)
     contenders = [
-        Contender("torch.topk", lambda: topk(magnitude, mean, k), _same(expected)),
-        Contender("StreamingTopK", lambda: _stream(mean, k), _same(expected), moves=bytes_read),
+        Contender("torch.topk", lambda: topk(magnitude, mean, k), same_selection(expected)),
+        Contender(
+            "StreamingTopK", lambda: _stream(mean, k), same_selection(expected), moves=bytes_read
+        ),
     ]
     timings = measure(f"select from {data}", contenders, setting.kernels)
     what = f"streaming selection from {data} against torch.topk on the concatenated magnitudes"
@@ -75,14 +77,14 @@ def _accumulation(
     def check_sums(run: Callable[[], Any]) -> Any:
         expected = {n: s + SCALE * gradients[n] for n, s in sums.items()}
         result = run()
-        require(all(_close(sums[n], s) for n, s in expected.items()), "the sums are wrong")
+        require(all(close(sums[n], s) for n, s in expected.items()), "the sums are wrong")
         return result
 
     def check_both(run: Callable[[], Any]) -> None:
         result = check_sums(run)
-        require_same_indices(result, _selected(sums, k))
+        require_same_indices(result, selected(sums, k))
 
-    moves = 12 * _numel(sums)
+    moves = 12 * numel_of(sums)
     contenders = [
         Contender("acc.add_(grad)", add, check_sums, moves=moves),
         Contender(
@@ -111,7 +113,7 @@ def fused_pass(model: str, density: float) -> Callable[[], object]:
     shapes = [param.shape for param in candidates(make_task(model, 1, 1).model).values()]
     sums = {str(i): torch.randn(shape) for i, shape in enumerate(shapes)}
     gradients = {str(i): torch.randn(shape) for i, shape in enumerate(shapes)}
-    k = int(density * _numel(sums))
+    k = int(density * numel_of(sums))
     first = dict(list(sums.items())[:1])
     _stream(first, 1, gradients, SCALE)  # what is loaded or started at the first use
     return lambda: _stream(sums, k, gradients, SCALE)
@@ -123,13 +125,13 @@ def _stream(
     gradients: Mapping[str, Tensor] | None = None,
     scale: float = 1.0,
 ) -> dict[Any, Tensor]:
-    top = StreamingTopK(k, keys=list(sums), total=_numel(sums))
+    top = StreamingTopK(k, keys=list(sums), total=numel_of(sums))
     for name, acc in sums.items():
         top.update(name, acc, None if gradients is None else gradients[name], scale)
     return top.finish()
 
 
-def _selected(mean: Mapping[str, Tensor], k: int) -> dict[str, Tensor]:
+def selected(mean: Mapping[str, Tensor], k: int) -> dict[str, Tensor]:
     """The k best by definition: all above the k-th value, and the first ones that equal it."""
     flat = concatenated(mean)
     kth = flat.kthvalue(flat.numel() - k + 1).values
@@ -138,13 +140,13 @@ def _selected(mean: Mapping[str, Tensor], k: int) -> dict[str, Tensor]:
     return split(torch.cat([above, equal]), mean)
 
 
-def _same(expected: dict[str, Tensor]) -> Callable[[Callable[[], Any]], None]:
+def same_selection(expected: dict[str, Tensor]) -> Callable[[Callable[[], Any]], None]:
     return lambda run: require_same_indices(run(), expected)
 
 
-def _close(actual: Tensor, expected: Tensor) -> bool:
+def close(actual: Tensor, expected: Tensor) -> bool:
     return torch.allclose(actual, expected, rtol=1e-6, atol=1e-6)
 
 
-def _numel(tensors: Mapping[str, Tensor]) -> int:
+def numel_of(tensors: Mapping[str, Tensor]) -> int:
     return sum(tensor.numel() for tensor in tensors.values())

@@ -67,13 +67,13 @@ def run(setting: Setting) -> Outcome:
 def _one_dtype(
     dtype: torch.dtype, bar: float, sizes: tuple[int, int, int], setting: Setting
 ) -> Outcome:
-    x, dy = _operands(dtype, sizes)
+    x, dy = operands(dtype, sizes)
     name = str(dtype).removeprefix("torch.")
     masks = {
         "uniform": uniform_entries(*_entries(sizes, setting.density)),
         "concentrated": concentrated_entries(*_entries(sizes, setting.density)),
     }
-    exact = _exact(x, dy)
+    exact = exact_gradient(x, dy)
     contenders = [_dense(x, dy, exact)]
     for kind, flat in masks.items():
         contenders += _sampled(kind, flat, x, dy, exact)
@@ -92,7 +92,8 @@ def _one_dtype(
     return Outcome(list(timings.values()), figures)
 
 
-def _operands(dtype: torch.dtype, sizes: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+def operands(dtype: torch.dtype, sizes: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+    """The input [T, I] and the output gradient [T, O] of a layer, for (T, O, I)."""
     tokens, height, width = sizes
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(tokens, width, generator=generator)
@@ -106,11 +107,12 @@ def _entries(sizes: tuple[int, int, int], density: float) -> tuple[int, int, int
     return height, width, int(density * height * width)
 
 
-def _exact(x: Tensor, dy: Tensor) -> Tensor:
+def exact_gradient(x: Tensor, dy: Tensor) -> Tensor:
+    """In fp64."""
     return dy.double().t() @ x.double()
 
 
-def _check(expected: Tensor) -> Callable[[Callable[[], Any]], None]:
+def check_gradient(expected: Tensor) -> Callable[[Callable[[], Any]], None]:
     """Within what fp32 sums of this many products may be off, or a bf16 rounding of the result."""
 
     def check(run: Callable[[], Any]) -> None:
@@ -125,7 +127,7 @@ def _check(expected: Tensor) -> Callable[[Callable[[], Any]], None]:
 
 def _dense(x: Tensor, dy: Tensor, exact: Tensor) -> Contender:
     moves = x.nbytes + dy.nbytes + x.element_size() * exact.numel()
-    return Contender(DENSE, lambda: dy.t() @ x, _check(exact), evict_caches, moves)
+    return Contender(DENSE, lambda: dy.t() @ x, check_gradient(exact), evict_caches, moves)
 
 
 def _sampled(kind: str, flat: Tensor, x: Tensor, dy: Tensor, exact: Tensor) -> list[Contender]:
@@ -143,7 +145,7 @@ def _sampled(kind: str, flat: Tensor, x: Tensor, dy: Tensor, exact: Tensor) -> l
         Contender(
             f"sampled_grad, {kind} mask",
             lambda: ops.sampled_grad(packed, dy, *rest),
-            _check(exact.view(-1)[flat]),
+            check_gradient(exact.view(-1)[flat]),
             evict_caches,
             moves,
         ),
@@ -171,7 +173,10 @@ def _oracle(flat: Tensor, x: Tensor, dy: Tensor, exact: Tensor) -> Contender:
         return torch.sparse.sampled_addmm(pattern, dy.t(), x, beta=0).values()
 
     return Contender(
-        "torch.sparse.sampled_addmm, uniform mask", run, _check(exact.view(-1)[flat]), evict_caches
+        "torch.sparse.sampled_addmm, uniform mask",
+        run,
+        check_gradient(exact.view(-1)[flat]),
+        evict_caches,
     )
 
 
@@ -180,8 +185,8 @@ def _oracle(flat: Tensor, x: Tensor, dy: Tensor, exact: Tensor) -> Contender:
 
 def _density_sweep(sizes: tuple[int, int, int], setting: Setting) -> Outcome:
     """Growth with the entries, and where the dense product becomes the faster one."""
-    x, dy = _operands(torch.float32, sizes)
-    exact = _exact(x, dy)
+    x, dy = operands(torch.float32, sizes)
+    exact = exact_gradient(x, dy)
     contenders = [_dense(x, dy, exact)]
     for density in SWEEP:
         flat = uniform_entries(*_entries(sizes, density))
@@ -250,12 +255,14 @@ def _token_sweep(sizes: tuple[int, int, int], setting: Setting) -> Outcome:
     """Growth with the tokens of a batch."""
     tokens, height, width = sizes
     counts = [int(share * tokens) for share in TOKENS]
-    x, dy = _operands(torch.float32, (counts[-1], height, width))
+    x, dy = operands(torch.float32, (counts[-1], height, width))
     flat = uniform_entries(*_entries(sizes, setting.density))
     contenders = []
     for count in counts:
         some = x[:count], dy[:count]
-        contenders.append(_sampled(f"{count:,} tokens, uniform", flat, *some, _exact(*some))[0])
+        contenders.append(
+            _sampled(f"{count:,} tokens, uniform", flat, *some, exact_gradient(*some))[0]
+        )
     timings = measure("weight gradient over tokens, uniform mask", contenders, setting.kernels)
     what = f"growth of the sampled gradient's time with tokens ({counts[0]:,} to {counts[-1]:,})"
     figure = _exponent(what, counts, list(timings.values()))

@@ -70,32 +70,44 @@ class Step:
     exp_avg: Tensor
     exp_avg_sq: Tensor
     step: Tensor
+    master: Tensor | None
 
     @classmethod
     def of(
         cls, params: Sequence[Tensor], grads: Sequence[Tensor] | Tensor, indices: Sequence[Tensor]
     ) -> Step:
-        """With a state of zeros."""
+        """With a state of zeros; weights of less than fp32 get exact values."""
         flat, bounds = ops.end_to_end(indices)
-        exp_avg, step = torch.zeros(len(flat)), torch.zeros(len(params))
-        return cls(params, grads, flat, bounds, exp_avg, exp_avg.clone(), step)
+        exp_avg, step = (torch.zeros(len(each), device=flat.device) for each in (flat, params))
+        master = None
+        if params[0].dtype != torch.float32:
+            pairs = zip(params, indices, strict=True)
+            master = torch.cat(
+                [ops.gather(param.detach(), index) for param, index in pairs]
+            ).float()
+        return cls(params, grads, flat, bounds, exp_avg, exp_avg.clone(), step, master)
+
+    def restart(self) -> None:
+        """Go back to a state of zeros."""
+        for state in (self.exp_avg, self.exp_avg_sq, self.step):
+            state.zero_()
 
     def __call__(self) -> None:
         """Take the step."""
         sparse_adamw_(
             self.params, self.grads, self.indices, self.exp_avg, self.exp_avg_sq, self.step,
-            bounds=self.bounds, **ADAMW,
+            bounds=self.bounds, master=self.master, **ADAMW,
         )  # fmt: skip
 
-    @property
-    def moves(self) -> int:
+    def moves(self, line: int = CACHE_LINE) -> int:
         """Bytes it must move: lines of weights twice and of dense gradients, indices, state."""
         pieces = [self.indices[begin:end] for begin, end in pairwise(self.bounds)]
         pairs = zip(self.params, pieces, strict=True)
-        lines = CACHE_LINE * sum(lines_touched(index, param) for param, index in pairs)
+        lines = line * sum(lines_touched(index, param, line) for param, index in pairs)
         nnz = self.exp_avg.numel()
         gradients = 4 * nnz if isinstance(self.grads, Tensor) else lines
-        return 2 * lines + gradients + (4 + 16) * nnz
+        state = 16 if self.master is None else 24
+        return 2 * lines + gradients + (4 + state) * nnz
 
 
 def _speed(work: Workload, setting: Setting) -> Outcome:
@@ -111,7 +123,7 @@ def _speed(work: Workload, setting: Setting) -> Outcome:
     for kind, mask in work.masks.items():
         for source, step in _sparse_steps(params, mask, work).items():
             name = f"sparse_adamw_, {source} gradients, {kind} mask"
-            contenders.append(Contender(name, step, checks[kind], dense.step, step.moves))
+            contenders.append(Contender(name, step, checks[kind], dense.step, step.moves()))
     optimizer = SparseAdamW(model, work.masks["selected"], gradients="dense", **ADAMW)
     name = "SparseAdamW.step(), dense gradients, selected mask"
     contenders.append(Contender(name, optimizer.step, checks["selected"], dense.step))
@@ -270,4 +282,4 @@ def _step(weights: Tensor, gradients: Tensor, nnz: int, below: int) -> Contender
         require_untouched({"weights": weights}, {"weights": before}, mask)
 
     name = f"sparse_adamw_, nnz = {indices.numel():,}, D = {weights.numel():,}"
-    return Contender(name, step, check, evict_caches, step.moves)
+    return Contender(name, step, check, evict_caches, step.moves())

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from saft_clip.errors import DataError
-from saft_clip.text_tower import Packing, encode_packed, ends_of_text, padding_reason
+from saft_clip.text_tower import encode_packed, packings, padding_reason
 
 DEFAULT_TEMPLATES = ("a photo of a {}.",)
 
@@ -105,25 +105,10 @@ def encode_prompts(model: nn.Module, tokens: Tensor) -> Tensor:
     """
     encode_text: Any = model.encode_text
     if padding_reason(model) is None:
-        ends = ends_of_text(model, tokens)
-        sizes = _sizes((ends + 1).tolist())
         batches = [
-            encode_packed(model, Packing.of(*batch))
-            for batch in zip(tokens.split(sizes), ends.split(sizes), strict=True)
+            encode_packed(model, packing) for packing in packings(model, tokens, TOKEN_BATCH)
         ]
     else:
         size = max(1, TOKEN_BATCH // tokens.shape[1])
         batches = [encode_text(batch) for batch in tokens.split(size)]
     return F.normalize(torch.cat(batches).float(), dim=-1)
-
-
-def _sizes(lengths: Sequence[int]) -> list[int]:
-    """How many prompts in a row make up a batch of TOKEN_BATCH tokens at most, but one at least."""
-    sizes, room = [0], TOKEN_BATCH
-    for length in lengths:
-        if length > room and sizes[-1]:
-            sizes.append(0)
-            room = TOKEN_BATCH
-        sizes[-1] += 1
-        room -= length
-    return sizes

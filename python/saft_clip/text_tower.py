@@ -9,6 +9,7 @@ values serve every prompt, and autograd adds up its gradient.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from open_clip.transformer import ResidualAttentionBlock, TextTransformer, Trans
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+from torch.utils.weak import WeakIdKeyDictionary
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,59 @@ class Packing:
         )
 
 
+def packings(model: nn.Module, tokens: Tensor, size: int) -> list[Packing]:
+    """The prompts in batches of at most ``size`` tokens, packed.
+
+    Args:
+        model: an open_clip model that :func:`padding_reason` has nothing against.
+        tokens: int64 [P, L], on its device. The prompts of a training run are the same in each
+            step, and on a GPU packing them waits for it: the result is kept.
+        size: but a batch has one prompt at least.
+    """
+    tower = _tower(model)
+    place = tokens.storage_offset(), tokens.shape, tokens.stride()
+    what = "packings", size, _pool_type(tower), _end_of_text(tower), place
+    return _once(tokens, what, lambda: list(_pack(model, tokens, size)))
+
+
+def _pack(model: nn.Module, tokens: Tensor, size: int) -> Iterator[Packing]:
+    ends = ends_of_text(model, tokens)
+    counts = _counts((ends + 1).tolist(), size)
+    for batch in zip(tokens.split(counts), ends.split(counts), strict=True):
+        yield Packing.of(*batch)
+
+
+def _counts(lengths: Sequence[int], size: int) -> list[int]:
+    """How many prompts in a row make up a batch of ``size`` tokens at most, but one at least."""
+    counts, room = [0], size
+    for length in lengths:
+        if length > room and counts[-1]:
+            counts.append(0)
+            room = size
+        counts[-1] += 1
+        room -= length
+    return counts
+
+
+#: What was found out about tensors (those that views are of): version, and what is known of it.
+_known: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def _once(tensor: Tensor, what: Hashable, find: Callable[[], Any]) -> Any:
+    """Find something out about a tensor, once for as long as it lives and nobody writes to it."""
+    unfit = tensor.is_inference() or torch.is_inference_mode_enabled()
+    if unfit or torch.compiler.is_compiling():  # made here, it could not serve training
+        return find()
+    whole = tensor if tensor._base is None else tensor._base
+    version, facts = _known.get(whole, (None, {}))
+    if version != tensor._version:
+        facts = {}
+        _known[whole] = tensor._version, facts
+    if what not in facts:
+        facts[what] = find()
+    return facts[what]
+
+
 def padding_reason(model: nn.Module) -> str | None:
     """Why the prompts of a model cannot be packed; None if they can."""
     tower = _tower(model)
@@ -90,7 +145,11 @@ def _pool_type(tower: Any) -> str:
 def _is_causal(mask: Any) -> bool:
     if not isinstance(mask, Tensor) or mask.dim() != 2:
         return False
-    return torch.equal(mask == 0, torch.ones_like(mask, dtype=torch.bool).tril())
+
+    def look() -> bool:
+        return torch.equal(mask == 0, torch.ones_like(mask, dtype=torch.bool).tril())
+
+    return bool(_once(mask, "causal", look))
 
 
 def _is_unusual(block: nn.Module) -> bool:
@@ -112,8 +171,11 @@ def ends_of_text(model: nn.Module, tokens: Tensor) -> Tensor:
     tower = _tower(model)
     if _pool_type(tower) == "argmax":
         return tokens.argmax(dim=-1)
-    eos: Any = getattr(tower, "text_eos_id", getattr(tower, "eos_id", None))
-    return tokens.eq(eos).int().argmax(dim=-1)
+    return tokens.eq(_end_of_text(tower)).int().argmax(dim=-1)
+
+
+def _end_of_text(tower: Any) -> Any:
+    return getattr(tower, "text_eos_id", getattr(tower, "eos_id", None))
 
 
 def encode_packed(model: nn.Module, packing: Packing) -> Tensor:
