@@ -24,8 +24,10 @@ STABLE_TORCH_LIBRARY(saft_kernels, m) {
       "Tensor? grad_scale, Tensor? found_inf) -> ()");
 
   // 4 sampled_grad
-  m.def("pack_columns(Tensor x, Tensor columns) -> Tensor");
-  m.def("sampled_grad(Tensor packed, Tensor grad_output, Tensor rows, Tensor offsets, Tensor columns) -> Tensor");
+  m.def("pack_columns(Tensor x, Tensor columns, ScalarType? dtype=None) -> Tensor");
+  m.def(
+      "sampled_grad(Tensor packed, Tensor grad_output, Tensor rows, Tensor offsets, Tensor columns, bool product) -> "
+      "Tensor");
   m.def(
       "sampled_embedding_grad(Tensor tokens, Tensor grad_output, Tensor rows, Tensor offsets, Tensor columns) -> "
       "Tensor");
@@ -41,7 +43,7 @@ STABLE_TORCH_LIBRARY(saft_kernels, m) {
       "check_sparse_adamw(Tensor[] params, Tensor[] grads, Tensor? compact_grad, Tensor indices, int[] bounds, "
       "Tensor exp_avg, Tensor exp_avg_sq, Tensor? master, Tensor step, Tensor? lr_tensor, Tensor? grad_scale, "
       "Tensor? found_inf) -> ()");
-  m.def("check_pack_columns(Tensor x, Tensor columns) -> ()");
+  m.def("check_pack_columns(Tensor x, Tensor columns, ScalarType? dtype) -> ()");
   m.def("check_sampled_grad(Tensor packed, Tensor grad_output, Tensor rows, Tensor offsets, Tensor columns) -> ()");
   m.def(
       "check_sampled_embedding_grad(Tensor tokens, Tensor grad_output, Tensor rows, Tensor offsets, "

@@ -42,6 +42,7 @@ class FlatState:
         self.names = list(names)
         self.params = list(params)
         self.indices, self.bounds = ops.end_to_end(indices)
+        ops.check_indices(self.indices, self.bounds, self.params)
         self.dtype, self.device = params[0].dtype, params[0].device
         self.exp_avg = self._vector(self.nnz)
         self.exp_avg_sq = self._vector(self.nnz)

@@ -15,14 +15,34 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-# The vectors that were checked (a slice counts as part of its base): version, and what is known.
+# What is known of the vectors that were checked (a slice counts as part of its base).
 _known: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+class _Known:
+    """What has been checked of one vector since it was last written to.
+
+    Attributes:
+        version: of the vector then.
+        dtype: it had then; a view of it in another holds other numbers.
+        facts: (storage offset, length, what was asked) of checks that passed.
+        pieces: (begin, end, limit) in the vector's storage: rises strictly within [0, limit).
+    """
+
+    def __init__(self, vector: Tensor) -> None:
+        self.version = vector._version
+        self.dtype = vector.dtype
+        self.facts: set[Hashable] = set()
+        self.pieces: set[tuple[int, int, int]] = set()
 
 
 def require_increasing(
     indices: Tensor, numel: Sequence[int], name: str, bounds: Sequence[int] | None = None
 ) -> None:
     """Every vector ``indices[bounds[i]:bounds[i + 1]]`` increases strictly within [0, numel[i]).
+
+    Pieces are known one by one: after one check of all vectors of an optimizer, a step of some of
+    its parameters, or a gather at one vector, needs no other.
 
     Args:
         indices: int32 or int64 [n].
@@ -33,9 +53,24 @@ def require_increasing(
     Raises:
         RuntimeError: if one does not.
     """
+    if _is_traced(indices):
+        return
     bounds = (0, indices.numel()) if bounds is None else bounds
-    fact = ("increasing", tuple(numel), tuple(bounds))
-    _require(indices, fact, lambda: _check_increasing(indices, numel, name, bounds))
+    known = _known_of(indices)
+    offset = int(indices.storage_offset())
+    fact = (offset, indices.numel(), tuple(numel), tuple(bounds))
+    if fact in known.facts:
+        return  # the usual case, and faster than to look at many pieces
+    pieces = [
+        (offset + begin, offset + end, n)
+        for (begin, end), n in zip(pairwise(bounds), numel, strict=True)
+    ]
+    if known.pieces.issuperset(pieces):
+        return
+    _refuse_capture(indices)
+    _check_increasing(indices, numel, name, bounds)
+    known.facts.add(fact)
+    known.pieces.update(pieces)
 
 
 def require_offsets(offsets: Tensor, n: int) -> None:
@@ -50,22 +85,35 @@ def require_columns(columns: Tensor, packed: int) -> None:
 
 def _require(vector: Tensor, fact: Hashable, check: Callable[[], None]) -> None:
     """Run ``check`` unless it has passed for this vector as it stands."""
-    if torch.compiler.is_compiling() or isinstance(vector, FakeTensor):
+    if _is_traced(vector):
         return
-    whole = vector if vector._base is None else vector._base
-    version, facts = _known.get(whole, (None, set()))
-    if version != vector._version:
-        facts = set()
+    known = _known_of(vector)
     fact = (vector.storage_offset(), vector.numel(), fact)
-    if fact in facts:
-        return
+    if fact not in known.facts:
+        _refuse_capture(vector)
+        check()
+        known.facts.add(fact)
+
+
+def _is_traced(vector: Tensor) -> bool:
+    """Whether there are no values to look at."""
+    return torch.compiler.is_compiling() or isinstance(vector, FakeTensor)
+
+
+def _known_of(vector: Tensor) -> _Known:
+    whole = vector if vector._base is None else vector._base
+    known: _Known | None = _known.get(whole)
+    if known is None or (known.version, known.dtype) != (vector._version, vector.dtype):
+        known = _known[whole] = _Known(vector)
+    return known
+
+
+def _refuse_capture(vector: Tensor) -> None:
     if vector.is_cuda and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "index vectors are checked when they are first used, which a CUDA graph cannot "
             "capture; run the step once before capturing it"
         )
-    check()
-    _known[whole] = (vector._version, facts | {fact})
 
 
 def _check_increasing(

@@ -1,6 +1,6 @@
 """Layouts that the specification, the wrappers and the kernels share.
 
-``csrc/ops/accumulate_topk.h`` and ``csrc/cpu/sampled_grad_kernel.h`` hold the same numbers for the
+``csrc/ops/jobs.h`` and ``csrc/cpu/sampled_grad_kernel.h`` hold the same numbers for the
 compiled kernels.
 """
 
@@ -18,9 +18,19 @@ COUNT = 0  #: candidates now in the buffer
 THRESHOLD = 1  #: fp32 bits that a score must reach; NO_THRESHOLD: nothing is excluded
 TIE = 2  #: an equal score counts only at a lower position than this; NO_POSITION: at any
 NONFINITE = 3  #: lowest position of a NaN or infinite accumulator; NO_POSITION: none
-# The rest belongs to the compiled kernels and starts as zeros: a histogram of all candidates'
-# values, from which the threshold rises between two compactions (``csrc/ops/accumulate_topk.h``).
-STATE_SIZE = 6 + (1 << 14)
+# The rest starts as zeros. The histogram counts the values of all candidates that beat the
+# threshold when they were offered, kept or not; from it the threshold rises between two compactions
+# (``csrc/ops/accumulate_topk.h``). Every backend keeps it, so that they may take turns.
+BIN = 4  #: the highest bin that k candidates have reached or passed
+ABOVE = 5  #: candidates in this bin and above
+FRESH = 6  #: candidates that a GPU call under way has found; 0 between calls
+REFILL = 7  #: whether these did not fit; means something within a GPU call only
+HISTOGRAM = 8  #: the first of BINS counts
+
+#: A bin of the histogram is the exponent and the 6 leading mantissa bits of a non-negative fp32.
+BIN_SHIFT = 17
+BINS = 1 << (31 - BIN_SHIFT)
+STATE_SIZE = HISTOGRAM + BINS
 
 #: Tokens of a packed column that lie side by side.
 TOKENS = 16

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saft_kernels import backends, index_values, reference
+from saft_kernels import backends, cost_model, index_values, reference
 from saft_kernels.layout import TOKENS
 
 #: What weights and gradients may be; anything else is converted first.
@@ -193,6 +193,24 @@ def end_to_end(indices: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
     return torch.cat(list(indices)) if indices else torch.empty(0, dtype=torch.int32), bounds
 
 
+def check_indices(indices: Tensor, bounds: Sequence[int], params: Sequence[Tensor]) -> None:
+    """Look at the values of index vectors now, so that no later operation has to.
+
+    The GPU backends do so when they first meet a vector, and wait for the GPU; afterwards they know
+    it, its parts included. The CPU kernels look in every call, where it costs little.
+
+    Args:
+        indices: int32 or int64 [nnz].
+        bounds: T + 1 numbers; parameter i owns ``indices[bounds[i]:bounds[i + 1]]``.
+        params: T tensors.
+
+    Raises:
+        RuntimeError: if an index is out of range or they do not increase strictly.
+    """
+    if backends.resolve(indices.device) in backends.GPU and _fit(indices, bounds, params):
+        index_values.require_increasing(indices, [p.numel() for p in params], "indices", bounds)
+
+
 def sparse_adamw_(
     params: Sequence[Tensor],
     grads: Sequence[Tensor] | Tensor,
@@ -228,12 +246,15 @@ def sparse_adamw_(
             the way), or one compact vector, fp32 [nnz], in the order of ``indices``.
         indices: T vectors, int32 or int64, strictly increasing flat indices; nnz is their total
             length. Or, with ``bounds``, one vector of them end to end, which spares this call the
-            concatenation (:func:`end_to_end` makes both).
+            concatenation and, on a GPU, a look at the values of what it made, for which the host
+            waits (:func:`end_to_end` makes both).
         exp_avg: fp32 [nnz], changed in place.
         exp_avg_sq: fp32 [nnz], changed in place.
         step: fp32 [T], the number of steps each parameter has taken; incremented.
         bounds: T + 1 numbers; parameter i owns ``indices[bounds[i]:bounds[i + 1]]``.
-        lr: learning rate, a float or a one-element tensor read when the step runs.
+        lr: learning rate, a float or a one-element tensor, read when the step runs if it is on the
+            GPU of the others, so that nobody waits; on the CPU it is read now. So are the scalars
+            below.
         betas: decay rates of the two moments, each in [0, 1).
         eps: added to the denominator.
         weight_decay: decoupled decay factor.
@@ -251,8 +272,10 @@ def sparse_adamw_(
     if isinstance(indices, Tensor):
         if bounds is None:
             raise RuntimeError("one vector of indices needs bounds, which say whose they are")
-    else:
+    elif indices:
         indices, bounds = end_to_end(indices)
+    else:
+        indices, bounds = exp_avg.new_empty(0, dtype=torch.int32), [0]
     backend = backends.resolve(exp_avg.device)
     if backend in backends.GPU and _fit(indices, bounds, params):
         index_values.require_increasing(indices, [p.numel() for p in params], "indices", bounds)
@@ -282,16 +305,18 @@ def _fit(indices: Tensor, bounds: Sequence[int], params: Sequence[Tensor]) -> bo
 # 4 ----------------------------------------------------------------------------- sampled_grad
 
 
-def pack_columns(x: Tensor, columns: Tensor) -> Tensor:
+def pack_columns(x: Tensor, columns: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """What :func:`sampled_grad` needs of a layer's input: the columns that selected entries use.
 
     Args:
         x: [T, I] (tokens, input features), fp32, bf16, fp16 or fp64, any strides.
         columns: int32 [C], strictly increasing, within [0, I]. Column I is a column of ones: its
             entries get the gradient of the bias.
+        dtype: of the result; that of ``x`` if None. An fp32 ``x`` may be packed as bf16 or fp16,
+            rounded as ``x.to(dtype)`` rounds, in the same pass.
 
     Returns:
-        [ceil(T / 16), C, 16], the dtype of ``x``: 16 tokens of a column side by side, zeros behind
+        [ceil(T / 16), C, 16]: 16 tokens of a column side by side, zeros behind
         the last token.
 
     Raises:
@@ -300,18 +325,26 @@ def pack_columns(x: Tensor, columns: Tensor) -> Tensor:
     backend = backends.resolve(x.device)
     if backend in backends.GPU and x.dim() == 2:
         index_values.require_increasing(columns, [x.shape[1] + 1], "columns")
-    packed: Tensor = _implementation("pack_columns", backend)(x, columns)
+    packed: Tensor = _implementation("pack_columns", backend)(x, columns, dtype)
     return packed
 
 
 _fake(
     "pack_columns",
-    lambda x, columns: x.new_empty((x.shape[0] + TOKENS - 1) // TOKENS, columns.shape[0], TOKENS),
+    lambda x, columns, dtype=None: x.new_empty(
+        (x.shape[0] + TOKENS - 1) // TOKENS, columns.shape[0], TOKENS, dtype=dtype
+    ),
 )
 
 
 def sampled_grad(
-    packed: Tensor, grad_output: Tensor, rows: Tensor, offsets: Tensor, columns: Tensor
+    packed: Tensor,
+    grad_output: Tensor,
+    rows: Tensor,
+    offsets: Tensor,
+    columns: Tensor,
+    *,
+    product: bool | None = None,
 ) -> Tensor:
     """The weight gradient of a linear layer, at selected entries only (a sampled product, SDDMM).
 
@@ -329,10 +362,14 @@ def sampled_grad(
         rows: int32 [R], strictly increasing rows of W that have entries.
         offsets: int32 [R + 1], rising from 0 to n.
         columns: int32 [n], within [0, C).
+        product: whether a GPU computes tiles of the product over the used rows and columns and
+            picks the entries from them, which is faster where entries share rows and columns, or
+            entry by entry; None: what :mod:`saft_kernels.cost_model` predicts to be faster. Only
+            the order of sums differs. A CPU has one way.
 
     Returns:
         [n], fp32 (fp64 for fp64 inputs), in which it was summed. The bits do not depend on the
-        number of threads.
+        number of threads, nor on which GPU it is.
 
     Raises:
         RuntimeError: if a shape or dtype does not fit or an index is out of range.
@@ -340,15 +377,19 @@ def sampled_grad(
     backend = backends.resolve(grad_output.device)
     if backend in backends.GPU and grad_output.dim() == 2 and packed.dim() == 3:
         _require_plan(rows, grad_output.shape[1], offsets, columns, packed.shape[1])
+        if product is None and grad_output.dtype in cost_model.DTYPES:
+            product = cost_model.prefers_product(
+                columns.shape[0], rows.shape[0], packed.shape[1], grad_output.dtype
+            )
     grad: Tensor = _implementation("sampled_grad", backend)(
-        packed, grad_output, rows, offsets, columns
+        packed, grad_output, rows, offsets, columns, bool(product)
     )
     return grad
 
 
 _fake(
     "sampled_grad",
-    lambda packed, grad_output, rows, offsets, columns: grad_output.new_empty(
+    lambda packed, grad_output, rows, offsets, columns, product: grad_output.new_empty(
         columns.shape, dtype=torch.promote_types(grad_output.dtype, torch.float32)
     ),
 )

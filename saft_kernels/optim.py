@@ -65,7 +65,11 @@ class SparseAdamW(Optimizer):
         eps: added to the denominator.
         weight_decay: decoupled weight decay.
         maximize: ascend instead of descend.
-        capturable: accepted for compatibility; the state always lies on the parameters' device.
+        capturable: accepted for compatibility: a step never waits for the GPU, and its state lies
+            there, so that every step can be captured in a CUDA graph once one was taken without.
+            Options are captured as they are, but for a tensor lr on the GPU, which each replay
+            reads. After bf16 or fp16 weights were changed from outside, call
+            :meth:`refresh_master_` before the next replay.
         gradients: "dense", "streamed" or "sampled", see above.
         param_groups: options for parts of the model, as ``[{"params": model.visual.parameters(),
             "lr": 1e-5}]``. Parameters without selected entries may be listed and are left out;

@@ -15,7 +15,19 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from saft_kernels.layout import COUNT, NONFINITE, POSITION_BITS, THRESHOLD, TIE, TOKENS
+from saft_kernels.layout import (
+    ABOVE,
+    BIN,
+    BIN_SHIFT,
+    BINS,
+    COUNT,
+    HISTOGRAM,
+    NONFINITE,
+    POSITION_BITS,
+    THRESHOLD,
+    TIE,
+    TOKENS,
+)
 
 
 def accumulate_topk_(
@@ -47,6 +59,7 @@ def accumulate_topk_(
         return
     count = int(state[COUNT])
     fresh = ~broken & _beats_threshold(flat.abs(), position, state)
+    _count_in_histogram(k, flat.abs()[fresh], state)
     score = torch.cat([values[:count], flat.abs()[fresh]])
     where = torch.cat([positions[:count], position[fresh]])
     _keep_best(k, score, where, values, positions, state)
@@ -64,6 +77,15 @@ def _beats_threshold(score: Tensor, position: Tensor, state: Tensor) -> Tensor:
     if int(state[THRESHOLD]) < 0:  # nothing is excluded yet
         return torch.ones_like(score, dtype=torch.bool)
     return (score > threshold) | ((score == threshold) & (position < state[TIE]))
+
+
+def _count_in_histogram(k: int, score: Tensor, state: Tensor) -> None:
+    """Count the candidates by value, and find the highest bin that k of all have reached."""
+    histogram = state[HISTOGRAM : HISTOGRAM + BINS]
+    histogram += (score.view(torch.int32) >> BIN_SHIFT).bincount(minlength=BINS)
+    reached = histogram.flip(0).cumsum(0).flip(0)
+    state[BIN] = max(int((reached >= k).sum()) - 1, 0)
+    state[ABOVE] = reached[state[BIN]]
 
 
 def _keep_best(
@@ -150,7 +172,7 @@ def sparse_adamw_(
         scatter_(param, index, w.to(param.dtype))
 
 
-def pack_columns(x: Tensor, columns: Tensor) -> Tensor:
+def pack_columns(x: Tensor, columns: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """The named columns of ``x``, the last possible one being ones, 16 tokens side by side."""
     tokens, width = x.shape
     if columns.numel() and int(columns[-1]) > width:
@@ -158,11 +180,16 @@ def pack_columns(x: Tensor, columns: Tensor) -> Tensor:
     chosen = torch.cat([x, x.new_ones(tokens, 1)], 1)[:, columns.long()]
     blocks = -(-tokens // TOKENS)
     padded = torch.cat([chosen, chosen.new_zeros(blocks * TOKENS - tokens, columns.numel())])
-    return padded.view(blocks, TOKENS, columns.numel()).transpose(1, 2).contiguous()
+    return padded.view(blocks, TOKENS, columns.numel()).transpose(1, 2).contiguous().to(dtype)
 
 
 def sampled_grad(
-    packed: Tensor, grad_output: Tensor, rows: Tensor, offsets: Tensor, columns: Tensor
+    packed: Tensor,
+    grad_output: Tensor,
+    rows: Tensor,
+    offsets: Tensor,
+    columns: Tensor,
+    product: bool,  # a matter of speed
 ) -> Tensor:
     """``(grad_output.T @ x)[row, column]`` of every entry, x being what was packed."""
     tokens = grad_output.shape[0]

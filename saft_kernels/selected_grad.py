@@ -61,7 +61,9 @@ class SelectedGrad(Tensor):
         Raises:
             SelectedGradientError: if they are not: other entries are unknown.
         """
-        if self.indices() is not indices and not torch.equal(self.indices(), indices):
+        if not _is_same_memory(self.indices(), indices) and not torch.equal(
+            self.indices(), indices
+        ):
             raise SelectedGradientError(
                 "this gradient holds other selected entries than the ones asked for: "
                 "it was made with another mask"
@@ -94,6 +96,14 @@ class SelectedGrad(Tensor):
         if handler is None:
             raise _unsupported(func)
         return handler(func, *args, **(kwargs or {}))
+
+
+def _is_same_memory(a: Tensor, b: Tensor) -> bool:
+    """Whether two vectors are the same by their addresses; the values of others must be compared.
+
+    Comparing values makes the host wait for a GPU.
+    """
+    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.dtype == b.dtype
 
 
 def _unsupported(func: Any) -> SelectedGradientError:

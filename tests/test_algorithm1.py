@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from gpu_modes import GPU_MODES
 from saft_kernels import ops
 from saft_kernels.mask import CooMask
 from saft_kernels.selected_grad import SelectedGrad
@@ -30,6 +31,7 @@ from training import (
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+ON_GPU = pytest.mark.parametrize(("device", "mode"), GPU_MODES, indirect=["device"])
 LOW_PRECISION = [torch.bfloat16, torch.float16]
 
 
@@ -78,7 +80,24 @@ SCHEDULES = [constant, warmup_cosine, one_cycle]
 def test_training_follows_algorithm_1(
     mode: str, schedule: Callable[..., Any], accumulate: int, weight_decay: float
 ) -> None:
-    model = small_model()
+    train_like_algorithm_1(small_model(), mode, schedule, accumulate, weight_decay)
+
+
+@ON_GPU
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_training_on_a_gpu_follows_algorithm_1(
+    device: torch.device, mode: str, accumulate: int
+) -> None:
+    train_like_algorithm_1(small_model().to(device), mode, one_cycle, accumulate, 0.1)
+
+
+def train_like_algorithm_1(
+    model: nn.Module,
+    mode: str,
+    schedule: Callable[..., Any],
+    accumulate: int,
+    weight_decay: float,
+) -> None:
     pretrained, mask = snapshot(model), small_mask(model)
     oracle = Algorithm1(copy.deepcopy(model), mask, lr=1e-2, weight_decay=weight_decay)
     optimizer = make_optimizer(model, mode, weight_decay=weight_decay)
@@ -104,7 +123,20 @@ def test_training_follows_algorithm_1(
 def test_steps_on_the_same_gradients_follow_algorithm_1_on_an_fp32_copy(
     dtype: torch.dtype, mode: str, schedule: Callable[..., Any], maximize: bool
 ) -> None:
-    model = small_model(dtype)
+    step_like_algorithm_1(small_model(dtype), mode, schedule, maximize)
+
+
+@ON_GPU
+@pytest.mark.parametrize("dtype", LOW_PRECISION)
+def test_steps_on_a_gpu_follow_algorithm_1_on_an_fp32_copy(
+    device: torch.device, dtype: torch.dtype, mode: str
+) -> None:
+    step_like_algorithm_1(small_model(dtype).to(device), mode, warmup_cosine, maximize=True)
+
+
+def step_like_algorithm_1(
+    model: nn.Module, mode: str, schedule: Callable[..., Any], maximize: bool
+) -> None:
     pretrained, mask = snapshot(model), small_mask(model)
     exact = copy.deepcopy(model).float()
     options = {"weight_decay": 0.1, "maximize": maximize}
@@ -143,7 +175,7 @@ def exact_gradients(model: nn.Module) -> dict[str, Tensor | None]:
     for name, param in model.named_parameters():
         found[name] = None
         if isinstance(param.grad, SelectedGrad):
-            dense = torch.zeros(param.shape)
+            dense = torch.zeros(param.shape, device=param.device)
             ops.scatter_(dense, param.grad.indices(), param.grad.values())
             found[name] = dense
     return found

@@ -6,15 +6,16 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from conftest import operations
+from conftest import CPU, IMPLEMENTATIONS, implementation, operations
 from saft_kernels import backends, ops
 from tolerances import assert_close
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+GPU_BACKENDS = [name for name in IMPLEMENTATIONS if name not in CPU]
 SHAPES = ((), (1,), (0, 4), (40, 50), (6, 5, 4, 3), (70_003,))
 
 
@@ -51,7 +52,8 @@ class Problem:
 
     def compact_grad(self) -> Tensor:
         pairs = zip(self.grads, self.indices, strict=True)
-        return torch.cat([torch.zeros(0), *(g.reshape(-1)[i.long()].float() for g, i in pairs)])
+        pieces = [g.reshape(-1)[i.long()].float() for g, i in pairs]
+        return torch.cat([self.exp_avg.new_zeros(0), *pieces])
 
     def run(self, compact: bool = False) -> Problem:
         ops.sparse_adamw_(
@@ -68,7 +70,7 @@ class Problem:
 
 
 def every_third(param: Tensor, dtype: torch.dtype = torch.int32) -> Tensor:
-    return torch.arange(0, param.numel(), 3, dtype=dtype)
+    return torch.arange(0, param.numel(), 3, dtype=dtype, device=param.device)
 
 
 def problem(dtype: torch.dtype, device: torch.device, **options: object) -> Problem:
@@ -89,7 +91,7 @@ def problem(dtype: torch.dtype, device: torch.device, **options: object) -> Prob
         torch.rand(nnz, device=device),
         None if dtype == torch.float32 else torch.cat(masters),
         torch.arange(float(len(params)), device=device),
-        options,
+        {key: o.to(device) if isinstance(o, Tensor) else o for key, o in options.items()},
     )
 
 
@@ -153,6 +155,7 @@ def test_dense_and_compact_gradients_give_the_same_bits(device, dtype):
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
+@pytest.mark.parametrize("device", CPU, indirect=True)
 def test_same_bits_for_any_number_of_threads(device, threads):
     done = problem(torch.float32, device).run()
     torch.set_num_threads(1)
@@ -166,7 +169,7 @@ def test_other_entries_keep_their_bits(device, dtype, compact):
     before = problem(dtype, device)
     after = before.clone().run(compact)
     for old, new, indices in zip(before.params, after.params, before.indices, strict=True):
-        frozen = torch.ones(old.numel(), dtype=torch.bool)
+        frozen = torch.ones(old.numel(), dtype=torch.bool, device=device)
         frozen[indices.long()] = False
         assert torch.equal(old.reshape(-1)[frozen], new.reshape(-1)[frozen])
         assert new.stride() == old.stride()
@@ -177,9 +180,8 @@ def test_equals_torch_adamw_where_everything_is_selected(device):
     ours = torch.nn.Parameter(weight.clone())
     theirs = torch.nn.Parameter(weight.clone())
     optimizer = torch.optim.AdamW([theirs], lr=1e-2, weight_decay=0.1)
-    state = Problem(
-        [ours], [], [torch.arange(2100)], torch.zeros(2100), torch.zeros(2100), None, torch.zeros(1)
-    )
+    m, v, step = (torch.zeros(n, device=device) for n in (2100, 2100, 1))
+    state = Problem([ours], [], [torch.arange(2100, device=device)], m, v, None, step)
     for _ in range(20):
         theirs.grad = torch.randn_like(weight)
         optimizer.step()
@@ -201,15 +203,21 @@ def test_low_precision_weights_are_the_rounding_of_master(device, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_rounding_is_to_nearest_even_over_the_whole_range(device, dtype):
-    patterns = torch.arange(0, 1 << 32, 65_521, dtype=torch.int64).to(torch.uint32)
-    ties = (torch.arange(1 << 16, dtype=torch.int64) << 16 | 0x8000).to(torch.uint32)
-    fine = torch.arange(0x33000000, 0x39000000, 4_099, dtype=torch.int64).to(torch.uint32)
-    master = torch.cat([patterns, ties, fine]).view(torch.float32)
+    patterns = torch.arange(0, 1 << 32, 65_521 * 8 + 1, dtype=torch.int64)
+    fine = torch.arange(0x33000000, 0x39000000, 4_099 * 4, dtype=torch.int64)
+    if dtype == torch.bfloat16:  # every one of them
+        ties = torch.arange(1 << 16, dtype=torch.int64) << 16 | 0x8000
+    else:  # all between numbers above 2^-14; those between denormals differ in the bits they drop
+        ties = torch.arange(0x38800000 >> 13, 0x47800000 >> 13, dtype=torch.int64) << 13 | 0x1000
+    denormal_ties = ((torch.arange(1024) + 0.5) * 2.0**-24).view(torch.int32).long()
+    bits = torch.cat([patterns, fine, ties, ties | 1 << 31, denormal_ties])
+    master = bits.to(torch.uint32).view(torch.float32).to(device)
     n = master.numel()
-    weight = torch.zeros(n, dtype=dtype)
+    weight = torch.zeros(n, dtype=dtype, device=device)
+    nothing = torch.zeros(n, device=device)
     ops.sparse_adamw_(
-        [weight], torch.zeros(n), [torch.arange(n)], torch.zeros(n), torch.zeros(n),
-        torch.zeros(1), lr=0.0, master=master.clone(),
+        [weight], nothing, [torch.arange(n, device=device)], nothing.clone(), nothing.clone(),
+        torch.zeros(1, device=device), lr=0.0, master=master.clone(),
     )  # fmt: skip
     expected = master.to(dtype)
     assert torch.equal(weight.isnan(), expected.isnan())
@@ -224,8 +232,11 @@ def test_found_inf_leaves_everything_as_it_was(device):
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
-def test_no_tensors_is_no_step():
-    ops.sparse_adamw_([], [], [], torch.zeros(0), torch.zeros(0), torch.zeros(0), lr=0.1)
+def test_no_tensors_is_no_step(device):
+    nothing = torch.zeros(0, device=device)
+    ops.sparse_adamw_(
+        [], [], nothing.int(), nothing, nothing.clone(), nothing.clone(), bounds=[0], lr=0.1
+    )
 
 
 @given(
@@ -235,25 +246,42 @@ def test_no_tensors_is_no_step():
 @settings(max_examples=80, deadline=None)
 def test_property_any_split_into_tensors_is_the_same_step(sizes, data):
     """Many tensors in one call are the same as one call each."""
+    assert_any_split_is_the_same_step(sizes, data, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("name", GPU_BACKENDS)
+@given(
+    sizes=st.lists(st.integers(0, 1200), min_size=1, max_size=6),
+    data=st.data(),
+)
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_property_any_split_into_tensors_is_the_same_step_on_a_gpu(name, sizes, data):
+    with implementation(name) as device:
+        assert_any_split_is_the_same_step(sizes, data, device)
+
+
+def assert_any_split_is_the_same_step(sizes, data, device):
     torch.manual_seed(sum(sizes))
-    params = [torch.randn(n) for n in sizes]
+    params = [torch.randn(n, device=device) for n in sizes]
     indices = [
         torch.tensor(
             sorted(data.draw(st.sets(st.integers(0, n - 1)))) if n else [], dtype=torch.int32
-        )
+        ).to(device)
         for n in sizes
     ]
     grads = [torch.randn_like(p) for p in params]
     nnz = sum(map(len, indices))
+
+    def zeros(n: int) -> Tensor:
+        return torch.zeros(n, device=device)
+
     together = Problem(
-        [p.clone() for p in params], grads, indices,
-        torch.zeros(nnz), torch.zeros(nnz), None, torch.zeros(len(sizes)),
+        [p.clone() for p in params], grads, indices, zeros(nnz), zeros(nnz), None,
+        zeros(len(sizes)),
     ).run()  # fmt: skip
     for param, grad, index, expected in zip(params, grads, indices, together.params, strict=True):
         n = len(index)
-        Problem(
-            [param], [grad], [index], torch.zeros(n), torch.zeros(n), None, torch.zeros(1)
-        ).run()
+        Problem([param], [grad], [index], zeros(n), zeros(n), None, zeros(1)).run()
         assert torch.equal(param, expected)
 
 
@@ -272,21 +300,25 @@ def test_indices_end_to_end_are_the_same_step(device, compact):
 
 
 @pytest.mark.parametrize("place", [0, 2_047, 2_048, 5_000, 69_998])
+@pytest.mark.parametrize("device", CPU, indirect=True)
 def test_disorder_anywhere_is_noticed(device, threads, place):
     """Threads check the order piece by piece; a pair across two pieces belongs to one of them."""
+    assert_disorder_is_noticed(device, place)
+
+
+@pytest.mark.parametrize("place", [0, 69_998])
+def test_disorder_is_noticed(device, place):
+    assert_disorder_is_noticed(device, place)
+
+
+def assert_disorder_is_noticed(device, place):
     n = 70_000
     indices = torch.arange(n, dtype=torch.int32)
     indices[place + 1] = place
-    weight = torch.zeros(n, device=device)
+    weight, grad, m, v = (torch.zeros(n, device=device) for _ in range(4))
     with pytest.raises(RuntimeError, match="increase strictly"):
         ops.sparse_adamw_(
-            [weight],
-            torch.ones(n),
-            [indices],
-            torch.zeros(n),
-            torch.zeros(n),
-            torch.zeros(1),
-            lr=1.0,
+            [weight], grad + 1, [indices.to(device)], m, v, torch.zeros(1, device=device), lr=1.0
         )
     assert not weight.any()
 
@@ -294,16 +326,14 @@ def test_disorder_anywhere_is_noticed(device, threads, place):
 @pytest.mark.parametrize(
     "bounds", [None, [0, 1], [0, 2, 1, 3], [1, 1, 2, 3], [0, 1, 2, 4], [-1, 1, 2, 3]]
 )
-def test_bounds_that_do_not_fit_are_refused(bounds):
-    weights = [torch.zeros(4) for _ in range(3)]
-    indices = torch.tensor([0, 1, 2])
+def test_bounds_that_do_not_fit_are_refused(device, bounds):
+    weights = [torch.zeros(4, device=device) for _ in range(3)]
+    indices = torch.tensor([0, 1, 2], device=device)
+    m, v, step = (torch.zeros(3, device=device) for _ in range(3))
     with pytest.raises(
         RuntimeError, match=r"one index vector per parameter|bounds must rise|needs bounds"
     ):
-        ops.sparse_adamw_(
-            weights, torch.ones(3), indices, torch.zeros(3), torch.zeros(3), torch.zeros(3),
-            bounds=bounds, lr=1.0,
-        )  # fmt: skip
+        ops.sparse_adamw_(weights, m + 1, indices, m, v, step, bounds=bounds, lr=1.0)
     assert not any(weight.any() for weight in weights)
 
 
@@ -333,7 +363,7 @@ def test_bounds_that_do_not_fit_are_refused(bounds):
         ({"params": [torch.zeros(1).expand(2, 4)]}, "share one place"),
     ],
 )
-def test_wrong_arguments_are_refused_and_nothing_is_written(change, message):
+def test_wrong_arguments_are_refused_and_nothing_is_written(device, change, message):
     arguments = {
         "params": [torch.zeros(2, 4)],
         "grads": [torch.ones(2, 4)],
@@ -344,18 +374,30 @@ def test_wrong_arguments_are_refused_and_nothing_is_written(change, message):
         "lr": 1.0,
         **change,
     }
+    arguments = {name: moved(value, device) for name, value in arguments.items()}
     with pytest.raises(RuntimeError, match=message):
         ops.sparse_adamw_(**arguments)
     written = [*arguments["params"], arguments["exp_avg"], arguments["step"]]
     assert all((tensor == 0).all() for tensor in written)
 
 
+def moved(value, device):
+    """A test's argument on a device; expanded tensors stay expanded on the CPU's."""
+    if isinstance(value, list):
+        return [moved(item, device) for item in value]
+    if not isinstance(value, Tensor):
+        return value
+    base = value.as_strided((1,), (1,)) if 0 in value.stride() else value
+    return base.to(device).expand(value.shape)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("lr_tensor", [None, torch.tensor(0.1, dtype=torch.float64)])
 def test_opcheck(device, dtype, lr_tensor):
     p = problem(dtype, device)
+    lr_tensor = lr_tensor if lr_tensor is None else lr_tensor.to(device)
     numbers = (0.1, lr_tensor, 0.9, 0.999, 1e-8, 0.1, False, None, None)
-    op = operations().sparse_adamw_.default
+    op = operations(device).sparse_adamw_.default
     state = (p.exp_avg, p.exp_avg_sq, p.master, p.step)
     indices, bounds = ops.end_to_end(p.indices)
     for grads, compact in ((p.grads, None), ([], p.compact_grad())):

@@ -17,7 +17,10 @@ import pytest
 TESTS = Path(__file__).parent
 
 
-@pytest.mark.parametrize("operation", ["gather_scatter"])
+OPERATIONS = ["accumulate_topk", "gather_scatter", "sparse_adamw", "sampled_grad"]
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
 def test_operation(operation):
     command = [
         sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider",

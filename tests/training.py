@@ -105,7 +105,8 @@ def batch(step: int, micro: int = 0) -> tuple[Tensor, Tensor]:
 
 def loss_of(model: nn.Module, step: int, micro: int = 0) -> Tensor:
     """The branch takes no part in every third step, so its parameters get no gradient there."""
-    tokens, labels = batch(step, micro)
+    device = next(model.parameters()).device
+    tokens, labels = (numbers.to(device) for numbers in batch(step, micro))
     logits = model(tokens, branch=step % 3 != 1).float()
     return nn.functional.cross_entropy(logits, labels)
 

@@ -80,19 +80,16 @@ std::vector<int64_t> between(const TopkBuffer& b, uint32_t low, uint32_t high) {
   return found;
 }
 
-// The k-th best candidate. It lies in the bin that the histogram has reached: fewer than k lie above that bin. All
-// candidates are looked at where that does not hold, as when another backend has filled the buffer.
+// The k-th best candidate. It lies in the bin that the histogram has reached: fewer than k lie above that bin.
 Bar kth_best(const TopkBuffer& b) {
   const auto edge = static_cast<uint32_t>(b.state[kBin] << kBinShift);
   const uint32_t next_edge = edge + (1u << kBinShift);
   const int64_t above =
       std::count_if(b.values, b.values + b.state[kCount], [=](float value) { return bits_of(value) >= next_edge; });
   std::vector<int64_t> candidates = between(b, edge, next_edge);
-  int64_t rank = b.k - above - 1;
-  if (rank < 0 || rank >= static_cast<int64_t>(candidates.size())) {
-    candidates = between(b, 0, kInfinity);
-    rank = b.k - 1;
-  }
+  const int64_t rank = b.k - above - 1;
+  STD_TORCH_CHECK(rank >= 0 && rank < static_cast<int64_t>(candidates.size()),
+                  "state does not fit the buffer: it was kept with another k");
   const auto better = [&](int64_t i, int64_t j) {
     return b.values[i] > b.values[j] || (b.values[i] == b.values[j] && b.positions[i] < b.positions[j]);
   };

@@ -21,11 +21,11 @@ void require_increasing(const int32_t* indices, int64_t n, int64_t below, const 
   require_increase_below({indices, false, n}, below, name);
 }
 
-Tensor pack_columns(const Tensor& x, const Tensor& columns) {
-  PackColumns job = check_pack_columns(x, columns, kCpu);
+Tensor pack_columns(const Tensor& x, const Tensor& columns, std::optional<ScalarType> dtype) {
+  PackColumns job = check_pack_columns(x, columns, dtype, kCpu);
   require_increasing(job.columns, job.n_columns, job.x.width + 1, "columns");
   const int64_t blocks = blocks_of(job.x.tokens);
-  Tensor packed = torch::stable::new_empty(x, {blocks, job.n_columns, kTokens});
+  Tensor packed = torch::stable::new_empty(x, {blocks, job.n_columns, kTokens}, packed_type(x, dtype));
   job.packed = packed.mutable_data_ptr();
   torch::stable::parallel_for(0, blocks, kBlocksPerTask,
                               [&](int64_t begin, int64_t end) { sampled_grad_kernels().pack(job, begin, end); });
@@ -45,7 +45,7 @@ std::vector<int64_t> tasks_of(const RowPlan& plan) {
 }
 
 Tensor sampled_grad(const Tensor& packed, const Tensor& grad_output, const Tensor& rows, const Tensor& offsets,
-                    const Tensor& columns) {
+                    const Tensor& columns, bool /*product*/) {
   SampledGrad job = check_sampled_grad(packed, grad_output, rows, offsets, columns, kCpu);
   const RowPlan& plan = job.plan;
   require_increasing(plan.rows, plan.n_rows, job.grad_output.width, "rows");

@@ -22,13 +22,22 @@ struct Sum<double> {
 
 // Packing ------------------------------------------------------------------------------------------------------------
 
-template <typename T>
-void pack_column(const T* x, int64_t token_stride, int64_t tokens, T* __restrict out) {
+// As it is, or an fp32 number rounded.
+template <typename P, typename T>
+inline P packed_as(T x) {
+  if constexpr (sizeof(P) == sizeof(T))
+    return x;
+  else
+    return from_float<P>(x);
+}
+
+template <typename P, typename T>
+void pack_column(const T* x, int64_t token_stride, int64_t tokens, P* __restrict out) {
   if (tokens == kTokens) {
-    for (int64_t t = 0; t < kTokens; ++t) out[t] = x[t * token_stride];
+    for (int64_t t = 0; t < kTokens; ++t) out[t] = packed_as<P>(x[t * token_stride]);
     return;
   }
-  for (int64_t t = 0; t < kTokens; ++t) out[t] = t < tokens ? x[t * token_stride] : T{};
+  for (int64_t t = 0; t < kTokens; ++t) out[t] = t < tokens ? packed_as<P>(x[t * token_stride]) : P{};
 }
 
 template <typename T>
@@ -36,14 +45,14 @@ void pack_ones(int64_t tokens, T* out) {
   for (int64_t t = 0; t < kTokens; ++t) out[t] = t < tokens ? from_float<T>(1.0f) : T{};
 }
 
-template <typename T>
+template <typename T, typename P = T>
 void pack_typed(const PackColumns& job, int64_t begin, int64_t end) {
   const TokenMajor& x = job.x;
   for (int64_t block = begin; block < end; ++block) {
     const int64_t first = block * kTokens;
     const int64_t tokens = x.tokens - first < kTokens ? x.tokens - first : kTokens;
     const T* from = static_cast<const T*>(x.data) + first * x.token_stride;
-    T* to = static_cast<T*>(job.packed) + block * job.n_columns * kTokens;
+    P* to = static_cast<P*>(job.packed) + block * job.n_columns * kTokens;
     for (int64_t c = 0; c < job.n_columns; ++c, to += kTokens) {
       const int64_t column = job.columns[c];
       if (column == x.width)
@@ -147,11 +156,13 @@ void grad_typed(const SampledGrad& job, int64_t begin, int64_t end, void* scratc
 }
 
 void pack(const PackColumns& job, int64_t begin, int64_t end) {
-  switch (job.x.type) {  // elements are moved; ones differ by type
+  switch (job.packed_type) {
     case FloatType::bf16:
-      return pack_typed<BFloat16>(job, begin, end);
+      return job.x.type == FloatType::bf16 ? pack_typed<BFloat16>(job, begin, end)
+                                           : pack_typed<float, BFloat16>(job, begin, end);
     case FloatType::fp16:
-      return pack_typed<Half>(job, begin, end);
+      return job.x.type == FloatType::fp16 ? pack_typed<Half>(job, begin, end)
+                                           : pack_typed<float, Half>(job, begin, end);
     case FloatType::fp64:
       return pack_typed<double>(job, begin, end);
     default:

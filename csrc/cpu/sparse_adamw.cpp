@@ -14,8 +14,7 @@ namespace saft::cpu {
 namespace {
 
 double scalar_value(const Tensor& tensor, const char* name) {
-  check_device(tensor, kCpu, name);
-  check_scalar(tensor, name);
+  check_scalar(tensor, name, kCpu);
   return tensor.scalar_type() == ScalarType::Float ? *tensor.const_data_ptr<float>() : *tensor.const_data_ptr<double>();
 }
 

@@ -58,7 +58,7 @@ __device__ inline int64_t place_of(const Strided& layout, int64_t index) {
   return place;
 }
 
-constexpr int64_t ceil_div(int64_t a, int64_t b) {
+__host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
 

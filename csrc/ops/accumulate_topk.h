@@ -11,8 +11,13 @@
 //   value, then lower position; positions are unique, so the order is total and so is the result: after
 //   compact_topk_ the buffer holds exactly the k best of all candidates offered, for any order of calls and any
 //   number of threads. Which losers the buffer holds in between is unspecified.
-// - c > k. The threshold only rises: to the worst of the k best whenever a full buffer is compacted to these, and
-//   between compactions to the lower edge of a histogram bin once k candidates are known to lie above that edge.
+// - c > k. The threshold only rises, and never above the worst of the k best so far: it reaches that whenever a full
+//   buffer is compacted to these (or stops short of it where no candidate lies between), and rises to the lower edge of
+//   a histogram bin once k candidates are known to lie above that edge. An equal value counts at a position below the
+//   tie only; what the buffer holds already stays up to the tie itself, where the worst of the k best may lie.
+// - The histogram counts every candidate that beat the threshold when it was offered, once, whether or not the buffer
+//   holds it; so do BIN and ABOVE. All backends keep it, k is the same in all calls on one buffer, and hence the k-th
+//   best candidate of a buffer that holds k or more lies in BIN once BIN has been raised.
 // - NaN and infinite entries are never candidates; state[NONFINITE] keeps the lowest position of one.
 // - k = 0: accumulate and look for non-finite entries only; values and positions are not touched.
 #pragma once

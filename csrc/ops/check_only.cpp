@@ -38,15 +38,15 @@ void sparse_adamw(const std::vector<Tensor>& params, const std::vector<Tensor>& 
                   const Tensor& exp_avg, const Tensor& exp_avg_sq, const std::optional<Tensor>& master,
                   const Tensor& step, const std::optional<Tensor>& lr, const std::optional<Tensor>& grad_scale,
                   const std::optional<Tensor>& found_inf) {
-  check_adamw_step(params, grads, compact_grad, indices, bounds, exp_avg, exp_avg_sq, master, step,
-                   Device::of(exp_avg));
-  if (lr.has_value()) check_scalar(*lr, "lr");
-  if (grad_scale.has_value()) check_scalar(*grad_scale, "grad_scale");
-  if (found_inf.has_value()) check_scalar(*found_inf, "found_inf");
+  const Device device = Device::of(exp_avg);
+  check_adamw_step(params, grads, compact_grad, indices, bounds, exp_avg, exp_avg_sq, master, step, device);
+  if (lr.has_value()) check_scalar(*lr, "lr", device);
+  if (grad_scale.has_value()) check_scalar(*grad_scale, "grad_scale", device);
+  if (found_inf.has_value()) check_scalar(*found_inf, "found_inf", device);
 }
 
-void pack_columns(const Tensor& x, const Tensor& columns) {
-  check_pack_columns(x, columns, Device::of(x));
+void pack_columns(const Tensor& x, const Tensor& columns, std::optional<ScalarType> dtype) {
+  check_pack_columns(x, columns, dtype, Device::of(x));
 }
 
 void sampled_grad(const Tensor& packed, const Tensor& grad_output, const Tensor& rows, const Tensor& offsets,

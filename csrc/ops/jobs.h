@@ -44,7 +44,9 @@ constexpr int64_t kMaxKeys = int64_t{1} << (63 - kPositionBits);
 constexpr int kBinShift = 17;
 constexpr int kBins = 1 << (31 - kBinShift);
 
-// kBin: the bin whose lower edge is the highest known bound; kAbove: candidates so far in it and above.
+// kBin: the highest bin whose lower edge k candidates have reached; kAbove: candidates so far in it and above. kFresh
+// and kRefill carry what one kernel of a GPU call tells the next: candidates found, and whether they did not fit.
+// kFresh is zero between calls, kRefill is written before it is read; the CPU uses neither.
 enum StateSlot : int {
   kCount,
   kThreshold,
@@ -52,6 +54,8 @@ enum StateSlot : int {
   kNonFinite,
   kBin,
   kAbove,
+  kFresh,
+  kRefill,
   kHistogram,
   kStateSize = kHistogram + kBins
 };
@@ -137,7 +141,8 @@ struct PackColumns {
   TokenMajor x;  // its width as a column stands for ones
   const int32_t* columns;
   int64_t n_columns;
-  void* packed;  // [ceil(tokens / kTokens), n_columns, kTokens]
+  FloatType packed_type;  // that of x, or for fp32 any of fp32, bf16, fp16
+  void* packed;           // [ceil(tokens / kTokens), n_columns, kTokens]
 };
 
 // Which entries of a weight are wanted, row by row.

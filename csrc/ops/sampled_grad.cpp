@@ -20,14 +20,24 @@ RowPlan row_plan(const Tensor& rows, const Tensor& offsets, const Tensor& column
   return plan;
 }
 
+FloatType packed_float_type(const Tensor& x, ScalarType packed) {
+  if (packed == x.scalar_type()) return float_type(x, "x");
+  STD_TORCH_CHECK(
+      x.scalar_type() == ScalarType::Float && (packed == ScalarType::BFloat16 || packed == ScalarType::Half), "x of ",
+      name_of(x.scalar_type()), " cannot be packed as ", name_of(packed));
+  return packed == ScalarType::BFloat16 ? FloatType::bf16 : FloatType::fp16;
+}
+
 }  // namespace
 
 int64_t blocks_of(int64_t tokens) {
   return (tokens + kTokens - 1) / kTokens;
 }
 
-PackColumns check_pack_columns(const Tensor& x, const Tensor& columns, Device device) {
-  return {token_major(x, device, "x"), int32_vector(columns, device, "columns"), columns.numel(), nullptr};
+PackColumns check_pack_columns(const Tensor& x, const Tensor& columns, std::optional<ScalarType> dtype, Device device) {
+  const TokenMajor matrix = token_major(x, device, "x");
+  return {matrix, int32_vector(columns, device, "columns"), columns.numel(),
+          packed_float_type(x, packed_type(x, dtype)), nullptr};
 }
 
 SampledGrad check_sampled_grad(const Tensor& packed, const Tensor& grad_output, const Tensor& rows,
@@ -52,6 +62,10 @@ SampledEmbeddingGrad check_sampled_embedding_grad(const Tensor& tokens, const Te
 
 ScalarType sum_type(FloatType type) {
   return type == FloatType::fp64 ? ScalarType::Double : ScalarType::Float;
+}
+
+ScalarType packed_type(const Tensor& x, std::optional<ScalarType> dtype) {
+  return dtype.value_or(x.scalar_type());
 }
 
 }  // namespace saft

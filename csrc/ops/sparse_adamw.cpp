@@ -74,7 +74,8 @@ AdamWStep check_adamw_step(const std::vector<Tensor>& params, const std::vector<
   return checked;
 }
 
-void check_scalar(const Tensor& tensor, const char* name) {
+void check_scalar(const Tensor& tensor, const char* name, Device device) {
+  if (!kCpu.holds(tensor)) check_device(tensor, device, name);
   STD_TORCH_CHECK(tensor.numel() == 1, name, " must have one element, not ", tensor.numel());
   const ScalarType type = tensor.scalar_type();
   STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double, name, " must be float32 or float64, not ",

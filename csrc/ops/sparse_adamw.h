@@ -10,7 +10,8 @@
 // - Exactly one gradient source: T dense tensors of the params' dtype and shape, any strides; or compact_grad.
 // - params: one dtype. bf16 and fp16 need master, which holds the exact weights: the step updates master and the
 //   weight becomes its rounding. fp32 takes none.
-// - lr_tensor, if given, takes the place of lr and is read when the step runs.
+// - lr_tensor, if given, takes the place of lr. It, grad_scale and found_inf are read when the step runs, where they
+//   are on the device of the other arguments, and at the call, where they are on the CPU.
 // - step is incremented first; t = step[i] for tensor i. found_inf != 0: nothing is changed.
 // - Gradients are divided by grad_scale (multiplied by its fp32 reciprocal, as torch's fused AdamW does).
 // - Everything is checked before anything is written. Entries outside the indices keep their bits.
@@ -39,7 +40,7 @@ AdamWStep check_adamw_step(const std::vector<Tensor>& params, const std::vector<
                            const std::vector<int64_t>& bounds, const Tensor& exp_avg, const Tensor& exp_avg_sq,
                            const std::optional<Tensor>& master, const Tensor& step, Device device);
 
-// A tensor of one fp32 or fp64 number, wherever it lies.
-void check_scalar(const Tensor& tensor, const char* name);
+// A tensor of one fp32 or fp64 number, on the device of the other arguments or on the CPU.
+void check_scalar(const Tensor& tensor, const char* name, Device device);
 
 }  // namespace saft

@@ -8,14 +8,26 @@ from typing import Any
 import torch
 
 from saft_kernels import backends, ops
-from saft_kernels.triton import gather_scatter
+from saft_kernels.triton import (
+    accumulate_topk,
+    gather_scatter,
+    sampled_embedding,
+    sampled_grad,
+    sparse_adamw,
+)
 
 NAMESPACE = "saft_triton"
 
 #: Operation -> its implementation.
 IMPLEMENTATIONS = {
+    "accumulate_topk_": accumulate_topk.accumulate_topk_,
+    "compact_topk_": accumulate_topk.compact_topk_,
     "gather": gather_scatter.gather,
     "scatter_": gather_scatter.scatter_,
+    "sparse_adamw_": sparse_adamw.sparse_adamw_,
+    "pack_columns": sampled_grad.pack_columns,
+    "sampled_grad": sampled_grad.sampled_grad,
+    "sampled_embedding_grad": sampled_embedding.sampled_embedding_grad,
 }
 
 

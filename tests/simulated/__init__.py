@@ -25,6 +25,10 @@ from saft_kernels import backends
 #: GPU generation -> the order in which its threads and blocks run.
 GENERATIONS = {"sm80": (80, "rev"), "sm90": (90, "random")}
 
+#: What the simulator looks for beside accesses out of bounds: races between blocks, between the
+#: threads of a block, and in shared memory.
+CHECKS = {"races": True, "block_races": True, "shared_races": True}
+
 
 def names() -> list[str]:
     """The implementations that can be simulated here."""

@@ -13,10 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 import ptxsim
+import simulated
 from saft_kernels import ops
 
 BUILD = Path(__file__).parent.parent.parent / "build" / "cmake"
@@ -88,7 +88,7 @@ class SimulatedCuda:
     """
 
     def __init__(self, sm: int, order: str = "fwd", seed: int = 1) -> None:
-        self.options = {"order": order, "seed": seed, "races": True, "shared_races": True}
+        self.options = {"order": order, "seed": seed, **simulated.CHECKS}
         self.sm = sm
         self.launches: list[str] = []
         self._library, _ = _loaded()
@@ -120,25 +120,25 @@ class SimulatedCuda:
         try:
             name = kernel.decode()
             module = _module(self.sm, name)
-            params = module.kernel(name).params
-            values = [ctypes.string_at(arguments[i], p.size) for i, p in enumerate(params)]
-            module.launch(
-                name, grid[:3], block[:3], values, shared, extra=self._memory(), **self.options
-            )
+            block_of_parameters = bytearray(module.kernel(name).param_bytes)
+            for i, param in enumerate(module.parameters(name)):
+                end = param.offset + param.size
+                block_of_parameters[param.offset : end] = ctypes.string_at(arguments[i], param.size)
+            module.launch_raw(
+                name, grid[:3], block[:3], bytes(block_of_parameters), shared, self._memory(),
+                **self.options,
+            )  # fmt: skip
             self.launches.append(name)
         except Exception as error:
             self._error = error
             return 1
         return 0
 
-    def _memory(self) -> list[Any]:
-        """What the call under way may touch."""
+    def _memory(self) -> list[tuple[int, int]]:
+        """Addresses and sizes of what the call under way may touch."""
         first = ctypes.POINTER(_Range)()
         count = self._library.saft_simulated_ranges(ctypes.byref(first))
-        return [
-            np.frombuffer((ctypes.c_uint8 * r.nbytes).from_address(r.address), np.uint8)
-            for r in first[:count]
-        ]
+        return [(r.address, r.nbytes) for r in first[:count]]
 
 
 class _Operation:

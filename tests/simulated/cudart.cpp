@@ -58,6 +58,9 @@ void __cudaRegisterFunction(void**, const char* stub, char*, const char* name, i
   kernels()[stub] = name;
 }
 
+// Headers of the toolkit define variables that no kernel here uses; those in the PTX belong to the simulator.
+void __cudaRegisterVar(void**, char*, char*, const char*, int, size_t, int, int) {}
+
 unsigned __cudaPushCallConfiguration(dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream) {
   configurations.push_back({grid, block, shared_bytes, stream});
   return 0;

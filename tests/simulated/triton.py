@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 import ptxsim
+import simulated
 from saft_kernels.triton import launch, library
 
 #: The GPU that operations on CPU tensors run on now.
@@ -53,7 +54,7 @@ class SimulatedTriton:
     def __init__(self, sm: int, order: str = "fwd", seed: int = 1) -> None:
         _registered()
         self.sm = sm
-        self.options = {"order": order, "seed": seed, "races": True, "shared_races": True}
+        self.options = {"order": order, "seed": seed, **simulated.CHECKS}
         self.launches: list[str] = []
         self._memory: list[Tensor] = []
 
@@ -82,8 +83,15 @@ class SimulatedTriton:
         self, kernel: Any, blocks: int, arguments: Sequence[Any], options: dict[str, Any]
     ) -> None:
         memory = [a for a in self._memory if a.numel()]
-        simulated = _simulated(kernel, self.sm)
-        simulated[(blocks,)](*arguments, **options, **self.options, extra=memory)
+        options = {**options, **self.options, "extra": memory}
+        try:
+            _simulated(kernel, self.sm)[(blocks,)](*arguments, **options)
+        except ptxsim.UnsupportedError as error:
+            # tl.dot in bf16 and fp16 becomes wgmma from sm_90 on, which the simulator does not
+            # have. It says so before anything runs; such a kernel runs as compiled for sm_80.
+            if "wgmma" not in str(error):
+                raise
+            _simulated(kernel, 80)[(blocks,)](*arguments, **options)
         self.launches.append(kernel.fn.__name__)
 
     def _new_empty(

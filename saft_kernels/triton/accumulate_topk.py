@@ -1,0 +1,313 @@
+"""``acc += scale * grad``, and the k largest magnitudes so far.
+
+The three kernels of ``csrc/cuda``: ``accumulate_topk_kernel.cu`` says what an element moves and
+when a refill happens, ``settle_topk_kernel.cu`` how the threshold follows.
+"""
+
+from __future__ import annotations
+
+import triton
+from torch import Tensor, ops
+from triton import language as tl
+
+from saft_kernels import layout
+from saft_kernels.triton import launch
+from saft_kernels.triton.launch import ceil_div
+
+BLOCK = 1024
+STEP = 2048  # elements or candidates that the one program of the settle kernel takes at a time
+
+#: Programs of a refill, each of which goes over many parts of the tensor.
+REFILL_PROGRAMS = 1024
+
+COUNT = tl.constexpr(layout.COUNT)
+THRESHOLD = tl.constexpr(layout.THRESHOLD)
+TIE = tl.constexpr(layout.TIE)
+NONFINITE = tl.constexpr(layout.NONFINITE)
+BIN = tl.constexpr(layout.BIN)
+ABOVE = tl.constexpr(layout.ABOVE)
+FRESH = tl.constexpr(layout.FRESH)
+REFILL = tl.constexpr(layout.REFILL)
+HISTOGRAM = tl.constexpr(layout.HISTOGRAM)
+BIN_SHIFT = tl.constexpr(layout.BIN_SHIFT)
+BINS = tl.constexpr(layout.BINS)
+NO_POSITION = tl.constexpr(layout.NO_POSITION)
+INFINITY = tl.constexpr(0x7F800000)
+
+WINDOW = tl.constexpr(1024)  # bins that the threshold may pass in one step
+PLACE_BITS = tl.constexpr(63)
+DIGIT_BITS = tl.constexpr(9)
+DIGITS = tl.constexpr(1 << 9)
+
+
+@triton.jit
+def _magnitude_bits(x):
+    # Non-negative floats order as their bits do.
+    return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def _append(bits, position, chosen, values, positions, capacity, begin, counter):
+    """Appends candidates behind ``begin`` others and counts them, whether or not there is room."""
+    rank = tl.cumsum(chosen.to(tl.int32), 0)
+    total = tl.max(rank, 0)
+    if total > 0:
+        slot = begin + tl.atomic_add(counter, total.to(tl.int64)) + rank - 1
+        fits = chosen & (slot < capacity)
+        tl.store(values + slot, bits.to(tl.float32, bitcast=True), fits)
+        tl.store(positions + slot, position, fits)
+
+
+# That the number of elements is a multiple of 16 is worth a specialisation: only then are masked
+# loads wide.
+@triton.jit(do_not_specialize=["square", "base", "k", "capacity"])
+def _scan_kernel(
+    acc, grad, scale, square, n: tl.int64, base: tl.int64,
+    values, positions, state, k: tl.int64, capacity: tl.int64, BLOCK: tl.constexpr,
+):  # fmt: skip
+    element = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    exists = element < n
+    a = tl.load(acc + element, exists, other=0.0)
+    if grad is not None:
+        g = tl.load(grad + element, exists, other=0.0).to(tl.float32)
+        g = tl.where(square != 0, g * g, g)
+        a = a + g * scale
+        tl.store(acc + element, a, exists)
+    bits = _magnitude_bits(a)
+    position = base + element
+    finite = bits < INFINITY
+    lowest = tl.min(tl.where(exists & ~finite, position, NO_POSITION), 0)
+    if lowest < NO_POSITION:
+        tl.atomic_min(state + NONFINITE, lowest)
+
+    # Without a threshold its slot holds -1, which lies below the bits of every magnitude.
+    threshold = tl.load(state + THRESHOLD)
+    beats = (bits > threshold) | ((bits == threshold) & (position < tl.load(state + TIE)))
+    chosen = exists & finite & beats & (k > 0)
+    if tl.max(chosen.to(tl.int32), 0) > 0:
+        bins = bits >> BIN_SHIFT
+        tl.atomic_add(state + HISTOGRAM + bins, tl.full([BLOCK], 1, tl.int64), chosen)
+        above = tl.sum((chosen & (bins >= tl.load(state + BIN))).to(tl.int64), 0)
+        tl.atomic_add(state + ABOVE, above)
+        _append(
+            bits, position, chosen, values, positions, capacity,
+            tl.load(state + COUNT), state + FRESH,
+        )  # fmt: skip
+
+
+@triton.jit
+def _keeps(bits, position, threshold, tie):
+    """Whether a candidate reaches the bar; the k-th best itself may lie at the tie."""
+    return (bits > threshold) | ((bits == threshold) & (position <= tie))
+
+
+@triton.jit(do_not_specialize=["base", "capacity"])
+def _refill_kernel(
+    acc, n: tl.int64, base: tl.int64, values, positions, state, capacity: tl.int64,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    if tl.load(state + REFILL) != 0:
+        threshold = tl.load(state + THRESHOLD)
+        tie = tl.load(state + TIE)
+        start = tl.program_id(0).to(tl.int64) * BLOCK
+        while start < n:
+            element = start + tl.arange(0, BLOCK)
+            exists = element < n
+            bits = _magnitude_bits(tl.load(acc + element, exists, other=0.0))
+            position = base + element
+            chosen = exists & (bits < INFINITY) & _keeps(bits, position, threshold, tie)
+            _append(bits, position, chosen, values, positions, capacity, 0, state + COUNT)
+            start += tl.num_programs(0).to(tl.int64) * BLOCK
+
+
+@triton.jit
+def _raise_to_bin(state, k):
+    """The highest bin that k candidates reach, and their number."""
+    bin_ = tl.load(state + BIN)
+    above = tl.load(state + ABOVE)
+    while (bin_ + 1 < BINS) & (above - tl.load(state + HISTOGRAM + bin_) >= k):
+        bins = bin_ + tl.arange(0, WINDOW)
+        counts = tl.load(state + HISTOGRAM + bins, bins < BINS, other=0)
+        passed = (bins + 1 < BINS) & (above - tl.cumsum(counts, 0) >= k)
+        bin_ += tl.sum(passed.to(tl.int64), 0)
+        above -= tl.sum(tl.where(passed, counts, 0), 0)
+    return bin_, above
+
+
+@triton.jit
+def _digit_counts(
+    counts, candidates, positions, base, n, bits_known, bits_unknown, place_known, place_unknown,
+    shift, STEP: tl.constexpr,
+):  # fmt: skip
+    """Adds how many candidates with the bound's known bits have each value of its next digit."""
+    start = tl.full([], 0, tl.int64)
+    while start < n:
+        i = start + tl.arange(0, STEP).to(tl.int64)
+        exists = i < n
+        bits = _magnitude_bits(tl.load(candidates + i, exists, other=0.0))
+        matches = exists & (((bits ^ bits_known) >> bits_unknown) == 0)
+        if positions is None:
+            position = base + i
+        else:
+            position = tl.load(positions + i, matches & (bits_unknown == 0), other=NO_POSITION)
+        place = NO_POSITION - position
+        matches &= (bits_unknown > 0) | (((place ^ place_known) >> place_unknown) == 0)
+        digit = tl.where(bits_unknown > 0, bits.to(tl.int64), place) >> shift
+        digit = (digit & (DIGITS - 1)).to(tl.int32)
+        counts += tl.histogram(digit, DIGITS, matches).to(tl.int64)
+        start += STEP
+    return counts
+
+
+@triton.jit
+def _search(
+    acc, n_elements, base, values, positions, n, k, limit, bin_, above, within, STEP: tl.constexpr
+):
+    """The k-th best candidate, or a bound below it that no more than ``limit`` reach.
+
+    Better candidates are greater: a position counts as NO_POSITION minus itself, its place. Bits
+    that are not known yet are zero.
+    """
+    bits_known = (bin_ << BIN_SHIFT).to(tl.int32)
+    bits_unknown = tl.full([], BIN_SHIFT, tl.int32)
+    place_known = tl.full([], 0, tl.int64)
+    place_unknown = tl.full([], PLACE_BITS, tl.int32)
+    rank = k - (above - within)
+    reach = above
+    while (reach > limit) & (bits_unknown + place_unknown > 0):
+        in_bits = bits_unknown > 0
+        shift = tl.maximum(tl.where(in_bits, bits_unknown, place_unknown) - DIGIT_BITS, 0)
+        counts = tl.zeros([DIGITS], tl.int64)
+        counts = _digit_counts(
+            counts, values, positions, base, n, bits_known, bits_unknown, place_known,
+            place_unknown, shift, STEP,
+        )  # fmt: skip
+        counts = _digit_counts(
+            counts, acc, None, base, n_elements, bits_known, bits_unknown, place_known,
+            place_unknown, shift, STEP,
+        )  # fmt: skip
+        at_or_above = tl.sum(counts, 0) - tl.cumsum(counts, 0) + counts
+        digits = tl.arange(0, DIGITS)
+        digit = tl.maximum(tl.sum((at_or_above >= rank).to(tl.int32), 0) - 1, 0)
+        within = tl.sum(tl.where(digits == digit, counts, 0), 0)
+        rank -= tl.sum(tl.where(digits > digit, counts, 0), 0)
+        reach = k - rank + within
+        if in_bits:
+            bits_known |= digit << shift
+            bits_unknown = shift
+        else:
+            place_known |= digit.to(tl.int64) << shift
+            place_unknown = shift
+    return bits_known.to(tl.int64), NO_POSITION - place_known
+
+
+@triton.jit
+def _drop_below(threshold, tie, values, positions, n, STEP: tl.constexpr):
+    """Removes, in place, candidates that the bar does not keep; returns how many stay."""
+    kept = tl.full([], 0, tl.int64)
+    start = tl.full([], 0, tl.int64)
+    while start < n:
+        i = start + tl.arange(0, STEP)
+        exists = i < n
+        value = tl.load(values + i, exists, other=0.0)
+        position = tl.load(positions + i, exists, other=0)
+        chosen = exists & _keeps(_magnitude_bits(value), position, threshold, tie)
+        rank = tl.cumsum(chosen.to(tl.int32), 0)
+        tl.debug_barrier()  # a step is read before it is written, at or before its own begin
+        tl.store(values + kept + rank - 1, value, chosen)
+        tl.store(positions + kept + rank - 1, position, chosen)
+        kept += tl.max(rank, 0)
+        start += STEP
+    return kept
+
+
+@triton.jit(
+    do_not_specialize=["n", "base", "k", "capacity", "limit"],
+    do_not_specialize_on_alignment=["acc", "values", "positions"],
+)
+def _settle_kernel(
+    acc, n: tl.int64, base: tl.int64, values, positions, state, k: tl.int64, capacity: tl.int64,
+    limit: tl.int64, STEP: tl.constexpr,
+):  # fmt: skip
+    before = tl.load(state + COUNT)
+    found = before + tl.load(state + FRESH)
+    threshold = tl.load(state + THRESHOLD)
+    tie = tl.load(state + TIE)
+    bin_, above = _raise_to_bin(state, k)
+    edge = bin_ << BIN_SHIFT
+    if (above >= k) & (edge > threshold):
+        threshold = edge
+        tie = tl.full([], NO_POSITION, tl.int64)
+
+    overflow = found > capacity
+    count = tl.where(overflow, before, found)
+    if found > limit:
+        within = tl.load(state + HISTOGRAM + bin_)
+        bits, last = _search(
+            acc, tl.where(overflow, n, 0), base, values, positions, count, k, limit, bin_, above,
+            within, STEP,
+        )  # fmt: skip
+        if (bits > threshold) | ((bits == threshold) & (last < tie)):
+            threshold = bits
+            tie = last
+        count = _drop_below(threshold, tie, values, positions, count, STEP)
+
+    tl.debug_barrier()  # all threads have read the state
+    tl.store(state + COUNT, count)
+    tl.store(state + FRESH, tl.zeros_like(count))
+    tl.store(state + REFILL, overflow.to(tl.int64))
+    tl.store(state + BIN, bin_)
+    tl.store(state + ABOVE, above)
+    tl.store(state + THRESHOLD, threshold)
+    tl.store(state + TIE, tie)
+
+
+def _settle(
+    acc: Tensor, n: int, base: int, k: int, limit: int,
+    values: Tensor, positions: Tensor, state: Tensor,
+) -> None:  # fmt: skip
+    launch.launch(
+        _settle_kernel, 1, acc, n, base, values, positions, state, k, values.numel(), limit,
+        STEP=STEP, num_warps=16,
+    )  # fmt: skip
+
+
+def accumulate_topk_(
+    acc: Tensor,
+    grad: Tensor | None,
+    scale: float,
+    square: bool,
+    key: int,
+    offset: int,
+    k: int,
+    values: Tensor,
+    positions: Tensor,
+    state: Tensor,
+) -> None:
+    """See :func:`saft_kernels.ops.accumulate_topk_`."""
+    ops.saft_kernels.check_accumulate_topk(
+        acc, grad, scale, square, key, offset, k, values, positions, state
+    )
+    n, capacity = acc.numel(), values.numel()
+    base = (key << layout.POSITION_BITS) + offset
+    blocks = ceil_div(n, BLOCK)
+    launch.launch(
+        _scan_kernel, blocks, acc, grad, scale, int(square), n, base, values, positions, state,
+        k, capacity, BLOCK=BLOCK,
+    )  # fmt: skip
+    if n == 0 or k == 0:
+        return
+    _settle(acc, n, base, k, k + (capacity - k) // 2, values, positions, state)
+    launch.launch(
+        _refill_kernel, min(blocks, REFILL_PROGRAMS), acc, n, base, values, positions, state,
+        capacity, BLOCK=BLOCK,
+    )  # fmt: skip
+
+
+def compact_topk_(k: int, values: Tensor, positions: Tensor, state: Tensor) -> None:
+    """See :func:`saft_kernels.ops.compact_topk_`."""
+    ops.saft_kernels.check_compact_topk(k, values, positions, state)
+    if k == 0:
+        state[layout.COUNT].zero_()
+    else:
+        _settle(values, 0, 0, k, k, values, positions, state)
