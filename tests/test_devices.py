@@ -8,15 +8,15 @@ tests/test_gpu.py looks at the same on a real GPU.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 from saft_clip import text_tower
@@ -24,7 +24,7 @@ from saft_clip.batches import Batches
 from saft_clip.methods.base import prompt_loss
 from saft_clip.models import load_model
 from saft_clip.prompts import class_prompts, encode_prompts
-from saft_kernels import attach, backends, gradient_pass, index_values, reference
+from saft_kernels import attach, backends, gradient_pass, index_values, plan, reference
 from saft_kernels.fingerprint import fingerprints
 from saft_kernels.gradient_pass import GradientSelection, cut_into_chunks
 from saft_kernels.mask import CooMask
@@ -36,6 +36,14 @@ from training import MODES, SELECTED, SmallModel
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 META = torch.device("meta")
+
+#: What looks at the values of an index vector.
+CHECKS = [name for name in vars(index_values) if name.startswith("_check_")]
+assert len(CHECKS) >= 3
+
+
+def fail(*arguments: Any) -> None:
+    raise AssertionError("an index vector was checked again")
 
 
 class OneDevice(TorchDispatchMode):
@@ -63,33 +71,39 @@ class OneDevice(TorchDispatchMode):
         return result
 
 
+def without_values(planner: Any) -> Callable[..., Any]:
+    """Makes a plan as ``planner.of`` does, of the first entries, and moves it."""
+    make = planner.of
+
+    def of(*arguments: Any, **options: Any) -> Any:
+        first = [torch.arange(a.numel()) if isinstance(a, Tensor) else a for a in arguments]
+        with _disable_current_modes():
+            made = make(*first, **options)
+        parts = vars(made).items()
+        return dataclasses.replace(
+            made, **{name: each.to(META) for name, each in parts if isinstance(each, Tensor)}
+        )
+
+    return of
+
+
 @contextmanager
 def pretended_gpu() -> Iterator[tuple[OneDevice, list[str]]]:
     """Meta tensors take the way of a GPU's; what is moved, and which index vectors are checked."""
     checked: list[str] = []
-    names = [name for name in vars(index_values) if name.startswith("_check_")]
-    assert names
-    plan = LinearPlan.of
-
-    def planned(
-        in_features: int, weight: Tensor | None, bias: Tensor | None = None, **options: Any
-    ) -> LinearPlan:
-        """Of the first entries, since these have no values."""
-        first = [None if each is None else torch.arange(each.numel()) for each in (weight, bias)]
-        with torch.utils._python_dispatch._disable_current_modes():
-            made = plan(in_features, *first, **options)
-        moved = {k: None if v is None else v.to(META) for k, v in vars(made).items()}
-        return dataclasses.replace(made, **moved)
-
+    planners = [each for each in vars(plan).values() if hasattr(each, "of")]
+    assert LinearPlan in planners
     with (
         mock.patch.object(backends, "resolve", return_value="cuda"),
         mock.patch.object(backends, "kernels", return_value=torch.ops.saft_kernels),
-        mock.patch.object(LinearPlan, "of", planned),
         mock.patch.multiple(
-            index_values, **{n: lambda *a, n=n, **k: checked.append(n) for n in names}
+            index_values, **{n: lambda *a, n=n, **k: checked.append(n) for n in CHECKS}
         ),
+        ExitStack() as patches,
         OneDevice() as devices,
     ):
+        for planner in planners:
+            patches.enter_context(mock.patch.object(planner, "of", without_values(planner)))
         yield devices, checked
 
 
@@ -182,7 +196,7 @@ def test_index_vectors_are_checked_once(name: str) -> None:
         attach(model, mask) as sparse,
     ):
         model(tokens).square().mean().backward()
-        with mock.patch.object(index_values, "_check_increasing", side_effect=AssertionError):
+        with mock.patch.multiple(index_values, **dict.fromkeys(CHECKS, fail)):
             model(tokens).square().mean().backward()
         (values,) = sparse.parameters()
         assert values.grad is not None
