@@ -26,8 +26,6 @@ class LinearPlan:
         entry_columns: int32 [n], for every entry the place of its column in ``columns``.
         places: int32 [n], the entry of every selected value: those of W in the order of their flat
             indices, then those of b. None if that is the entries' own order.
-        numbers: int32 [max(C, R)], counting from 0: the columns or rows of what holds only the used
-            ones. Index vectors are kept, since on a GPU each new one is checked, which waits.
     """
 
     columns: Tensor
@@ -35,7 +33,6 @@ class LinearPlan:
     offsets: Tensor
     entry_columns: Tensor
     places: Tensor | None
-    numbers: Tensor
 
     @classmethod
     def of(
@@ -45,7 +42,6 @@ class LinearPlan:
         bias: Tensor | None = None,
         *,
         out_features: int | None = None,
-        every_column: bool = False,
     ) -> LinearPlan:
         """Plan a layer.
 
@@ -55,8 +51,6 @@ class LinearPlan:
             bias: the same of b.
             out_features: O, if W is stored as [I, O], as GPT-2's ``Conv1D`` and ``x @ W`` have it;
                 None if it is stored as [O, I].
-            every_column: let ``columns`` be all of x, used or not, so that ``entry_columns`` are
-                columns of W.
         """
         pieces = []
         if weight is not None:
@@ -69,25 +63,14 @@ class LinearPlan:
             pieces.append((bias.long(), torch.full_like(bias, in_features, dtype=torch.int64)))
         row, column = (torch.cat(parts) for parts in zip(*pieces, strict=True))
         order = (row * (in_features + 1) + column).argsort()
-        if every_column:
-            columns, column_places = torch.arange(in_features, device=column.device), column
-        else:
-            columns, column_places = column.unique(return_inverse=True)
+        columns, column_places = column.unique(return_inverse=True)
         rows, counts = row[order].unique_consecutive(return_counts=True)
         offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
         entry_columns = column_places[order]
-        used = max(columns.numel(), rows.numel())
-        return cls(
-            columns.int(),
-            rows.int(),
-            offsets.int(),
-            entry_columns.int(),
-            _places(order),
-            torch.arange(used, dtype=torch.int32, device=columns.device),
-        )
+        return cls(columns.int(), rows.int(), offsets.int(), entry_columns.int(), _places(order))
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-        """All of it but the last, in the order above."""
+        """All of it, in the order above."""
         return self.columns, self.rows, self.offsets, self.entry_columns, self.places
 
 

@@ -182,9 +182,7 @@ def conv2d(
     geometry = (tuple(stride), tuple(padding), tuple(dilation))
     if not torch.is_grad_enabled():
         return F.conv2d(x, weight, bias, *geometry)
-    result: Tensor = _Conv2d.apply(
-        x, weight, bias, values, bias_values, geometry, plan.numbers, *plan.tensors()
-    )
+    result: Tensor = _Conv2d.apply(x, weight, bias, values, bias_values, geometry, *plan.tensors())
     return result
 
 

@@ -226,13 +226,6 @@ def _embedding_plan(entry: Entry) -> EmbeddingPlan:
     return entry.plan(EmbeddingPlan, lambda: EmbeddingPlan.of(width, entry.indices))
 
 
-def _embedding_plan(entry: Entry, width: int) -> LinearPlan:
-    def make() -> LinearPlan:
-        return LinearPlan.of(width, entry.indices, every_column=True)
-
-    return entry.plan("embedding", make)
-
-
 def plan_ahead(module: nn.Module) -> None:
     """Plan what is likely to be done with a module's own parameters.
 
