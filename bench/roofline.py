@@ -6,12 +6,14 @@ None of its figures is a measurement, and each is marked as the model's wherever
 
 A launch takes as long as the slowest of what it has to do, once the one before it has ended::
 
-    seconds = launches * LAUNCH + max(memory, products, waiting)
+    seconds = launches * LAUNCH + max(memory, arithmetic, waiting)
     memory = streamed / (STREAMED * bandwidth) + sectors * sector / (SCATTERED * bandwidth)
-    products = flops / (PRODUCTS * peak)        waiting = waits * LATENCY
+    arithmetic = flops / (MATRIX * peak of matrix units, or PLAIN * peak without them)
+    waiting = waits * LATENCY
 
-What is read twice within a launch comes from the caches, at no cost. Called from Python one by one,
-operations take ``calls * CALL`` at least, as long as the host needs to ask for them.
+What is read twice within a launch comes from the caches, at no cost (``saft_kernels.cost_model``,
+which chooses between kernels, counts that too; at 0.1% it is not the bound). Called from Python one
+by one, operations take ``calls * CALL`` at least, as long as the host needs to ask for them.
 """
 
 from __future__ import annotations
@@ -49,8 +51,9 @@ STREAMED = 0.85
 #: Share of it that sectors reach which lie apart.
 SCATTERED = 0.5
 
-#: Share of the peak rate that arithmetic reaches, large matrix products above all.
-PRODUCTS = 0.7
+#: Shares of the peak rate that large matrix products reach on matrix units, and without them.
+MATRIX = 0.6
+PLAIN = 0.9
 
 
 # GPUs ---------------------------------------------------------------------------------------------
@@ -124,8 +127,8 @@ class Work:
         """The model's time on the GPU, in seconds, if the host is never late."""
         memory = self.streamed / (STREAMED * gpu.bandwidth)
         memory += self.sectors * gpu.sector / (SCATTERED * gpu.bandwidth)
-        products = self.flops / (PRODUCTS * (gpu.bf16 if self.matrix else gpu.fp32))
-        return self.launches * LAUNCH + max(memory, products, self.waits * LATENCY)
+        rate = MATRIX * gpu.bf16 if self.matrix else PLAIN * gpu.fp32
+        return self.launches * LAUNCH + max(memory, self.flops / rate, self.waits * LATENCY)
 
     def __add__(self, other: Work) -> Work:
         """One after the other."""
@@ -223,13 +226,16 @@ def add(numel: int, tensors: int, element: int) -> Work:
 
 
 def finish(k: int) -> Work:
-    """Compact at most 2 k candidates of 12 bytes, then sort k positions of 8 bytes.
+    """Compact 2 k candidates at most, then sort k positions of 8 bytes.
 
-    One block compacts, 4096 candidates at a time, each of which waits for memory once. Sorting goes
+    One block compacts, 4096 candidates at a time, each of which waits for memory once: twice it
+    looks for the threshold (4 bytes per candidate), then it moves what stays (24). Sorting goes
     over positions and their order 8 times, 32 bytes each; with looking for the bounds of the
     parameters that is about 20 launches and 16 calls.
     """
-    return Work(21, 16, 24 * k + 8 * 32 * k, waits=math.ceil(2 * k / 4096))
+    candidates = 2 * k
+    waits = 3 * math.ceil(candidates / 4096)
+    return Work(21, 16, 32 * candidates + 8 * 32 * k, waits=waits)
 
 
 def torch_topk(numel: int) -> Work:
@@ -301,13 +307,15 @@ def dense_gradient(tokens: int, height: int, width: int, element: int) -> Work:
     return Work(1, 1, streamed, flops=2 * tokens * height * width, matrix=matrix)
 
 
-def sampled_embedding_grad(tokens: int, entries: int, rows: float, width: int) -> Work:
-    """Read the tokens (8 bytes) and at most all of the fp32 gradient; compare tokens with rows.
+def sampled_embedding_grad(tokens: int, entries: int, vocabulary: int) -> Work:
+    """Find the tokens' rows (8 bytes and 4), sort them with their order (48), and add up.
 
-    An entry's column and result are 8 bytes, a row and its offset 8.
+    An entry's row, column and result are 12 bytes; for every pair of an entry and a token of its
+    row a sector of dy and the token's number (8). Two launches and those of torch's sort, about
+    eight.
     """
-    streamed = tokens * (8 + 4 * width) + 8 * entries + 8 * rows
-    return Work(1, 1, streamed, flops=tokens * rows, waits=3)
+    pairs = entries * tokens / vocabulary
+    return Work(10, 1, (8 + 4 + 48) * tokens + 12 * entries + 8 * pairs, pairs, waits=10)
 
 
 def dense_embedding_grad(tokens: int, vocabulary: int, width: int) -> Work:
@@ -390,8 +398,7 @@ def _sampled(kind: str, tokens: int, element: int, size: str, dense: str) -> Ite
 
 def _embedding() -> Iterable[Operation]:
     entries = int(DENSITY * VOCABULARY * EMBEDDING)
-    rows = expected_distinct(VOCABULARY, EMBEDDING, entries)
-    sampled = sampled_embedding_grad(PROMPT_TOKENS, entries, rows, EMBEDDING)
+    sampled = sampled_embedding_grad(PROMPT_TOKENS, entries, VOCABULARY)
     dense = dense_embedding_grad(PROMPT_TOKENS, VOCABULARY, EMBEDDING)
     baseline = "embedding_dense_backward, fp32"
     yield Operation("sampled_embedding_grad, fp32", _same_everywhere(sampled), baseline)
@@ -468,8 +475,9 @@ _INTRODUCTION = (
     f"The model takes {1e6 * LAUNCH:g} µs per launch, {1e6 * LATENCY:g} µs per access to memory "
     f"that waits for another, {STREAMED:.0%} of the datasheet's bandwidth for what is read and "
     f"written in order, {SCATTERED:.0%} for sectors that lie apart ({GPUS[0].sector} bytes, "
-    f"{GPUS[-1].sector} on an {GPUS[-1].name}), {PRODUCTS:.0%} of the datasheet's rate for "
-    f"arithmetic, and {1e6 * CALL:g} µs of the host for every operation that Python calls. "
+    f"{GPUS[-1].sector} on an {GPUS[-1].name}), {MATRIX:.0%} of the datasheet's rate for "
+    f"products on matrix units and {PLAIN:.0%} without them, and "
+    f"{1e6 * CALL:g} µs of the host for every operation that Python calls. "
     "Where the host takes longer than the GPU, its time is what a loop in Python takes; a CUDA "
     "graph does without it."
 )
