@@ -1,31 +1,41 @@
 """``python -m mutations [NAME ...]`` in ``tests/``: plant faults, run the tests, keep the result.
 
-Works on a copy of the last commit. Every fault costs a build of the simulated launchers and the
-tests up to the first failure, half a minute or so; the whole list is no part of the usual suite.
+Works on copies of the last commit, as many at a time as there are processors. Every fault costs a
+build of the simulated launchers and the tests up to the first failure, half a minute or so; the
+whole list is no part of the usual suite. In the end the tests that noticed a fault run once more
+without any, and must pass.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
+import torch
+
 from mutations.faults import FAULTS, ROOT, Fault
+from saft_kernels import backends
 
 RESULT = Path(__file__).with_name("result.json")
+TOOLS = Path(sys.executable).parent
 
 
 def run(command: Sequence[str], folder: Path) -> subprocess.CompletedProcess[str]:
     """Run a command on the copy of the repository in ``folder``."""
     environment = {
         **os.environ,
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PATH": f"{TOOLS}{os.pathsep}{os.environ['PATH']}",
         "PYTHONPATH": f"{folder}{os.pathsep}{folder / 'python'}",
         "PTXSIM_CACHE": str(ROOT / "build" / "ptxsim"),
         "OMP_NUM_THREADS": "1",
@@ -37,16 +47,23 @@ def run(command: Sequence[str], folder: Path) -> subprocess.CompletedProcess[str
 
 @contextmanager
 def copy_of_repository() -> Iterator[Path]:
-    """The last commit in a folder of its own, built."""
+    """The last commit in a folder of its own, ready to build the simulated launchers."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "copy"
         subprocess.run(
             ["git", "worktree", "add", "--quiet", "--detach", str(folder)], cwd=ROOT, check=True
         )
         try:
-            built = run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], folder)
-            if built.returncode:
-                sys.exit(f"the copy does not build:\n{built.stdout}{built.stderr}")
+            shutil.copy(backends.LIBRARY, folder / "saft_kernels")
+            configured = run(
+                [
+                    "cmake", "-G", "Ninja", "-S", ".", "-B", "build/cmake", "-DSAFT_CUDA=ON",
+                    f"-DSAFT_TORCH_ROOT={Path(torch.__file__).parent}",
+                ],
+                folder,
+            )  # fmt: skip
+            if configured.returncode:
+                sys.exit(f"the copy cannot be built:\n{configured.stdout}{configured.stderr}")
             yield folder
         finally:
             subprocess.run(
@@ -60,9 +77,7 @@ def planted(fault: Fault, folder: Path) -> Iterator[None]:
     path = folder / fault.file
     text = path.read_text()
     if text.count(fault.right) != 1:
-        sys.exit(
-            f"{fault.name}: {fault.file} holds {fault.right!r} {text.count(fault.right)} times"
-        )
+        sys.exit(f"{fault.name}: {fault.file} does not hold {fault.right!r} exactly once")
     path.write_text(text.replace(fault.right, fault.wrong))
     try:
         yield
@@ -70,40 +85,53 @@ def planted(fault: Fault, folder: Path) -> Iterator[None]:
         path.write_text(text)
 
 
-def tests_of(fault: Fault, folder: Path) -> subprocess.CompletedProcess[str]:
-    """The fault's tests, up to the first that fails."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "--tb=line", "-p", "no:cacheprovider"]
-    return run([*command, fault.tests, "-k", fault.backend], folder)
+def pytest(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run tests of the copy."""
+    command = [sys.executable, "-m", "pytest", "-q", "--tb=line", "-p", "no:cacheprovider"]
+    return run([*command, *arguments], folder)
 
 
 def noticed(fault: Fault, folder: Path) -> dict[str, Any]:
     """Plant a fault; which test notices it."""
     with planted(fault, folder):
-        done = tests_of(fault, folder)
-    failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+        done = pytest(folder, "-x", fault.tests, "-k", fault.backend)
     # 1: tests failed. Anything else (nothing collected, a crash of pytest) proves nothing.
-    caught = done.returncode == 1 and bool(failed)
+    failed = re.search(r"^(FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
+    caught = done.returncode == 1 and failed is not None
     return {
         "fault": fault.name,
         "file": fault.file,
         "caught": caught,
-        "by": failed[0].split(" ", 1)[1][:200] if failed else done.stdout[-300:],
+        "by": failed.group(2) if failed else done.stdout[-300:],
     }
 
 
 def main(names: Sequence[str]) -> int:
-    """Plant the faults whose names hold one of ``names`` (all, if none is given)."""
-    chosen = [f for f in FAULTS if not names or any(name in f.name for name in names)]
-    outcome = []
-    with copy_of_repository() as folder:
-        for tests, backend in sorted({(f.tests, f.backend) for f in chosen}):
-            clean = run([sys.executable, "-m", "pytest", "-q", tests, "-k", backend], folder)
-            if clean.returncode:
-                sys.exit(f"{tests} fails without any fault:\n{clean.stdout[-2000:]}")
-        for number, fault in enumerate(chosen, start=1):
-            outcome.append(noticed(fault, folder))
-            verdict = "caught" if outcome[-1]["caught"] else "NOT CAUGHT"
-            print(f"{number}/{len(chosen)} {verdict}: {fault.name}", flush=True)
+    """Plant the faults whose names or files hold one of ``names`` (all, if none is given)."""
+    chosen = [
+        fault
+        for fault in FAULTS
+        if not names or any(name in fault.name or name in fault.file for name in names)
+    ]
+    free: SimpleQueue[Path] = SimpleQueue()
+    with ExitStack() as copies, ThreadPoolExecutor(os.cpu_count()) as pool:
+        for _ in range(os.cpu_count() or 1):
+            free.put(copies.enter_context(copy_of_repository()))
+
+        def try_out(fault: Fault) -> dict[str, Any]:
+            folder = free.get()
+            try:
+                entry = noticed(fault, folder)
+            finally:
+                free.put(folder)
+            print(f"{'caught' if entry['caught'] else 'NOT CAUGHT'}: {fault.name}", flush=True)
+            return entry
+
+        outcome = list(pool.map(try_out, chosen))
+        tests = sorted({entry["by"] for entry in outcome if entry["caught"]})
+        clean = pytest(free.get(), *tests)
+    if clean.returncode:
+        sys.exit(f"tests fail without any fault:\n{clean.stdout[-3000:]}")
     if not names:
         RESULT.write_text(json.dumps(outcome, indent=1) + "\n")
     return 0 if all(entry["caught"] for entry in outcome) else 1
