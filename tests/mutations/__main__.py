@@ -106,6 +106,14 @@ def noticed(fault: Fault, folder: Path) -> dict[str, Any]:
     }
 
 
+def keep(outcome: Sequence[dict[str, Any]]) -> None:
+    """Bring the result file up to date."""
+    known = json.loads(RESULT.read_text()) if RESULT.exists() else []
+    entries = {(entry["file"], entry["fault"]): entry for entry in (*known, *outcome)}
+    listed = [entries.get((fault.file, fault.name)) for fault in FAULTS]
+    RESULT.write_text(json.dumps([entry for entry in listed if entry], indent=1) + "\n")
+
+
 def main(names: Sequence[str]) -> int:
     """Plant the faults whose names or files hold one of ``names`` (all, if none is given)."""
     chosen = [
@@ -132,8 +140,7 @@ def main(names: Sequence[str]) -> int:
         clean = pytest(free.get(), *tests)
     if clean.returncode:
         sys.exit(f"tests fail without any fault:\n{clean.stdout[-3000:]}")
-    if not names:
-        RESULT.write_text(json.dumps(outcome, indent=1) + "\n")
+    keep(outcome)
     return 0 if all(entry["caught"] for entry in outcome) else 1
 
 
