@@ -32,7 +32,7 @@ lint: build  ## check style, types and formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run -Werror $$(find csrc tests/ptxsim -name '*.h' -o -name '*.cpp')
+	$(BIN)/clang-format --dry-run -Werror $$(find csrc tests/ptxsim tests/simulated -regex '.*\.\(h\|cpp\|cu\|cuh\)')
 
 wheel: build  ## build the wheel into dist/
 	rm -rf dist build/lib* build/bdist.*
