@@ -113,7 +113,7 @@ def test_wrong_kernel_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     right = getattr(ops, operation)
-    monkeypatch.setattr(ops, operation, lambda *arguments: right(*arguments) + 1)
+    monkeypatch.setattr(ops, operation, lambda *a, **options: right(*a, **options) + 1)
     work = () if part in (gpu._weight_gradients, gpu._embedding) else (gpu.workload(SMOKE),)
     case = Case("gpu", "", lambda setting: part(PLACE, *work, setting))
     assert reason in run_case(case, SMOKE)["refused"]
