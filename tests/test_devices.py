@@ -24,7 +24,7 @@ from saft_clip.batches import Batches
 from saft_clip.methods.base import prompt_loss
 from saft_clip.models import load_model
 from saft_clip.prompts import class_prompts, encode_prompts
-from saft_kernels import attach, backends, gradient_pass, index_values, plan, reference
+from saft_kernels import attach, backends, entry, gradient_pass, index_values, plan, reference
 from saft_kernels.fingerprint import fingerprints
 from saft_kernels.gradient_pass import GradientSelection, cut_into_chunks
 from saft_kernels.mask import CooMask
@@ -96,6 +96,7 @@ def pretended_gpu() -> Iterator[tuple[OneDevice, list[str]]]:
     with (
         mock.patch.object(backends, "resolve", return_value="cuda"),
         mock.patch.object(backends, "kernels", return_value=torch.ops.saft_kernels),
+        mock.patch.object(entry, "_is_crowded", return_value=False),  # reads values
         mock.patch.multiple(
             index_values, **{n: lambda *a, n=n, **k: checked.append(n) for n in CHECKS}
         ),

@@ -37,7 +37,7 @@ from saft_kernels import (
     select,
     sparse_adamw_,
 )
-from saft_kernels.plan import LinearPlan
+from saft_kernels.plan import EmbeddingPlan, LinearPlan
 from tolerances import assert_close
 from training import (
     MODES,
@@ -233,9 +233,7 @@ def every_operation(device: torch.device) -> Callable[[], list[Tensor]]:
     columns, *rest, _ = LinearPlan.of(40, flat).tensors()
     tokens = torch.randint(30, (100,), device=device)
     entries = torch.randperm(30 * 60)[:90].sort().values.to(device)
-    rows, counts = (entries // 60).unique_consecutive(return_counts=True)
-    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int()
-    rows, entry_columns = rows.int(), (entries % 60).int()
+    plan = EmbeddingPlan.of(60, entries)
     acc, grad = torch.zeros(90_000, device=device), torch.randn(90_000, device=device)
     kept = torch.arange(0, 90_000, 7, device=device)
 
@@ -250,7 +248,7 @@ def every_operation(device: torch.device) -> Callable[[], list[Tensor]]:
             gathered,
             acc,
             ops.sampled_grad(ops.pack_columns(x, columns), dy, *rest),
-            ops.sampled_embedding_grad(tokens, dy, rows, offsets, entry_columns),
+            ops.sampled_embedding_grad(tokens, dy, *plan.tensors()),
         ]
 
     return run

@@ -19,11 +19,7 @@ from waiting import NoWaiting
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 ON_GPU = pytest.mark.parametrize("device", GPU, indirect=True)
-#: In sampled mode layers still make index vectors in every step, which waits (sampled.py).
-EVERYWHERE = [
-    *((CPU[-1], mode) for mode in MODES),
-    *((name, mode) for name, mode in GPU_MODES if mode != "sampled"),
-]
+EVERYWHERE = [*((CPU[-1], mode) for mode in MODES), *GPU_MODES]
 
 
 def model_on(device: torch.device, dtype: torch.dtype) -> SmallModel:

@@ -56,7 +56,7 @@ from bench.models import (
     workload,
 )
 from saft_kernels import CooMask, SparseAdamW, StreamingTopK, backends, ops, reference
-from saft_kernels.plan import LinearPlan
+from saft_kernels.plan import EmbeddingPlan, LinearPlan
 
 #: Bytes that an access to a GPU's memory moves at least.
 SECTOR = 32
@@ -622,9 +622,7 @@ def _embedding(place: Place, setting: Setting) -> Outcome:
     dy = torch.randn(count, width, generator=generator).to(place.device)
     entries = int(setting.density * vocabulary * width)
     flat = uniform_entries(vocabulary, width, entries).to(place.device)
-    rows, counts = (flat // width).unique_consecutive(return_counts=True)
-    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int()
-    rows, columns = rows.int(), (flat % width).int()
+    plan = EmbeddingPlan.of(width, flat)
     exact = torch.zeros(vocabulary, width, dtype=torch.float64, device=place.device)
     exact.index_add_(0, tokens, dy.double())
 
@@ -632,7 +630,7 @@ def _embedding(place: Place, setting: Setting) -> Outcome:
         return torch.ops.aten.embedding_dense_backward(dy, tokens, vocabulary, -1, False)
 
     def ours() -> Tensor:
-        return ops.sampled_embedding_grad(tokens, dy, rows, offsets, columns)
+        return ops.sampled_embedding_grad(tokens, dy, *plan.tensors())
 
     baseline, name = "embedding_dense_backward, fp32", "sampled_embedding_grad, fp32"
     check = sampled_grad.check_gradient(exact)

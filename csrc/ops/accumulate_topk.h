@@ -16,8 +16,9 @@
 //   a histogram bin once k candidates are known to lie above that edge. An equal value counts at a position below the
 //   tie only; what the buffer holds already stays up to the tie itself, where the worst of the k best may lie.
 // - The histogram counts every candidate that beat the threshold when it was offered, once, whether or not the buffer
-//   holds it; so do BIN and ABOVE. All backends keep it, k is the same in all calls on one buffer, and hence the k-th
-//   best candidate of a buffer that holds k or more lies in BIN once BIN has been raised.
+//   holds it; ABOVE counts those in BIN and above. All backends keep it, so that they may take turns on one buffer, and
+//   k is the same in all its calls, but for k = 0. Hence the k-th best candidate lies in BIN, once BIN has been raised
+//   and k candidates have been offered.
 // - NaN and infinite entries are never candidates; state[NONFINITE] keeps the lowest position of one.
 // - k = 0: accumulate and look for non-finite entries only; values and positions are not touched.
 #pragma once

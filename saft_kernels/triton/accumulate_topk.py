@@ -6,8 +6,9 @@ when a refill happens, ``settle_topk_kernel.cu`` how the threshold follows.
 
 from __future__ import annotations
 
+import torch
 import triton
-from torch import Tensor, ops
+from torch import Tensor
 from triton import language as tl
 
 from saft_kernels import layout
@@ -285,7 +286,7 @@ def accumulate_topk_(
     state: Tensor,
 ) -> None:
     """See :func:`saft_kernels.ops.accumulate_topk_`."""
-    ops.saft_kernels.check_accumulate_topk(
+    torch.ops.saft_kernels.check_accumulate_topk(
         acc, grad, scale, square, key, offset, k, values, positions, state
     )
     n, capacity = acc.numel(), values.numel()
@@ -306,7 +307,7 @@ def accumulate_topk_(
 
 def compact_topk_(k: int, values: Tensor, positions: Tensor, state: Tensor) -> None:
     """See :func:`saft_kernels.ops.compact_topk_`."""
-    ops.saft_kernels.check_compact_topk(k, values, positions, state)
+    torch.ops.saft_kernels.check_compact_topk(k, values, positions, state)
     if k == 0:
         state[layout.COUNT].zero_()
     else:
