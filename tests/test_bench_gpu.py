@@ -60,6 +60,15 @@ def test_every_contender_gives_the_right_result(record: dict[str, Any]) -> None:
     assert record["refused"] is None
 
 
+def test_what_cases_share_is_not_changed() -> None:
+    work = gpu.workload(SMOKE)
+    weights = [param.detach().clone() for param in work.task.model.parameters()]
+    gradients = [gradient.clone() for gradient in work.gradients.values()]
+    gpu.run_at(PLACE, SMOKE)
+    assert all(map(torch.equal, work.task.model.parameters(), weights))
+    assert all(map(torch.equal, work.gradients.values(), gradients))
+
+
 def test_everything_that_is_modelled_is_measured(record: dict[str, Any]) -> None:
     measured = {operation_of(timing["name"]) for timing in record["timings"]}
     assert set(roofline.OPERATIONS) <= measured
