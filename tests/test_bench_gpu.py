@@ -60,6 +60,15 @@ def test_every_contender_gives_the_right_result(record: dict[str, Any]) -> None:
     assert record["refused"] is None
 
 
+def test_what_cases_share_is_not_changed() -> None:
+    work = gpu.workload(SMOKE)
+    weights = [param.detach().clone() for param in work.task.model.parameters()]
+    gradients = [gradient.clone() for gradient in work.gradients.values()]
+    gpu.run_at(PLACE, SMOKE)
+    assert all(map(torch.equal, work.task.model.parameters(), weights))
+    assert all(map(torch.equal, work.gradients.values(), gradients))
+
+
 def test_everything_that_is_modelled_is_measured(record: dict[str, Any]) -> None:
     measured = {operation_of(timing["name"]) for timing in record["timings"]}
     assert set(roofline.OPERATIONS) <= measured
@@ -113,7 +122,7 @@ def test_wrong_kernel_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     right = getattr(ops, operation)
-    monkeypatch.setattr(ops, operation, lambda *arguments: right(*arguments) + 1)
+    monkeypatch.setattr(ops, operation, lambda *a, **options: right(*a, **options) + 1)
     work = () if part in (gpu._weight_gradients, gpu._embedding) else (gpu.workload(SMOKE),)
     case = Case("gpu", "", lambda setting: part(PLACE, *work, setting))
     assert reason in run_case(case, SMOKE)["refused"]

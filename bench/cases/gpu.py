@@ -70,6 +70,14 @@ DENSE = "SparseAdamW, dense gradients, uniform mask"
 SMALL_TOKENS, SMALL_LAYER, SMALL_EMBEDDING = (20, 50), (48, 32), (60, 16)
 
 
+#: The kernels of a sampled gradient: the one that is chosen, and each by name.
+WAYS_TO_SUM = {
+    "sampled_grad": None,
+    "sampled_grad by entries": False,
+    "sampled_grad by tiles": True,
+}
+
+
 def dense(model: nn.Module, mask: CooMask, loss: Loss) -> Step:
     """This package, reading gradients that exist as a whole."""
     return step_of(SparseAdamW(model, mask, gradients="dense", **ADAMW), model, loss)
@@ -577,7 +585,10 @@ def _layer(place: Place, dtype: str, sizes: tuple[int, int, int], setting: Setti
 def _sampled(
     place: Place, backend: str, what: str, flat: Tensor, x: Tensor, dy: Tensor, exact: Tensor
 ) -> list[Contender]:
-    """The kernel on a packed input, as backward runs it, and the packing, as forward does."""
+    """The kernels on a packed input, as backward runs them, and the packing, as forward does.
+
+    Both ways, besides the one that is chosen: whether the choice is right is an open question.
+    """
     columns, *rest, places = LinearPlan.of(x.shape[1], flat).tensors()
     assert places is None
     packed = reference.pack_columns(x, columns)
@@ -587,22 +598,17 @@ def _sampled(
     def check_packed(run: Callable[[], Any]) -> None:
         require(torch.equal(run(), packed), "other columns")
 
-    return [
-        Contender(
-            named(f"sampled_grad, {what}", backend),
-            place.under(backend, lambda: ops.sampled_grad(packed, dy, *rest)),
-            sampled_grad.check_gradient(exact.view(-1)[flat]),
-            place.cold,
-            moves,
-        ),
-        Contender(
-            named(f"pack_columns, {what}", backend),
-            place.under(backend, lambda: ops.pack_columns(x, columns)),
-            check_packed,
-            place.cold,
-            2 * packed.nbytes,
-        ),
+    def summed(product: bool | None) -> Callable[[], Tensor]:
+        return place.under(backend, lambda: ops.sampled_grad(packed, dy, *rest, product=product))
+
+    check = sampled_grad.check_gradient(exact.view(-1)[flat])
+    contenders = [
+        Contender(named(f"{way}, {what}", backend), summed(product), check, place.cold, moves)
+        for way, product in WAYS_TO_SUM.items()
     ]
+    pack = place.under(backend, lambda: ops.pack_columns(x, columns))
+    name = named(f"pack_columns, {what}", backend)
+    return [*contenders, Contender(name, pack, check_packed, place.cold, 2 * packed.nbytes)]
 
 
 def _embedding(place: Place, setting: Setting) -> Outcome:
