@@ -37,6 +37,9 @@ ARCHITECTURES = re.findall(r"sm_\d+", BUILT)
 #: STG and LDG are global memory; 128 is the width in bits.
 WIDE = {
     "move_kernel": r"LDG\.E\.128",
+    "pack_kernel": r"STG\.E\.128",
+    "entries_kernel": r"LDG\.E\.128",
+    "product_kernel": r"LDG\.E\.(64|128)",
 }
 
 
@@ -111,6 +114,18 @@ def test_wide_loads_are_there(architecture, kernel):
 
 
 @needs_cuda
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_tiles_of_a_product_in_16_bits_use_tensor_cores_and_no_others_do(architecture):
+    found = {
+        name: "HMMA.16816.F32" in code
+        for name, code in machine_code(architecture).items()
+        if "product_kernel" in name
+    }
+    assert len(found) == 4
+    assert found == {name: "bfloat16" in name or "half" in name for name in found}
+
+
+@needs_cuda
 def test_no_kernel_uses_the_local_memory_instructions_of_spills():
     for architecture in ARCHITECTURES:
         for name, code in machine_code(architecture).items():
@@ -136,7 +151,26 @@ def gather_scatter(dtype: torch.dtype) -> None:
             operations.scatter_(tensor, indices, operations.gather(tensor, indices))
 
 
-WORKLOADS: dict[str, Callable[[torch.dtype], None]] = {"gather_scatter": gather_scatter}
+def sampled_grad(dtype: torch.dtype) -> None:
+    operations = library.operations()
+    columns, rows, offsets, of_entry = (
+        torch.tensor(vector, dtype=torch.int32) for vector in ([0, 2], [0, 1], [0, 1, 3], [0, 0, 1])
+    )
+    x, dy = torch.zeros(300, 3, dtype=dtype), torch.zeros(300, 3, dtype=dtype)
+    for strided_x, strided_dy in ((x, dy), (x.t().contiguous().t(), dy.t().contiguous().t())):
+        packed = operations.pack_columns(strided_x, columns, None)
+        for product in (False, True):
+            operations.sampled_grad(packed, strided_dy, rows, offsets, of_entry, product)
+    if dtype != torch.float32:
+        operations.pack_columns(x.float(), columns, dtype)
+    tokens = torch.zeros(300, dtype=torch.int64)
+    operations.sampled_embedding_grad(tokens, dy, rows, offsets, of_entry)
+
+
+WORKLOADS: dict[str, Callable[[torch.dtype], None]] = {
+    "gather_scatter": gather_scatter,
+    "sampled_grad": sampled_grad,
+}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -179,7 +213,7 @@ def nvidia_stack(compiled: Any) -> Iterator[str]:
 
 def test_every_triton_kernel_is_compiled_by_some_workload():
     folder = Path(library.__file__).parent
-    pattern = r"@triton\.jit\ndef (_\w+_kernel)\("
+    pattern = r"@triton\.jit(?:\([^)]*\))?(?:  # fmt: skip)?\ndef (_\w+_kernel)\("
     written = {
         name for path in folder.glob("*.py") for name in re.findall(pattern, path.read_text())
     }

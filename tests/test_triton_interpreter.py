@@ -17,7 +17,7 @@ import pytest
 TESTS = Path(__file__).parent
 
 
-@pytest.mark.parametrize("operation", ["gather_scatter"])
+@pytest.mark.parametrize("operation", ["gather_scatter", "sampled_grad"])
 def test_operation(operation):
     command = [
         sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider",
