@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch._C import DisableTorchFunctionSubclass
 
-from saft_kernels import ops
+from saft_kernels import backends, cost_model, ops
+from saft_kernels.cost_model import CROWDED
 from saft_kernels.errors import OptimizerError
-from saft_kernels.plan import LinearPlan
 
-#: The share of selected entries from which on the dense product is used: the cost model of sampled
-#: mode, and all of it. On a CPU with AVX-512 the sampled product of a uniform mask was still faster
-#: at 10% in fp32, and more so in bf16 or where entries share rows (``python -m bench run
-#: sampled_grad``). A third way, the dense product over the used rows and columns only, lost to the
-#: sampled one on masks of real models (``real_masks``).
-CROWDED = 0.1
+_Plan = TypeVar("_Plan")
 
 
 class Entry:
@@ -31,6 +26,9 @@ class Entry:
         leading: whether changes of the values go to the weight before its next use, and changes of
             the weight to the values. Otherwise the values are never read and only have a ``grad``.
         streamed: is told when the parameter is used in a way that has no sampled form.
+
+    Attributes:
+        crowded: whether so many entries are selected that the dense product is the better way.
     """
 
     def __init__(
@@ -54,18 +52,14 @@ class Entry:
             else torch.zeros((), dtype=dtype, device=param.device).expand(indices.shape)
         )
         self._versions = self._now()
-        self._plans: dict[Any, LinearPlan] = {}
+        self._plans: dict[Any, Any] = {}
         self._parts: dict[tuple[int, int], Part] = {}
+        self.crowded = _is_crowded(indices, self.weight)
 
     @property
     def values(self) -> Tensor:
         """The leaf, for autograd."""
         return self.leaf
-
-    @property
-    def crowded(self) -> bool:
-        """Whether so many entries are selected that the dense product is the faster one."""
-        return self.indices.numel() > CROWDED * self.weight.numel()
 
     @property
     def weight(self) -> Tensor:
@@ -119,17 +113,34 @@ class Entry:
                 )
             self._versions = self._now()
 
-    def plan(self, key: Any, make: Callable[[], LinearPlan]) -> LinearPlan:
+    def plan(self, key: Any, make: Callable[[], _Plan]) -> _Plan:
         """The plan of one use of this parameter, made at the first."""
         if key not in self._plans:
             self._plans[key] = make()
-        return self._plans[key]
+        plan: _Plan = self._plans[key]
+        return plan
 
     def part(self, begin: int, end: int) -> Part:
         """The entry of some rows, as fused projections are split into."""
         if (begin, end) not in self._parts:
             self._parts[begin, end] = Part(self, begin, end)
         return self._parts[begin, end]
+
+
+def _is_crowded(indices: Tensor, weight: Tensor) -> bool:
+    """By the rule of the device; looks at the indices, and so waits for a GPU, once."""
+    n = indices.numel()
+    if backends.resolve(weight.device) not in backends.GPU:
+        return n > CROWDED * weight.numel()
+    if n == 0 or weight.dim() < 2 or weight.dtype not in cost_model.DTYPES:
+        return False
+    width = weight[0].numel()
+    rows, columns = (indices // width).unique_consecutive(), (indices % width).unique()
+    return cost_model.is_crowded(
+        cost_model.Layer(
+            weight.shape[0], width, n, rows.numel(), columns.numel(), dtype=weight.dtype
+        )
+    )
 
 
 class Part(Entry):
@@ -145,6 +156,7 @@ class Part(Entry):
         self._parts = {}
         self.name, self.streamed = whole.name, whole.streamed
         self.indices = whole.indices[self._first : self._last] - begin * width
+        self.crowded = _is_crowded(self.indices, self.weight)
 
     @property
     def weight(self) -> Tensor:

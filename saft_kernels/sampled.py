@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.nn.grad import conv2d_input
 
 from saft_kernels import ops
-from saft_kernels.plan import LinearPlan
+from saft_kernels.plan import Conv2dPlan, EmbeddingPlan, LinearPlan
 
 
 def sampled_linear(
@@ -86,6 +86,13 @@ def _flat_tokens(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
+def _packed(x: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor:
+    """The columns as the product used them: autocast may have rounded them on their way into it."""
+    if x.dtype == torch.float32:
+        return ops.pack_columns(x, columns, dtype)
+    return ops.pack_columns(x, columns).to(dtype)
+
+
 def _sizes(*values: Tensor | None) -> list[int]:
     return [0 if value is None else value.numel() for value in values]
 
@@ -126,8 +133,7 @@ class _Linear(torch.autograd.Function):
         # not contiguous, as in attention, torch takes a batched product, far slower in bf16.
         tokens = _flat_tokens(x)
         y = F.linear(tokens, weight, bias)
-        # Autocast may have rounded x on its way into the product; the gradient uses what it used.
-        packed = ops.pack_columns(tokens, columns).to(y.dtype)
+        packed = _packed(tokens, columns, y.dtype)
         ctx.save_for_backward(weight if ctx.needs_input_grad[0] else None, packed, *plan)
         ctx.sizes, ctx.x_dtype, ctx.x_shape = _sizes(values, bias_values), x.dtype, x.shape
         return y.view(*x.shape[:-1], y.shape[-1])
@@ -152,7 +158,7 @@ def conv2d(
     bias: Tensor | None,
     values: Tensor | None,
     bias_values: Tensor | None,
-    plan: LinearPlan,
+    plan: Conv2dPlan,
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
@@ -165,7 +171,7 @@ def conv2d(
         bias: [O] or None.
         values: for the selected entries of ``weight``; None if there are none.
         bias_values: the same for ``bias``.
-        plan: made for these entries, with C KH KW as the number of input features.
+        plan: made for these entries.
         stride: of the output positions, [2].
         padding: zeros on each side, [2].
         dilation: of the kernel, [2].
@@ -180,8 +186,8 @@ def conv2d(
     return result
 
 
-def _input_columns(x: Tensor, weight_shape: torch.Size, geometry: Any, columns: Tensor) -> Tensor:
-    """The columns (channel, kernel row, kernel column) of the unfolded input, [T, K].
+def _input_columns(x: Tensor, weight_shape: torch.Size, geometry: Any, window: Tensor) -> Tensor:
+    """The columns (channel, kernel row, kernel column) [3, K] of the unfolded input: [T, K].
 
     Only these are unfolded. Tokens are the output positions of all images in order.
     """
@@ -192,16 +198,15 @@ def _input_columns(x: Tensor, weight_shape: torch.Size, geometry: Any, columns: 
     windows = x.unfold(2, dilation_h * (kh - 1) + 1, stride_h)
     windows = windows.unfold(3, dilation_w * (kw - 1) + 1, stride_w)
     windows = windows[..., ::dilation_h, ::dilation_w].permute(1, 4, 5, 0, 2, 3)
-    chosen = windows[columns // (kh * kw), columns // kw % kh, columns % kw]
-    return chosen.flatten(1).t()
+    return windows[tuple(window)].flatten(1).t()
 
 
-def _output_rows(dy: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+def _output_rows(dy: Tensor, rows: Tensor, copied: Tensor) -> tuple[Tensor, Tensor]:
     """The gradient as [T, ...] and the rows to read there: no more than these are copied."""
     if dy.is_contiguous(memory_format=torch.channels_last):
         return dy.permute(0, 2, 3, 1).reshape(-1, dy.shape[1]), rows
     chosen = dy.transpose(0, 1).index_select(0, rows).reshape(rows.numel(), -1)
-    return chosen.t(), torch.arange(rows.numel(), dtype=torch.int32, device=rows.device)
+    return chosen.t(), copied
 
 
 class _Conv2d(torch.autograd.Function):
@@ -214,15 +219,13 @@ class _Conv2d(torch.autograd.Function):
         values: Tensor | None,
         bias_values: Tensor | None,
         geometry: Any,
-        columns: Tensor,
+        window: Tensor,
+        unfolded: Tensor,
         *plan: Tensor | None,
     ) -> Tensor:
         y = F.conv2d(x, weight, bias, *geometry)
         ctx.sizes, ctx.geometry = _sizes(values, bias_values), geometry
-        inner = columns[:-1] if ctx.sizes[1] else columns  # the bias' column is the last
-        inputs = _input_columns(x, weight.shape, geometry, inner.long())
-        places = torch.arange(columns.numel(), dtype=torch.int32, device=columns.device)
-        packed = ops.pack_columns(inputs, places).to(y.dtype)
+        packed = _packed(_input_columns(x, weight.shape, geometry, window), unfolded, y.dtype)
         ctx.save_for_backward(weight if ctx.needs_input_grad[0] else None, packed, *plan)
         ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
         return y
@@ -230,19 +233,19 @@ class _Conv2d(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        weight, packed, rows, *plan = ctx.saved_tensors
+        weight, packed, copied, rows, *plan = ctx.saved_tensors
         dx = dbias = None
         if weight is not None:
             dx = conv2d_input(ctx.x_shape, weight.to(dy.dtype), dy, *ctx.geometry).to(ctx.x_dtype)
         if ctx.needs_input_grad[2]:
             dbias = dy.sum((0, 2, 3))
-        tokens, rows = _output_rows(dy, rows)
+        tokens, rows = _output_rows(dy, rows, copied)
         dvalues, dbias_values = _grads_of_values(ctx, packed, tokens, rows, *plan)
-        return dx, None, dbias, dvalues, dbias_values, None, None, None, None, None, None
+        return dx, None, dbias, dvalues, dbias_values, *(None,) * 8
 
 
 def embedding(
-    tokens: Tensor, weight: Tensor, values: Tensor, plan: LinearPlan, padding_idx: int | None
+    tokens: Tensor, weight: Tensor, values: Tensor, plan: EmbeddingPlan, padding_idx: int | None
 ) -> Tensor:
     """``F.embedding``; the gradient of ``weight`` is computed at selected entries only.
 
@@ -250,7 +253,7 @@ def embedding(
         tokens: int32 or int64, any shape.
         weight: [V, E].
         values: for its selected entries.
-        plan: made for these entries, with E as the number of input features.
+        plan: made for these entries.
         padding_idx: a token without gradient, or None.
 
     Returns:
@@ -279,14 +282,12 @@ class _Embedding(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        tokens, columns, rows, offsets, entry_columns, places = ctx.saved_tensors
-        flat = tokens.reshape(-1)
+        tokens, *plan = ctx.saved_tensors
+        flat = tokens.reshape(-1).long()
         if ctx.padding_idx is not None:
             flat = flat.masked_fill(flat == ctx.padding_idx, -1)
-        grad = ops.sampled_embedding_grad(
-            flat, _flat_tokens(dy), rows, offsets, columns[entry_columns]
-        )
-        return None, None, _in_order(grad, places), None, None, None, None, None, None
+        grad = ops.sampled_embedding_grad(flat, _flat_tokens(dy), *plan)
+        return None, None, grad, None, None, None, None
 
 
 def streamed(weight: Tensor, values: Tensor, indices: Tensor) -> Tensor:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import math
 import types
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -23,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from saft_kernels import sampled
 from saft_kernels.entry import Entry
-from saft_kernels.plan import LinearPlan
+from saft_kernels.plan import Conv2dPlan, EmbeddingPlan, LinearPlan
 
 
 class SampledParameter(nn.Parameter):
@@ -204,10 +203,27 @@ def _linear_plan(
     assert owner is not None
 
     def make() -> LinearPlan:
-        w_indices, b_indices = (None if e is None else e.indices for e in (w, b))
-        return LinearPlan.of(in_features, w_indices, b_indices, out_features=out_features)
+        return LinearPlan.of(in_features, _indices(w), _indices(b), out_features=out_features)
 
-    return owner.plan((w is None, b, in_features, out_features), make)
+    return owner.plan((LinearPlan, w is None, b, in_features, out_features), make)
+
+
+def _indices(entry: Entry | None) -> Tensor | None:
+    return None if entry is None else entry.indices
+
+
+def _conv2d_plan(w: Entry | None, b: Entry | None, weight_shape: torch.Size) -> Conv2dPlan:
+    owner = w or b
+    assert owner is not None
+    return owner.plan(
+        (Conv2dPlan, w is None, b, weight_shape),
+        lambda: Conv2dPlan.of(weight_shape, _indices(w), _indices(b)),
+    )
+
+
+def _embedding_plan(entry: Entry) -> EmbeddingPlan:
+    width = entry.weight.shape[1]
+    return entry.plan(EmbeddingPlan, lambda: EmbeddingPlan.of(width, entry.indices))
 
 
 def plan_ahead(module: nn.Module) -> None:
@@ -230,9 +246,13 @@ def plan_ahead(module: nn.Module) -> None:
 
 def _plan_likely_use(module: nn.Module, name: str, entry: Entry, bias: Entry | None) -> None:
     shape = entry.weight.shape
-    if name.endswith("weight") and type(module).__name__ != "Conv1D":
-        _linear_plan(entry, bias, math.prod(shape[1:]))
-    elif len(shape) == 2:  # x @ projection, as in the Conv1D of transformers' GPT-2
+    if isinstance(module, nn.Embedding):
+        _embedding_plan(entry)
+    elif len(shape) == 4:
+        _conv2d_plan(entry, bias, shape)
+    elif name.endswith("weight") and type(module).__name__ != "Conv1D":
+        _linear_plan(entry, bias, shape[1])
+    else:  # x @ projection, as in the Conv1D of transformers' GPT-2
         _linear_plan(entry, bias, *shape)
 
 
@@ -286,7 +306,7 @@ def _conv2d(
     w, b = _entry(weight), _entry(bias)
     if w is not None and w.crowded:
         return NotImplemented
-    plan = _linear_plan(w, b, _weight(weight)[0].numel())
+    plan = _conv2d_plan(w, b, weight.shape)
     geometry = _pair(stride), _pair(padding), _pair(dilation)
     return sampled.conv2d(
         input, _weight(weight), _weight(bias), _values(w), _values(b), plan, *geometry
@@ -309,7 +329,7 @@ def _embedding(
     assert entry is not None
     if padding_idx is not None and padding_idx < 0:
         padding_idx += weight.shape[0]
-    plan = _linear_plan(entry, None, weight.shape[1])
+    plan = _embedding_plan(entry)
     return sampled.embedding(input, entry.weight, entry.values, plan, padding_idx)
 
 

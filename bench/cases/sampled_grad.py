@@ -31,7 +31,7 @@ from bench.harness import (
 )
 from bench.models import Setting, concentrated_entries, uniform_entries
 from saft_kernels import ops
-from saft_kernels.entry import CROWDED
+from saft_kernels.cost_model import CROWDED
 from saft_kernels.plan import LinearPlan
 
 DENSE = "dense product"
