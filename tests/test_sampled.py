@@ -9,16 +9,16 @@ from torch.nn import functional as F
 
 from allocations import Allocations
 from saft_kernels import ops, reference, sampled, sampled_linear
-from saft_kernels.plan import LinearPlan
+from saft_kernels.plan import Conv2dPlan, EmbeddingPlan, LinearPlan
 from tolerances import assert_close
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def some(numel: int, share: float = 0.2, seed: int = 0) -> Tensor:
+def some(device: torch.device, numel: int, share: float = 0.2, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     count = max(1, int(share * numel))
-    return torch.randperm(numel, generator=generator)[:count].sort().values.int()
+    return torch.randperm(numel, generator=generator)[:count].sort().values.int().to(device)
 
 
 def filled(weight: Tensor, indices: Tensor, values: Tensor) -> Tensor:
@@ -28,8 +28,8 @@ def filled(weight: Tensor, indices: Tensor, values: Tensor) -> Tensor:
     return weight
 
 
-def double(*shape: int) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64)
+def double(device: torch.device, *shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64).to(device)
 
 
 def leaf(tensor: Tensor) -> Tensor:
@@ -40,10 +40,10 @@ def leaf(tensor: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("shape", [(5,), (3, 5), (2, 3, 5), (0, 5), (40, 5)])
-def test_gradcheck_of_sampled_linear(shape):
+def test_gradcheck_of_sampled_linear(device, shape):
     torch.manual_seed(0)
-    x, weight, bias = leaf(double(*shape)), double(4, 5), leaf(double(4))
-    indices = some(20)
+    x, weight, bias = leaf(double(device, *shape)), double(device, 4, 5), leaf(double(device, 4))
+    indices = some(device, 20)
     values = leaf(ops.gather(weight, indices))
 
     def layer(x: Tensor, bias: Tensor, values: Tensor) -> Tensor:
@@ -54,11 +54,13 @@ def test_gradcheck_of_sampled_linear(shape):
 
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("transposed", [False, True])
-def test_gradcheck_with_entries_of_the_bias_and_either_order_of_the_weight(transposed, with_bias):
+def test_gradcheck_with_entries_of_the_bias_and_either_order_of_the_weight(
+    device, transposed, with_bias
+):
     torch.manual_seed(0)
-    x, bias = leaf(double(7, 5)), double(4)
-    weight = double(5, 4) if transposed else double(4, 5)
-    w_indices, b_indices = some(20), some(4, 0.6) if with_bias else None
+    x, bias = leaf(double(device, 7, 5)), double(device, 4)
+    weight = double(device, 5, 4) if transposed else double(device, 4, 5)
+    w_indices, b_indices = some(device, 20), some(device, 4, 0.6) if with_bias else None
     plan = LinearPlan.of(5, w_indices, b_indices, out_features=4 if transposed else None)
     values = leaf(ops.gather(weight, w_indices))
     b_values = leaf(ops.gather(bias, b_indices)) if with_bias else None
@@ -73,9 +75,9 @@ def test_gradcheck_with_entries_of_the_bias_and_either_order_of_the_weight(trans
     assert torch.autograd.gradcheck(layer, inputs)
 
 
-def test_only_the_bias_may_be_selected():
-    x, weight, bias = double(7, 5), double(4, 5), double(4)
-    indices = torch.tensor([1, 3])
+def test_only_the_bias_may_be_selected(device):
+    x, weight, bias = double(device, 7, 5), double(device, 4, 5), double(device, 4)
+    indices = torch.tensor([1, 3], device=device)
     values = leaf(ops.gather(bias, indices))
     plan = LinearPlan.of(5, None, indices)
     y = sampled.linear(x, weight, bias, None, values, plan)
@@ -86,12 +88,15 @@ def test_only_the_bias_may_be_selected():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("batch_first", [False, True])
-def test_linear_gives_the_stock_result_and_the_dense_gradient_at_the_indices(dtype, batch_first):
+def test_linear_gives_the_stock_result_and_the_dense_gradient_at_the_indices(
+    device, dtype, batch_first
+):
     torch.manual_seed(0)
-    x = torch.randn(3, 50, 24).to(dtype)
+    x = torch.randn(3, 50, 24, device=device).to(dtype)
     x = leaf(x if batch_first else x.transpose(0, 1))
-    weight, bias = torch.randn(16, 24).to(dtype), torch.randn(16).to(dtype)
-    indices = some(16 * 24)
+    weight = torch.randn(16, 24, device=device).to(dtype)
+    bias = torch.randn(16, device=device).to(dtype)
+    indices = some(device, 16 * 24)
     values = leaf(ops.gather(weight, indices).float())
     y = sampled_linear(x, weight, bias, values, indices)
     stock_x, stock_weight = leaf(x.detach()), leaf(weight)
@@ -108,12 +113,12 @@ def test_linear_gives_the_stock_result_and_the_dense_gradient_at_the_indices(dty
     assert_close(values.grad.double(), reference.gather(dense, indices), "sampled_grad")
 
 
-def test_linear_under_autocast_uses_what_the_product_used():
+def test_linear_under_autocast_uses_what_the_product_used(device):
     torch.manual_seed(0)
-    x, weight = leaf(torch.randn(64, 24)), torch.randn(16, 24)
-    indices = some(16 * 24)
+    x, weight = leaf(torch.randn(64, 24, device=device)), torch.randn(16, 24, device=device)
+    indices = some(device, 16 * 24)
     values = leaf(ops.gather(weight, indices))
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device.type, torch.bfloat16):
         y = sampled_linear(x, weight, None, values, indices)
     assert y.dtype == torch.bfloat16
     dy = torch.randn_like(y)
@@ -123,9 +128,15 @@ def test_linear_under_autocast_uses_what_the_product_used():
     assert x.grad.dtype == torch.float32
 
 
-def test_wrong_values_are_refused():
+def test_wrong_values_are_refused(device):
     with pytest.raises(RuntimeError, match="one entry per index"):
-        sampled_linear(double(2, 5), double(4, 5), None, double(3), torch.tensor([1, 2]))
+        sampled_linear(
+            double(device, 2, 5),
+            double(device, 4, 5),
+            None,
+            double(device, 3),
+            torch.tensor([1, 2], device=device),
+        )
 
 
 # Convolution and embedding ------------------------------------------------------------------------
@@ -141,13 +152,13 @@ def test_wrong_values_are_refused():
         ((3, 2), (2, 1), (1, 0), (1, 2)),
     ],
 )
-def test_gradcheck_of_conv2d(kernel, stride, padding, dilation, channels_last):
+def test_gradcheck_of_conv2d(device, kernel, stride, padding, dilation, channels_last):
     torch.manual_seed(0)
     memory = torch.channels_last if channels_last else torch.contiguous_format
-    x = leaf(double(2, 3, 6, 5).to(memory_format=memory))
-    weight, bias = double(4, 3, *kernel), double(4)
-    w_indices, b_indices = some(weight.numel(), 0.3), some(4, 0.5)
-    plan = LinearPlan.of(weight[0].numel(), w_indices, b_indices)
+    x = leaf(double(device, 2, 3, 6, 5).to(memory_format=memory))
+    weight, bias = double(device, 4, 3, *kernel), double(device, 4)
+    w_indices, b_indices = some(device, weight.numel(), 0.3), some(device, 4, 0.5)
+    plan = Conv2dPlan.of(weight.shape, w_indices, b_indices)
     values = leaf(ops.gather(weight, w_indices))
     b_values = leaf(ops.gather(bias, b_indices))
 
@@ -160,11 +171,11 @@ def test_gradcheck_of_conv2d(kernel, stride, padding, dilation, channels_last):
     assert torch.equal(layer(x, values, b_values), stock)
 
 
-def test_only_the_bias_of_a_convolution_may_be_selected():
-    x, weight, bias = double(2, 3, 6, 5), double(4, 3, 2, 2), double(4)
-    indices = torch.tensor([1, 3])
+def test_only_the_bias_of_a_convolution_may_be_selected(device):
+    x, weight, bias = double(device, 2, 3, 6, 5), double(device, 4, 3, 2, 2), double(device, 4)
+    indices = torch.tensor([1, 3], device=device)
     values = leaf(ops.gather(bias, indices))
-    plan = LinearPlan.of(12, None, indices)
+    plan = Conv2dPlan.of(weight.shape, None, indices)
     y = sampled.conv2d(x, weight, bias, None, values, plan, (1, 1), (0, 0), (1, 1))
     y.square().sum().backward()
     expected = 2 * F.conv2d(x, weight, bias)
@@ -172,13 +183,13 @@ def test_only_the_bias_of_a_convolution_may_be_selected():
 
 
 @pytest.mark.parametrize("padding_idx", [None, 2])
-def test_gradcheck_of_embedding(padding_idx):
+def test_gradcheck_of_embedding(device, padding_idx):
     torch.manual_seed(0)
-    tokens = torch.randint(0, 9, (3, 4))
+    tokens = torch.randint(0, 9, (3, 4), device=device)
     tokens[0, 0] = 2
-    weight = double(9, 5)
-    indices = some(45, 0.4)
-    plan = LinearPlan.of(5, indices)
+    weight = double(device, 9, 5)
+    indices = some(device, 45, 0.4)
+    plan = EmbeddingPlan.of(5, indices)
     values = leaf(ops.gather(weight, indices))
 
     def layer(values: Tensor) -> Tensor:
@@ -187,17 +198,17 @@ def test_gradcheck_of_embedding(padding_idx):
     if padding_idx is None:
         assert torch.autograd.gradcheck(layer, (values,))
     dense = leaf(weight)
-    dy = double(3, 4, 5)
+    dy = double(device, 3, 4, 5)
     F.embedding(tokens, dense, padding_idx).backward(dy)
     layer(values).backward(dy)
     assert torch.allclose(values.grad, reference.gather(dense.grad, indices))
 
 
-def test_streamed_gathers_the_dense_gradient():
-    weight = double(6, 5)
-    indices = some(30)
+def test_streamed_gathers_the_dense_gradient(device):
+    weight = double(device, 6, 5)
+    indices = some(device, 30)
     values = leaf(ops.gather(weight, indices))
-    dy = double(6, 5)
+    dy = double(device, 6, 5)
     (sampled.streamed(weight, values, indices) * dy).sum().backward()
     assert torch.equal(values.grad, reference.gather(dy, indices))
 
@@ -205,9 +216,9 @@ def test_streamed_gathers_the_dense_gradient():
 # Cost ---------------------------------------------------------------------------------------------
 
 
-def test_no_tensor_of_the_size_of_the_weight_is_made():
-    x, weight = torch.randn(4, 300), torch.randn(200, 300)
-    indices = some(60_000, 0.001)
+def test_no_tensor_of_the_size_of_the_weight_is_made(device):
+    x, weight = torch.randn(4, 300, device=device), torch.randn(200, 300, device=device)
+    indices = some(device, 60_000, 0.001)
     values = leaf(ops.gather(weight, indices))
     with Allocations() as seen:
         sampled_linear(leaf(x), weight, None, values, indices).sum().backward()
@@ -217,9 +228,9 @@ def test_no_tensor_of_the_size_of_the_weight_is_made():
     assert seen.largest >= weight.numel()
 
 
-def test_what_is_kept_for_backward_is_the_used_columns():
-    x, weight = torch.randn(64, 300), torch.randn(200, 300)
-    indices = torch.tensor([5, 7, 305])  # two columns
+def test_what_is_kept_for_backward_is_the_used_columns(device):
+    x, weight = torch.randn(64, 300, device=device), torch.randn(200, 300, device=device)
+    indices = torch.tensor([5, 7, 305], device=device)  # two columns
     values = leaf(ops.gather(weight, indices))
     kept: list[int] = []
 
@@ -232,21 +243,21 @@ def test_what_is_kept_for_backward_is_the_used_columns():
     assert max(kept) == 64 * 2
 
 
-def test_nothing_is_packed_without_grad_mode():
-    x, weight = torch.randn(64, 30), torch.randn(20, 30)
-    values = leaf(torch.zeros(1))
+def test_nothing_is_packed_without_grad_mode(device):
+    x, weight = torch.randn(64, 30, device=device), torch.randn(20, 30, device=device)
+    values = leaf(torch.zeros(1, device=device))
     with torch.no_grad(), torch.profiler.profile() as profile:
-        y = sampled_linear(x, weight, None, values, torch.tensor([3]))
+        y = sampled_linear(x, weight, None, values, torch.tensor([3], device=device))
     assert not y.requires_grad
     assert not any("pack_columns" in event.name for event in profile.events())
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_several_uses_add_up(count):
-    weight = double(4, 5)
-    indices = some(20)
+def test_several_uses_add_up(device, count):
+    weight = double(device, 4, 5)
+    indices = some(device, 20)
     values = leaf(ops.gather(weight, indices))
-    inputs = [double(7, 5) for _ in range(count)]
+    inputs = [double(device, 7, 5) for _ in range(count)]
     outputs = [sampled_linear(x, weight, None, values, indices) for x in inputs]
     sum(y.square().sum() for y in outputs).backward()
     dense = leaf(weight)

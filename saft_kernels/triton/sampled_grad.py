@@ -20,8 +20,11 @@ BLOCK = 128
 TILE = 64
 #: Parts of an entry that are summed side by side.
 GROUPS = 8
-#: Token blocks of a step of the product, and entries of a row that are picked at a time.
-BLOCKS, PICKED = 2, 16
+#: Entries of a row of a tile that are picked at a time.
+PICKED = 16
+#: How tiles are computed: token blocks of a step and warps, so that the registers suffice.
+TENSOR_CORES = {"BLOCKS": 2, "num_warps": 4}
+PLAIN = {"BLOCKS": 1, "num_warps": 8}
 
 # Compiled once for all sizes and addresses, and again for a stride that is one.
 
@@ -211,12 +214,13 @@ def sampled_grad(
     if product:
         launch.launch(
             _product_kernel, programs * parts, *arguments,
-            TOKENS=TOKENS, TILE=TILE, BLOCKS=BLOCKS, PICKED=PICKED,
+            TOKENS=TOKENS, TILE=TILE, PICKED=PICKED,
+            **(PLAIN if grad_output.dtype == torch.float32 else TENSOR_CORES),
         )  # fmt: skip
     else:
         launch.launch(
             _entries_kernel, programs * parts, *arguments, steps_of(n_rows),
-            TOKENS=TOKENS, BLOCK=BLOCK,
+            TOKENS=TOKENS, BLOCK=BLOCK, num_warps=8,
         )  # fmt: skip
     if parts > 1:
         blocks = ceil_div(n, BLOCK)
