@@ -119,7 +119,7 @@ def dense_seconds(layer: Layer, tokens: int = TOKENS) -> float:
     size = layer.dtype.itemsize
     memory = (layer.height + layer.width) * size / _MEMORY
     arithmetic = 2 * layer.height * layer.width / (_SHARE_OF_TORCH * _PEAK[layer.dtype])
-    gradient = (layer.height * layer.width * size + layer.n * _SECTOR) / _MEMORY
+    gradient = 2 * layer.height * layer.width * size / _MEMORY  # written, and read at most once
     return tokens * max(memory, arithmetic) + gradient + 2 * _LAUNCH
 
 
