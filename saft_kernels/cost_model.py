@@ -31,14 +31,15 @@ a border the two cost nearly the same.
 backward. That saves load instructions: 16 loads of a warp for 16 tokens become 2 (bf16). It costs
 R T b written and read again, and entries of masks of real models are bound by memory: for
 3072 x 768, one entry in a thousand and 12,800 tokens in bf16, 42 MB written and 42 MB read beside
-the 98 MB that are moved now, to save loads that take 7 of 29 us and run beside the memory. Where
+the 97 MB that are moved now, to save loads that take 6 of 29 us and run beside the memory. Where
 loads would be the bound, entries share rows, and the product is faster than either.
 
 **Sampled or dense.** The sampled ways also save memory: the dense one keeps the whole input for
 backward, not C columns of it, and makes a gradient of the size of the weight. That is taken to be
 worth a factor :data:`MEMORY_IS_WORTH` of time, unless most of the weight is selected. At attach
 time T is not known; the model takes :data:`TOKENS`, and adds what launches cost, which is all the
-cost of small layers. For 3072 x 768 in bf16 the border is at about 2% of a uniform mask.
+cost of small layers. For 3072 x 768 in bf16 the border is at about 2% of a uniform mask. The type
+is that of the weight: autocast may compute in another one, which is not known then either.
 """
 
 from __future__ import annotations
@@ -73,8 +74,6 @@ _PEAK = {
     torch.float32: 67e12,
     torch.float64: 34e12,
 }
-#: Those that the model knows: all that the sampled ways take.
-DTYPES = frozenset(_PEAK)
 _SHARE_OF_TORCH = 0.6
 _SHARE_OF_TILES = 0.3
 
@@ -102,11 +101,15 @@ class Layer:
 
 def prefers_product(n: int, rows: int, columns: int, dtype: torch.dtype) -> bool:
     """Whether tiles of the product are the faster sampled way on a GPU, for entries so laid out."""
+    if dtype not in _PEAK:
+        return False
     return _product_seconds(rows, columns, dtype) < _entries_seconds(n, dtype)
 
 
 def is_crowded(layer: Layer) -> bool:
     """Whether the dense product is to be used on a GPU."""
+    if layer.dtype not in _PEAK:
+        return False
     most = 2 * layer.n > layer.height * layer.width  # then the sampled ways save no memory
     return dense_seconds(layer) * (1.0 if most else MEMORY_IS_WORTH) < sampled_seconds(layer)
 
@@ -116,7 +119,7 @@ def dense_seconds(layer: Layer, tokens: int = TOKENS) -> float:
     size = layer.dtype.itemsize
     memory = (layer.height + layer.width) * size / _MEMORY
     arithmetic = 2 * layer.height * layer.width / (_SHARE_OF_TORCH * _PEAK[layer.dtype])
-    gradient = (layer.height * layer.width * size + layer.n * _SECTOR) / _MEMORY
+    gradient = 2 * layer.height * layer.width * size / _MEMORY  # written, and read at most once
     return tokens * max(memory, arithmetic) + gradient + 2 * _LAUNCH
 
 

@@ -132,7 +132,7 @@ def _is_crowded(indices: Tensor, weight: Tensor) -> bool:
     n = indices.numel()
     if backends.resolve(weight.device) not in backends.GPU:
         return n > CROWDED * weight.numel()
-    if n == 0 or weight.dim() < 2 or weight.dtype not in cost_model.DTYPES:
+    if n == 0 or weight.dim() < 2:
         return False
     width = weight[0].numel()
     rows, columns = (indices // width).unique_consecutive(), (indices % width).unique()

@@ -377,7 +377,7 @@ def sampled_grad(
     backend = backends.resolve(grad_output.device)
     if backend in backends.GPU and grad_output.dim() == 2 and packed.dim() == 3:
         _require_plan(rows, grad_output.shape[1], offsets, columns, packed.shape[1])
-        if product is None and grad_output.dtype in cost_model.DTYPES:
+        if product is None:
             product = cost_model.prefers_product(
                 columns.shape[0], rows.shape[0], packed.shape[1], grad_output.dtype
             )

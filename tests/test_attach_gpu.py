@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from saft_kernels import CooMask, attach, index_values, reference
+from saft_kernels import CooMask, attach, index_values, reference, sampled_linear
 from tolerances import assert_close
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -177,6 +177,19 @@ def test_no_step_after_the_first_waits(device, kind):
             step()
         for leaf, value in zip(sparse.parameters(), before, strict=True):
             assert not torch.equal(leaf, value)
+
+
+def test_sampled_linear_does_not_wait_after_the_first_call(device):
+    x, weight = torch.randn(20, 24, device=device), torch.randn(16, 24, device=device)
+    indices = torch.arange(0, 384, 11, device=device)
+    values = weight.view(-1)[indices].requires_grad_(True)
+
+    def step() -> None:
+        sampled_linear(x, weight, None, values, indices).sum().backward()
+
+    step()
+    with nothing_waits(device):
+        step()
 
 
 def test_waiting_is_noticed():

@@ -128,6 +128,21 @@ def test_linear_under_autocast_uses_what_the_product_used(device):
     assert x.grad.dtype == torch.float32
 
 
+def test_indices_may_change_between_calls(device):
+    """A plan is kept for as long as the indices are what they were, and the weight is as wide."""
+    x, weight = double(device, 7, 4), double(device, 5, 4)
+    indices = torch.tensor([1, 6, 19], device=device)
+    for change in (None, lambda: indices.add_(-1), None):
+        if change:
+            change()
+        for w, inputs in ((weight, x), (weight.view(4, 5), double(device, 7, 5))):
+            values = leaf(ops.gather(w, indices))
+            sampled_linear(inputs, w, None, values, indices).square().sum().backward()
+            dense = leaf(w)
+            F.linear(inputs, dense).square().sum().backward()
+            assert torch.allclose(values.grad, reference.gather(dense.grad, indices))
+
+
 def test_wrong_values_are_refused(device):
     with pytest.raises(RuntimeError, match="one entry per index"):
         sampled_linear(

@@ -5,7 +5,7 @@
 // once. Per tile and 16 tokens: 64 x 16 numbers of dy and as many of x, from L2 (4 KB in bf16, 1 KB per warp), and
 // 65,536 multiply-adds. The memory's bytes are those of the sum entry by entry (sampled_grad_kernel.cu). For R = C =
 // 768 used rows and columns, T = 12,800 tokens in bf16 on an H100: 0.04 GB from memory, 12 us at 3.35 TB/s; 0.47 GB
-// from L2, 90 us at 5.5 TB/s; 15 GFLOP, 50 us at 300 TFLOP/s (predictions, nothing was measured).
+// from L2, 86 us at 5.5 TB/s; 15 GFLOP, 50 us at 300 TFLOP/s (predictions, nothing was measured).
 // saft_kernels/cost_model.py chooses.
 //
 // The sum over 16 tokens may take them in any order as long as both factors take the same. A lane of the tensor core's

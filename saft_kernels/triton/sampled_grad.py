@@ -14,7 +14,7 @@ from triton import language as tl
 from saft_kernels.layout import TOKENS
 from saft_kernels.triton import launch
 from saft_kernels.triton.launch import ceil_div
-from saft_kernels.triton.search import lower_bound, steps_of
+from saft_kernels.triton.search import lower_bound
 
 BLOCK = 128
 TILE = 64
@@ -25,6 +25,8 @@ PICKED = 16
 #: How tiles are computed: token blocks of a step and warps, so that the registers suffice.
 TENSOR_CORES = {"BLOCKS": 2, "num_warps": 4}
 PLAIN = {"BLOCKS": 1, "num_warps": 8}
+#: Entry by entry.
+ENTRIES = {"BLOCK": BLOCK, "num_warps": 8}
 
 # Compiled once for all sizes and addresses, and again for a stride that is one.
 
@@ -54,21 +56,21 @@ def _pack_kernel(
 
 
 @triton.jit(
-    do_not_specialize=["tokens", "n_rows", "n_columns", "n", "blocks_of_part", "steps"],
+    do_not_specialize=["tokens", "n_rows", "n_columns", "n", "blocks_of_part"],
     do_not_specialize_on_alignment=[
         "dy", "rows", "offsets", "columns", "token_stride", "column_stride",
     ],
 )  # fmt: skip
 def _entries_kernel(
     dy, packed, rows, offsets, columns, sums, tokens, n_rows, n_columns, n,
-    token_stride, column_stride, blocks_of_part, steps,
+    token_stride, column_stride, blocks_of_part,
     TOKENS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     chunks = tl.cdiv(n, BLOCK)
     part = tl.program_id(0) // chunks
     e = (tl.program_id(0) % chunks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     exists = e < n
-    j = lower_bound(offsets + 1, n_rows, tl.where(exists, e, 0) + 1, steps)
+    j = lower_bound(offsets + 1, n_rows, tl.where(exists, e, 0) + 1)
     row = tl.load(rows + j, exists, other=0).to(tl.int64)[None, :]
     column = tl.load(columns + e, exists, other=0).to(tl.int64)[None, :]
     place = tl.arange(0, TOKENS)[:, None]
@@ -170,17 +172,17 @@ def pack_columns(x: Tensor, columns: Tensor, dtype: torch.dtype | None = None) -
     return packed
 
 
-def token_parts(tokens: int, programs: int) -> tuple[int, int]:
+def token_parts(tokens: int, warps: int) -> tuple[int, int]:
     """Into how many parts tokens are split that are summed side by side, and their blocks each.
 
     A function of sizes alone, so that the order of sums is the same on every GPU.
 
     Args:
         tokens: T.
-        programs: that each part takes.
+        warps: that each part takes.
     """
     blocks = ceil_div(tokens, TOKENS)
-    wanted = min(ceil_div(1024, max(programs, 1)), 256)  # a wave of an H100, half full
+    wanted = min(ceil_div(4096, max(warps, 1)), 256)  # a wave of an H100, half full
     count = min(ceil_div(blocks, 4), wanted)  # so that a part is worth its sums
     if count <= 1:
         return 1, blocks
@@ -201,27 +203,22 @@ def sampled_grad(
     check(packed, grad_output, rows, offsets, columns)
     n, n_rows, n_columns = columns.numel(), rows.numel(), packed.shape[1]
     dtype = torch.promote_types(grad_output.dtype, torch.float32)
-    product = product and dtype == torch.float32
-    tiles = ceil_div(n_rows, TILE) * ceil_div(n_columns, TILE)
-    programs = (tiles if product else ceil_div(n, BLOCK)) if n else 0
-    parts, of_part = token_parts(grad_output.shape[0], programs)
+    if product and dtype == torch.float32:
+        kernel, constants = _product_kernel, {"TILE": TILE, "PICKED": PICKED}
+        constants |= PLAIN if grad_output.dtype == torch.float32 else TENSOR_CORES
+        programs = ceil_div(n_rows, TILE) * ceil_div(n_columns, TILE) if n else 0
+    else:
+        kernel, constants = _entries_kernel, ENTRIES
+        programs = ceil_div(n, BLOCK)
+    parts, of_part = token_parts(grad_output.shape[0], programs * constants["num_warps"])
     grad = launch.new_empty(grad_output, [n], dtype)
     sums = grad if parts == 1 else launch.new_empty(grad_output, [parts, n], dtype)
-    arguments = (
+    launch.launch(
+        kernel, programs * parts,
         grad_output, packed, rows, offsets, columns, sums,
         grad_output.shape[0], n_rows, n_columns, n, *grad_output.stride(), of_part,
+        TOKENS=TOKENS, **constants,
     )  # fmt: skip
-    if product:
-        launch.launch(
-            _product_kernel, programs * parts, *arguments,
-            TOKENS=TOKENS, TILE=TILE, PICKED=PICKED,
-            **(PLAIN if grad_output.dtype == torch.float32 else TENSOR_CORES),
-        )  # fmt: skip
-    else:
-        launch.launch(
-            _entries_kernel, programs * parts, *arguments, steps_of(n_rows),
-            TOKENS=TOKENS, BLOCK=BLOCK, num_warps=8,
-        )  # fmt: skip
     if parts > 1:
         blocks = ceil_div(n, BLOCK)
         launch.launch(_sum_parts_kernel, blocks, sums, grad, parts, n, GROUPS=GROUPS, BLOCK=BLOCK)
