@@ -248,8 +248,11 @@ def _plan_likely_use(module: nn.Module, name: str, entry: Entry, bias: Entry | N
     shape = entry.weight.shape
     if isinstance(module, nn.Embedding):
         _embedding_plan(entry)
+        if not entry.crowded:  # a language model's last layer may share it
+            _linear_plan(entry, None, shape[1])
     elif len(shape) == 4:
-        _conv2d_plan(entry, bias, shape)
+        if name.endswith("weight"):
+            _conv2d_plan(entry, bias, shape)
     elif name.endswith("weight") and type(module).__name__ != "Conv1D":
         _linear_plan(entry, bias, shape[1])
     else:  # x @ projection, as in the Conv1D of transformers' GPT-2

@@ -10,13 +10,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from saft_kernels import CooMask, SparseAdamW, attach, ops, select
+from saft_kernels import CooMask, SparseAdamW, attach, ops, reference, select
 from saft_kernels.attach import Sampled
 from saft_kernels.errors import OptimizerError
 from saft_kernels.sampled_parameter import SampledParameter
 from test_attach import CASES, Case, scattered_mask
+from tolerances import assert_close
 from training import backward, loss_of, small_mask, small_model, snapshot
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -180,3 +182,22 @@ def test_a_model_that_is_dropped_in_sampled_mode_is_freed() -> None:
     del model, sparse
     gc.collect()
     assert [each() for each in alive] == [None, None, None]
+
+
+def test_an_embedding_that_is_the_last_layer_too_is_one_graph() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tokens = nn.Embedding(30, 8)
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            return F.linear(self.tokens(tokens).tanh(), self.tokens.weight)
+
+    torch.manual_seed(0)
+    model, tokens = Tied(), torch.randint(30, (20,))
+    mask = CooMask.from_indices(model, {"tokens.weight": torch.arange(1, 240, 11)})
+    model(tokens).square().sum().backward()
+    expected = reference.gather(model.tokens.weight.grad, mask["tokens.weight"])
+    with attach(model, mask) as sparse:
+        compiled(model)(tokens).square().sum().backward()
+        assert_close(next(sparse.parameters()).grad, expected, "sampled_grad")

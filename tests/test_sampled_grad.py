@@ -286,6 +286,14 @@ def test_wrong_plans_are_refused(device, change, message):
         ops.sampled_grad(**on(device, arguments))
 
 
+def test_packed_columns_must_be_where_torch_puts_tensors(device):
+    """Kernels load pieces of 16 bytes."""
+    misplaced = torch.zeros(7 * 2 * 16 + 1, device=device)[1:].view(7, 2, 16)
+    plan = [torch.tensor(v, dtype=torch.int32, device=device) for v in ([0], [0, 1], [1])]
+    with pytest.raises(RuntimeError, match="packed must be what"):
+        ops.sampled_grad(misplaced, torch.zeros(100, 23, device=device), *plan)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_opcheck(device, dtype):
     p = problem(device, dtype)

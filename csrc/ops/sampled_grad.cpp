@@ -28,6 +28,11 @@ FloatType packed_float_type(const Tensor& x, ScalarType packed) {
   return packed == ScalarType::BFloat16 ? FloatType::bf16 : FloatType::fp16;
 }
 
+// To 16 bytes, as memory that torch allocates is: kernels load columns as such pieces.
+bool is_aligned(const Tensor& packed) {
+  return reinterpret_cast<uintptr_t>(packed.const_data_ptr()) % 16 == 0;
+}
+
 }  // namespace
 
 int64_t blocks_of(int64_t tokens) {
@@ -46,7 +51,7 @@ SampledGrad check_sampled_grad(const Tensor& packed, const Tensor& grad_output, 
   check_device(packed, device, "packed");
   check_dtype(packed, grad_output.scalar_type(), "packed");
   STD_TORCH_CHECK(packed.dim() == 3 && packed.is_contiguous() && packed.size(2) == kTokens &&
-                      packed.size(0) == blocks_of(dy.tokens),
+                      packed.size(0) == blocks_of(dy.tokens) && is_aligned(packed),
                   "packed must be what pack_columns made of an input with the ", dy.tokens, " tokens of the gradient");
   return {dy, packed.const_data_ptr(), packed.size(1), row_plan(rows, offsets, columns, device), nullptr};
 }

@@ -1,8 +1,8 @@
 // sampled_grad: the weight gradient of a linear layer at selected entries only, without the dense one.
 //
-// pack_columns(x [T, I], columns [C], dtype) -> [ceil(T / 16), C, 16]
-// sampled_grad(packed [ceil(T / 16), C, 16], grad_output [T, O], rows [R], offsets [R + 1], columns [n], product) ->
-// [n] sampled_embedding_grad(tokens [T], grad_output [T, E], rows [R], offsets [R + 1], columns [n]) -> [n]
+//   pack_columns(x [T, I], columns [C], dtype) -> packed [ceil(T / 16), C, 16]
+//   sampled_grad(packed, grad_output [T, O], rows [R], offsets [R + 1], columns [n], product) -> [n]
+//   sampled_embedding_grad(tokens [T], grad_output [T, E], rows [R], offsets [R + 1], columns [n]) -> [n]
 //
 // For y = x W^T + b with W [O, I], entry e in row j of the plan (offsets[j] <= e < offsets[j + 1]) is
 //
