@@ -116,7 +116,7 @@ class _SampledProducts(TorchDispatchMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func is torch.ops.saft_kernels.sampled_grad.default:
-            _, dy, _, _, entry_columns = args
+            _, dy, _, _, entry_columns, _ = args
             self.total += 2 * len(dy) * entry_columns.numel()
         return func(*args, **kwargs or {})
 
