@@ -90,6 +90,19 @@ def test_bits_survive_the_round_trip(device):
         assert torch.equal(dense.view(torch.int16), patterns.view(torch.int16))
 
 
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("begin", range(4))
+def test_vectors_may_begin_anywhere_in_memory(device, begin, index_dtype):
+    """Slices of larger vectors, which wide loads must not take for aligned ones."""
+    dense = torch.randn(900, device=device)
+    indices = torch.arange(0, 900, 3, dtype=index_dtype, device=device)[begin:]
+    expected = dense[begin * 3 :: 3]
+    assert torch.equal(ops.gather(dense, indices), expected)
+    values = torch.randn(300, device=device)[begin:]
+    ops.scatter_(dense, indices, values)
+    assert torch.equal(dense[begin * 3 :: 3], values)
+
+
 def test_same_result_for_any_number_of_threads(device, threads):
     dense = torch.randn(400_000, device=device)
     indices = every_third(dense.numel())

@@ -253,13 +253,6 @@ FAULTS = (
         _TOPK_TESTS,
     ),
     Fault(
-        "gather, scatter: the first entry behind the end is moved too",
-        _GATHER_CU,
-        "if (first >= n) return;",
-        "if (first > n) return;",
-        _GATHER_TESTS,
-    ),
-    Fault(
         "gather, scatter: the last, incomplete group of entries is dropped",
         _GATHER_CU,
         "if (first >= n) return;",
