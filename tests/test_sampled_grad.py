@@ -17,7 +17,7 @@ from tolerances import assert_close
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 HALF = [torch.bfloat16, torch.float16]
-TOKENS = [0, 1, 15, 16, 17, 32, 33, 100, 257]
+TOKENS = [0, 1, 15, 16, 17, 32, 33, 80, 100, 257]
 
 
 @dataclass

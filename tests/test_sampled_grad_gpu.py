@@ -112,6 +112,16 @@ def test_tiles_without_entries_are_skipped(gpu):
 
 
 @pytest.mark.parametrize("product", [False, True])
+@pytest.mark.parametrize("parts", [2, 8, 9, 10, 17])
+def test_every_part_is_added(gpu, product, parts):
+    """Also the last one, which may be alone in its group."""
+    tokens = 16 * 4 * parts
+    x, dy = torch.ones(tokens, 1), torch.ones(tokens, 1)
+    p = Problem(x, dy, torch.tensor([[0, 0], [0, 1]]))
+    assert p.run(product).tolist() == [tokens, tokens]
+
+
+@pytest.mark.parametrize("product", [False, True])
 @pytest.mark.parametrize("tokens", [16 * 4 * 256, 16 * 4 * 256 + 17])
 def test_more_tokens_than_parts(gpu, product, tokens):
     """A part then has more than the least number of blocks; the last may be shorter."""

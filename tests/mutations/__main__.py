@@ -96,7 +96,7 @@ def noticed(fault: Fault, folder: Path) -> dict[str, Any]:
     with planted(fault, folder):
         done = pytest(folder, "-x", fault.tests, "-k", fault.backend)
     # 1: tests failed. Anything else (nothing collected, a crash of pytest) proves nothing.
-    failed = re.search(r"^(FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
+    failed = re.search(r"^(FAILED|ERROR) (.+?)( - |$)", done.stdout, re.MULTILINE)
     caught = done.returncode == 1 and failed is not None
     return {
         "fault": fault.name,
@@ -138,9 +138,9 @@ def main(names: Sequence[str]) -> int:
         outcome = list(pool.map(try_out, chosen))
         tests = sorted({entry["by"] for entry in outcome if entry["caught"]})
         clean = pytest(free.get(), *tests)
+    keep(outcome)
     if clean.returncode:
         sys.exit(f"tests fail without any fault:\n{clean.stdout[-3000:]}")
-    keep(outcome)
     return 0 if all(entry["caught"] for entry in outcome) else 1
 
 
