@@ -605,8 +605,8 @@ FAULTS = (
     Fault(
         "product: blocks behind a part are added",
         _SAMPLED_PY,
-        "exists & (token < tokens) & (j < n_rows)[None, :]",
-        "(token < tokens) & (j < n_rows)[None, :]",
+        "exists = block < end_block",
+        "exists = block < tl.cdiv(tokens, TOKENS)",
         _SAMPLED_TESTS,
     ),
     Fault(
