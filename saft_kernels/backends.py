@@ -230,7 +230,7 @@ def resolve(device: torch.device) -> str:
 def _serves(name: str, device: torch.device) -> bool:
     if device.type == "cpu":
         return name == "cpu" or (name == "triton" and interpreting())
-    return device.type == "cuda" and name in GPU
+    return device.type == "cuda" and name in GPU and not (name == "triton" and interpreting())
 
 
 def _device_obstacle(name: str, device: torch.device) -> str | None:
@@ -242,7 +242,7 @@ def _device_obstacle(name: str, device: torch.device) -> str | None:
 
 def _default_backend(device: torch.device) -> str:
     obstacles = []
-    for name in ("cpu", "cuda", "triton") if not interpreting() else ("cpu",):
+    for name in ("cpu", *GPU):
         if not _serves(name, device):
             continue
         obstacle = _device_obstacle(name, device)

@@ -13,25 +13,19 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils.weak import WeakIdKeyDictionary
 
-# What is known of the vectors that were checked (a slice counts as part of its base).
-_known: WeakIdKeyDictionary = WeakIdKeyDictionary()
+from saft_kernels.once import once_of_memory
 
 
 class _Known:
-    """What has been checked of one vector since it was last written to.
+    """What has been checked of a vector's memory.
 
     Attributes:
-        version: of the vector then.
-        dtype: it had then; a view of it in another holds other numbers.
         facts: (storage offset, length, what was asked) of checks that passed.
         pieces: (begin, end, limit) in the vector's storage: rises strictly within [0, limit).
     """
 
-    def __init__(self, vector: Tensor) -> None:
-        self.version = vector._version
-        self.dtype = vector.dtype
+    def __init__(self) -> None:
         self.facts: set[Hashable] = set()
         self.pieces: set[tuple[int, int, int]] = set()
 
@@ -101,11 +95,7 @@ def _is_traced(vector: Tensor) -> bool:
 
 
 def _known_of(vector: Tensor) -> _Known:
-    whole = vector if vector._base is None else vector._base
-    known: _Known | None = _known.get(whole)
-    if known is None or (known.version, known.dtype) != (vector._version, vector.dtype):
-        known = _known[whole] = _Known(vector)
-    return known
+    return once_of_memory(vector, "index values", _Known)
 
 
 def _refuse_capture(vector: Tensor) -> None:

@@ -1,7 +1,6 @@
 """Layouts that the specification, the wrappers and the kernels share.
 
-``csrc/ops/jobs.h`` and ``csrc/cpu/sampled_grad_kernel.h`` hold the same numbers for the
-compiled kernels.
+``csrc/ops/jobs.h`` holds the same numbers for the compiled kernels.
 """
 
 from __future__ import annotations

@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_input
-from torch.utils.weak import WeakIdKeyDictionary
 
 from saft_kernels import ops
+from saft_kernels.once import once
 from saft_kernels.plan import Conv2dPlan, EmbeddingPlan, LinearPlan
 
 
@@ -49,19 +49,11 @@ def sampled_linear(
     return linear(x, weight, bias, values, None, _plan_of(weight.shape[1], indices))
 
 
-#: Plans of the calls of :func:`sampled_linear`: indices -> (version, number of columns, plan).
-_plans: WeakIdKeyDictionary = WeakIdKeyDictionary()
-
-
 def _plan_of(in_features: int, indices: Tensor) -> LinearPlan:
-    """The plan for these indices, made once for as long as they live and nobody writes to them."""
-    if torch.compiler.is_compiling() or indices.is_inference():
+    def make() -> LinearPlan:
         return LinearPlan.of(in_features, indices)
-    version, width, plan = _plans.get(indices, (None, None, None))
-    if plan is None or (version, width) != (indices._version, in_features):
-        plan = LinearPlan.of(in_features, indices)
-        _plans[indices] = indices._version, in_features, plan
-    return plan
+
+    return once(indices, ("linear plan", in_features), make)
 
 
 def _require_values(values: Tensor, indices: Tensor) -> None:

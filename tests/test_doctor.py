@@ -150,6 +150,17 @@ def test_triton_serves_a_gpu_for_which_nothing_was_compiled(gpu, built):
         backends.use_backend("cuda").__enter__()
 
 
+def test_the_interpreter_leaves_a_gpu_to_what_was_compiled(gpu, monkeypatch):
+    gpu((9, 0))
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert backends.resolve(CUDA) == "cuda"
+    assert backends.resolve(torch.device("cpu")) == "cpu"
+    with backends.use_backend("triton"):
+        assert backends.resolve(torch.device("cpu")) == "triton"
+        with pytest.raises(BackendUnavailableError, match="tensors are on cuda"):
+            backends.resolve(CUDA)
+
+
 def test_triton_serves_amd(gpu):
     gpu((9, 4), cuda=None)
     assert backends.resolve(CUDA) == "triton"

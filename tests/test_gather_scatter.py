@@ -170,6 +170,17 @@ def test_other_bad_arguments_are_refused(device):
         ops.scatter_(torch.zeros(3), indices, torch.ones(3))
 
 
+def test_inference_mode(device):
+    """Its tensors have no version, by which index vectors are known again."""
+    with torch.inference_mode():
+        dense, indices = torch.arange(9.0, device=device), torch.tensor([2, 7], device=device)
+        assert ops.gather(dense, indices).tolist() == [2, 7]
+        ops.scatter_(dense, indices, torch.zeros(2, device=device))
+        assert dense.tolist() == [0, 1, 0, 3, 4, 5, 6, 0, 8]
+        with pytest.raises(RuntimeError, match="increase strictly"):
+            ops.gather(dense, indices.flip(0))
+
+
 def test_gathering_a_parameter_records_no_graph(device):
     parameter = torch.nn.Parameter(torch.randn(6, device=device))
     assert not ops.gather(parameter, torch.tensor([0, 5])).requires_grad

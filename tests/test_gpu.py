@@ -20,6 +20,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from bench.cases.gpu import captured
 from conftest import GPU
 from saft_clip.config import FinetuneConfig
 from saft_clip.methods.base import FROZEN, prompt_loss
@@ -82,19 +83,6 @@ def test_a_backend_runs_here() -> None:
 # CUDA graphs --------------------------------------------------------------------------------------
 
 
-def captured(work: Callable[[], Any]) -> torch.cuda.CUDAGraph:
-    """A graph of some work, which was run once on another stream."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        work()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        work()
-    return graph
-
-
 class AdamW:
     """A step over two tensors, with everything it changes."""
 
@@ -138,13 +126,13 @@ def test_replayed_step_is_the_eager_one(
     cuda: torch.device, dtype: torch.dtype, compact: bool
 ) -> None:
     eager, replayed = (AdamW(cuda, dtype, compact=compact) for _ in range(2))
-    graph = captured(replayed)  # which takes one step
+    replay = captured(replayed)  # which takes one step
     eager()
     for lr in (1e-2, 2e-3, 5e-4):
         for each in (eager, replayed):
             each.lr.fill_(lr)
         eager()
-        graph.replay()
+        replay()
     assert replayed.step.tolist() == [4, 4]
     for actual, expected in zip(replayed.outcome(), eager.outcome(), strict=True):
         assert torch.equal(actual, expected)
@@ -160,10 +148,10 @@ def test_replayed_gather_and_scatter(cuda: torch.device) -> None:
         values.copy_(ops.gather(dense, indices))
         ops.scatter_(target, indices, values)
 
-    graph = captured(work)
+    replay = captured(work)
     for _ in range(3):
         dense.normal_()
-        graph.replay()
+        replay()
         assert torch.equal(values, dense[indices.long()])
         assert torch.equal(target[indices.long()], values)
     assert int(target.count_nonzero()) <= 3_000
@@ -179,12 +167,12 @@ def test_replayed_sampled_gradient(cuda: torch.device, dtype: torch.dtype) -> No
     def work() -> None:
         result.copy_(ops.sampled_grad(ops.pack_columns(x, columns), dy, *rest))
 
-    graph = captured(work)
+    replay = captured(work)
     for _ in range(2):
         x.normal_()
         dy.normal_()
         eager = ops.sampled_grad(ops.pack_columns(x, columns), dy, *rest)
-        graph.replay()
+        replay()
         assert torch.equal(result, eager)
         exact = (dy.double().t() @ x.double()).view(-1)[flat]
         torch.testing.assert_close(result.double(), exact, rtol=1e-4, atol=1e-4 * 300**0.5)
@@ -194,9 +182,9 @@ def test_replayed_accumulation(cuda: torch.device) -> None:
     """The sums of a selection, whose launches depend on nothing that the GPU finds."""
     acc, grad = torch.zeros(100_000, device=cuda), torch.randn(100_000, device=cuda)
     top = StreamingTopK(500, device=cuda, keys=["a"], total=100_000)
-    graph = captured(lambda: top.update("a", acc, grad, final=False))
+    replay = captured(lambda: top.update("a", acc, grad, final=False))
     for _ in range(3):
-        graph.replay()
+        replay()
     torch.testing.assert_close(acc, 4 * grad)
 
 

@@ -9,7 +9,7 @@ values serve every prompt, and autograd adds up its gradient.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,8 @@ from open_clip.transformer import ResidualAttentionBlock, TextTransformer, Trans
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from torch.utils.weak import WeakIdKeyDictionary
+
+from saft_kernels.once import once
 
 
 @dataclass(frozen=True)
@@ -73,9 +74,8 @@ def packings(model: nn.Module, tokens: Tensor, size: int) -> list[Packing]:
         size: but a batch has one prompt at least.
     """
     tower = _tower(model)
-    place = tokens.storage_offset(), tokens.shape, tokens.stride()
-    what = "packings", size, _pool_type(tower), _end_of_text(tower), place
-    return _once(tokens, what, lambda: list(_pack(model, tokens, size)))
+    what = "packings", size, _pool_type(tower), _end_of_text(tower)
+    return once(tokens, what, lambda: list(_pack(model, tokens, size)))
 
 
 def _pack(model: nn.Module, tokens: Tensor, size: int) -> Iterator[Packing]:
@@ -95,25 +95,6 @@ def _counts(lengths: Sequence[int], size: int) -> list[int]:
         counts[-1] += 1
         room -= length
     return counts
-
-
-#: What was found out about tensors (those that views are of): version, and what is known of it.
-_known: WeakIdKeyDictionary = WeakIdKeyDictionary()
-
-
-def _once(tensor: Tensor, what: Hashable, find: Callable[[], Any]) -> Any:
-    """Find something out about a tensor, once for as long as it lives and nobody writes to it."""
-    unfit = tensor.is_inference() or torch.is_inference_mode_enabled()
-    if unfit or torch.compiler.is_compiling():  # made here, it could not serve training
-        return find()
-    whole = tensor if tensor._base is None else tensor._base
-    version, facts = _known.get(whole, (None, {}))
-    if version != tensor._version:
-        facts = {}
-        _known[whole] = tensor._version, facts
-    if what not in facts:
-        facts[what] = find()
-    return facts[what]
 
 
 def padding_reason(model: nn.Module) -> str | None:
@@ -149,7 +130,7 @@ def _is_causal(mask: Any) -> bool:
     def look() -> bool:
         return torch.equal(mask == 0, torch.ones_like(mask, dtype=torch.bool).tril())
 
-    return bool(_once(mask, "causal", look))
+    return once(mask, "causal", look)
 
 
 def _is_unusual(block: nn.Module) -> bool:
