@@ -170,6 +170,17 @@ def test_other_bad_arguments_are_refused(device):
         ops.scatter_(torch.zeros(3), indices, torch.ones(3))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scatter_at_indices_of_either_width(device, dtype):
+    values = torch.randn(100, device=device).to(dtype)
+    for index_dtype in (torch.int32, torch.int64):
+        dense = torch.zeros(300, device=device).to(dtype)
+        indices = torch.arange(0, 300, 3, dtype=index_dtype, device=device)
+        ops.scatter_(dense, indices, values)
+        assert torch.equal(dense.float()[::3], values.float())
+        assert not dense.float()[1::3].any()
+
+
 def test_inference_mode(device):
     """Its tensors have no version, by which index vectors are known again."""
     with torch.inference_mode():

@@ -164,6 +164,16 @@ def test_same_bits_for_any_number_of_threads(device, threads):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_indices_of_either_width_give_the_same_bits(device, dtype):
+    narrow, wide = problem(dtype, device), problem(dtype, device)
+    narrow.indices = [index.int() for index in narrow.indices]
+    wide.indices = [index.long() for index in wide.indices]
+    narrow.run(), wide.run()
+    pairs = zip([*narrow.params, *narrow.state], [*wide.params, *wide.state], strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("compact", [False, True])
 def test_other_entries_keep_their_bits(device, dtype, compact):
     before = problem(dtype, device)
