@@ -23,8 +23,9 @@ NONFINITE = 3  #: lowest position of a NaN or infinite accumulator; NO_POSITION:
 BIN = 4  #: the highest bin that k candidates have reached or passed
 ABOVE = 5  #: candidates in this bin and above
 FRESH = 6  #: candidates that a GPU call under way has found; 0 between calls
-REFILL = 7  #: whether these did not fit; means something within a GPU call only
-HISTOGRAM = 8  #: the first of BINS counts
+DONE = 7  #: blocks of this call that are done; 0 between calls
+REFILL = 8  #: whether the candidates did not fit; means something within a GPU call only
+HISTOGRAM = 9  #: the first of BINS counts
 
 #: A bin of the histogram is the exponent and the 6 leading mantissa bits of a non-negative fp32.
 BIN_SHIFT = 17

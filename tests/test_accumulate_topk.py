@@ -26,7 +26,7 @@ ON_GPU = [name for name in IMPLEMENTATIONS if name not in CPU]
 SIMULATED = [name for name in simulated.names() if name in IMPLEMENTATIONS]
 
 #: Elements of one thread block or program of a scan.
-BLOCK = 1024
+BLOCK = 2048
 
 
 @dataclass
@@ -198,8 +198,8 @@ def test_nonfinite_entries_in_a_tensor_that_does_not_fit(device, broken):
 @pytest.mark.parametrize("device", ON_GPU, indirect=True)
 def test_a_refill_of_more_parts_than_blocks(device, request, monkeypatch):
     monkeypatch.setattr(triton_topk, "REFILL_PROGRAMS", 2)
-    blocks = 1024 if request.node.callspec.params["device"].startswith("cuda") else 2
-    n = (blocks + 1) * BLOCK - 30
+    monkeypatch.setattr(triton_topk, "ALONE", BLOCK)
+    n = 513 * 2048 - 30 if request.node.callspec.params["device"].startswith("cuda") else 3 * BLOCK
     accs = [torch.ones(10, device=device), torch.zeros(n, device=device)]
     accs[1][-200:] = 2.0
     accs[1][:30] = 3.0
@@ -438,12 +438,13 @@ def test_same_result_for_any_order_of_blocks_and_threads(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("value", [0.0, 1.0])
-def test_the_launches_depend_on_sizes_only(kind, value):
+def test_the_launches_depend_on_sizes_only(kind, value, monkeypatch):
     """Whether nothing beats the threshold or the buffer overflows: a CUDA graph can hold it."""
+    monkeypatch.setattr(triton_topk, "ALONE", alone := 1 << 20 if kind == "cuda" else 3 * BLOCK)
     gpu = made(kind, "fwd")
     buffer = new_buffer(8, 8, torch.device("cpu"))
     shared = (buffer.values, buffer.positions, buffer.state)
-    kernels = ["scan_kernel", "settle_kernel", "refill_kernel"]
+    kernels = ["scan_kernel", "refill_kernel", "compact_kernel"]
 
     def launched(n: int, k: int) -> list[str]:
         gpu.launches.clear()
@@ -454,7 +455,8 @@ def test_the_launches_depend_on_sizes_only(kind, value):
         assert launched(0, 8) == []
         assert launched(1, 0) == ["scan_kernel"]
         for n in (20, 5, 3 * BLOCK, 1):
-            assert launched(n, 8) == kernels
+            assert launched(n, 8) == ["scan_kernel"]
+        assert launched(alone + 1, 8) == ["scan_kernel", "refill_kernel"]
         gpu.launches.clear()
         gpu.compact_topk_(8, *shared)
         assert len(gpu.launches) == 1

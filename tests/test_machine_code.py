@@ -21,6 +21,7 @@ from triton.backends.compiler import GPUTarget
 
 from saft_kernels import backends
 from saft_kernels.layout import STATE_SIZE
+from saft_kernels.triton import accumulate_topk as triton_topk
 from saft_kernels.triton import library
 from simulated.launches import Launch, recorded
 
@@ -143,7 +144,7 @@ def gather_scatter(dtype: torch.dtype) -> None:
 def accumulate_topk(dtype: torch.dtype) -> None:
     operations = library.operations()
     buffer = torch.zeros(9), torch.zeros(9, dtype=torch.int64), torch.zeros(STATE_SIZE).long()
-    for n in (32, 33):
+    for n in (32, 33, triton_topk.ALONE + 1):
         acc = torch.zeros(n)
         for grad in (None, acc.to(dtype)):
             operations.accumulate_topk_(acc, grad, 0.5, True, 0, 0, 3, *buffer)
@@ -206,9 +207,12 @@ def test_triton_kernels_compile_without_spills(workload, target):
 
 
 def amd_stack(compiled: Any) -> Iterator[str]:
-    """What the code object says of scratch memory and spills, if that is not zero."""
+    """What the code object says of scratch memory and spills to it, if that is not zero.
+
+    Scalar registers spill to lanes of vector registers, without memory.
+    """
     text = compiled.asm["amdgcn"]
-    numbers = re.findall(r"\.(private_segment_fixed_size|[sv]gpr_spill_count):\s+(\d+)", text)
+    numbers = re.findall(r"\.(private_segment_fixed_size|vgpr_spill_count):\s+(\d+)", text)
     assert numbers
     return (f"{key} {value}" for key, value in numbers if int(value) > 0)
 

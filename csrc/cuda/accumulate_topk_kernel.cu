@@ -1,36 +1,45 @@
 // scan:    acc[i] += scale * grad[i]          both roundings kept: the same bits as on the CPU
 //          if (|acc[i]|, i) beats the bar: append, and count in the histogram
-// settle:  take the candidates in, raise the bar, drop what no longer reaches it (settle_topk_kernel.cu)
+// settle:  take the candidates in, raise the bar, drop what no longer reaches it (settle_topk.cuh)
 // refill:  where the candidates did not fit, append those elements of acc that reach the raised bar
 //
 // scan moves 12 bytes per fp32 element (read acc and grad, write acc), 10 with a 16-bit gradient: 25 million elements,
 // 300 MB, take 90 us at the 3.35 TB/s of an H100. Candidates are one in a thousand once the bar has risen, so a warp
-// only asks "is there any?" and goes on; with 4 elements per thread an SM has 64 KB under way, four times what the
-// latency of its memory asks for. The bar is the same for all of a launch.
+// only asks "is there any?" and goes on; with 4 elements per thread and 1024 threads an SM has 32 KB under way, more
+// than the 20 KB that hide the latency of its memory. The bar is the same for all of a launch.
 //
-// settle and refill are launched in any case, so that the host need not know whether they have anything to do (no
-// synchronisation, and a CUDA graph can hold the call). Mostly they have not, and return after one look at the state:
-// 1 to 2 us each, the time of launching them. Candidates do not fit as long as the bar follows from less than a few
-// times k elements, that is for the first tensors, and for a tensor with far more large values than all before it.
-// A refill reads acc once more, 4 bytes per element.
+// The last block to end settles: one launch for all, and the host need not know whether there is anything to do (no
+// synchronisation, and a CUDA graph can hold the call). Which block is the last one tells a counter in the state, which
+// belongs to one buffer as everything else here does. Gradients arrive tensor by tensor and are freed at once, so a
+// launch for each is what is left: most tensors of a CLIP are biases and gains, whose time is that of a launch.
+//
+// Candidates do not fit as long as the bar follows from less than a few times k elements, that is for the first
+// tensors, and for a tensor with far more large values than all before it. A refill reads acc once more, 4 bytes per
+// element. A tensor of a million elements at most is read by the block that settled; for a larger one a launch of its
+// own follows in any case, which mostly returns after one look at the state, 1 to 2 us.
 
 #include "accumulate_topk_kernel.h"
 
 #include <algorithm>
 
 #include "numbers.cuh"
-#include "settle_topk_kernel.h"
+#include "settle_topk.cuh"
 #include "topk_candidates.cuh"
 
 namespace saft::cuda {
 namespace {
 
-constexpr int kThreads = 256;
+// Of a block that scans, of which two share an SM, and of the one block that compacts.
+constexpr int kThreads = 512;
+constexpr int kCompactThreads = 1024;
 constexpr int64_t kPerBlock = kThreads * kEntries;
+using ScanSettlement = Settlement<kThreads, 1>;
+using CompactSettlement = Settlement<kCompactThreads, 2>;
 
-// Blocks of a refill, each of which goes over many parts of the tensor: they are all resident at once, and so return
-// at once where there is nothing to do.
-constexpr int64_t kRefillBlocks = 1024;
+// Up to how many elements the block that settled refills alone, in half a millisecond at most, and the blocks of a
+// launch that does it otherwise.
+constexpr int64_t kAlone = int64_t{1} << 20;
+constexpr int64_t kRefillBlocks = 512;
 
 struct NoGrad {};
 
@@ -76,25 +85,10 @@ __device__ void count_in_histogram(int64_t* state, const Found& found) {
   if (threadIdx.x % 32 == 0 && above > 0) add(state + kAbove, above);
 }
 
-template <typename T>
-__global__ void __launch_bounds__(kThreads)
-    scan_kernel(const __grid_constant__ Scan scan, const __grid_constant__ TopkBuffer buffer) {
-  const int64_t first = blockIdx.x * kPerBlock + threadIdx.x * kEntries;
-  const int count = entries_from(first, scan.n);
-  float acc[kEntries];
-  load_entries(scan.acc, first, count, acc);
-  if constexpr (!__is_same(T, NoGrad)) accumulate<T>(scan, first, count, acc);
-  Found found = beating(bar_of(buffer.state), acc, scan.base + first, count, buffer.state);
-  if (buffer.k == 0 || !__any_sync(kWarp, found.chosen)) return;
-  count_in_histogram(buffer.state, found);
-  append(buffer, buffer.state[kCount], buffer.state + kFresh, found);
-}
-
-__global__ void __launch_bounds__(kThreads)
-    refill_kernel(const __grid_constant__ Scan scan, const __grid_constant__ TopkBuffer buffer) {
-  if (buffer.state[kRefill] == 0) return;
+// Appends what reaches the bar, of every parts-th part of the tensor from `part` on.
+__device__ void refill(const Scan& scan, const TopkBuffer& buffer, int64_t part, int64_t parts) {
   const Bar bar = bar_of(buffer.state);
-  for (int64_t start = blockIdx.x * kPerBlock; start < scan.n; start += gridDim.x * kPerBlock) {
+  for (int64_t start = part * kPerBlock; start < scan.n; start += parts * kPerBlock) {
     const int64_t first = start + threadIdx.x * kEntries;
     const int count = entries_from(first, scan.n);
     float acc[kEntries];
@@ -110,9 +104,64 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+// Whether all other blocks have come here; then what they wrote can be read.
+__device__ bool is_last_block(int64_t* done) {
+  __shared__ bool is_last;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence();
+    is_last = add(done, 1) == gridDim.x - 1;
+    __threadfence();
+  }
+  __syncthreads();
+  return is_last;
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads, 2)
+    scan_kernel(const __grid_constant__ Scan scan, const __grid_constant__ TopkBuffer buffer, int64_t limit) {
+  const int64_t first = blockIdx.x * kPerBlock + threadIdx.x * kEntries;
+  const int count = entries_from(first, scan.n);
+  float acc[kEntries];
+  load_entries(scan.acc, first, count, acc);
+  if constexpr (!__is_same(T, NoGrad)) accumulate<T>(scan, first, count, acc);
+  Found found = beating(bar_of(buffer.state), acc, scan.base + first, count, buffer.state);
+  if (buffer.k == 0) return;
+  if (__any_sync(kWarp, found.chosen)) {
+    count_in_histogram(buffer.state, found);
+    append(buffer, buffer.state[kCount], buffer.state + kFresh, found);
+  }
+  if (!is_last_block(buffer.state + kDone)) return;
+
+  __shared__ ScanSettlement::Shared shared;
+  const bool overflow = ScanSettlement(scan, buffer, shared).run(limit);
+  if (threadIdx.x == 0) {
+    buffer.state[kDone] = 0;
+    buffer.state[kRefill] = overflow;
+  }
+  if (overflow && scan.n <= kAlone) refill(scan, buffer, 0, 1);
+}
+
+__global__ void __launch_bounds__(kThreads)
+    refill_kernel(const __grid_constant__ Scan scan, const __grid_constant__ TopkBuffer buffer) {
+  if (buffer.state[kRefill]) refill(scan, buffer, blockIdx.x, gridDim.x);
+}
+
+__global__ void __launch_bounds__(kCompactThreads) compact_kernel(const __grid_constant__ TopkBuffer buffer) {
+  __shared__ CompactSettlement::Shared shared;
+  CompactSettlement(Scan{}, buffer, shared).run(buffer.k);
+}
+
+// Nothing is to be kept.
+__global__ void clear_kernel(int64_t* state) {
+  state[kCount] = 0;
+}
+
 template <typename T>
 void launch_scan(const Scan& scan, const TopkBuffer& buffer, cudaStream_t stream) {
-  scan_kernel<T><<<static_cast<unsigned>(ceil_div(scan.n, kPerBlock)), kThreads, 0, stream>>>(scan, buffer);
+  // Half of the room beyond the k best is left for the next tensor.
+  const int64_t limit = buffer.k + (buffer.capacity - buffer.k) / 2;
+  scan_kernel<T><<<static_cast<unsigned>(ceil_div(scan.n, kPerBlock)), kThreads, 0, stream>>>(scan, buffer, limit);
 }
 
 void launch_typed_scan(const Scan& scan, const TopkBuffer& buffer, cudaStream_t stream) {
@@ -134,18 +183,18 @@ cudaError_t launch_accumulate_topk(const Scan& scan, const TopkBuffer& buffer, c
   if (scan.n == 0) return cudaSuccess;
   launch_typed_scan(scan, buffer, stream);
   const cudaError_t status = cudaGetLastError();
-  if (status != cudaSuccess || buffer.k == 0) return status;
-  // Half of the room beyond the k best is left for the next tensor.
-  const int64_t limit = buffer.k + (buffer.capacity - buffer.k) / 2;
-  const cudaError_t settled = launch_settle_topk(scan, buffer, limit, stream);
-  if (settled != cudaSuccess) return settled;
+  if (status != cudaSuccess || buffer.k == 0 || scan.n <= kAlone) return status;
   const auto blocks = static_cast<unsigned>(std::min(ceil_div(scan.n, kPerBlock), kRefillBlocks));
   refill_kernel<<<blocks, kThreads, 0, stream>>>(scan, buffer);
   return cudaGetLastError();
 }
 
 cudaError_t launch_compact_topk(const TopkBuffer& buffer, cudaStream_t stream) {
-  return launch_settle_topk(Scan{}, buffer, buffer.k, stream);
+  if (buffer.k == 0)
+    clear_kernel<<<1, 1, 0, stream>>>(buffer.state);
+  else
+    compact_kernel<<<1, kCompactThreads, 0, stream>>>(buffer);
+  return cudaGetLastError();
 }
 
 }  // namespace saft::cuda

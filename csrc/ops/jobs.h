@@ -43,9 +43,9 @@ constexpr int64_t kMaxKeys = int64_t{1} << (63 - kPositionBits);
 constexpr int kBinShift = 17;
 constexpr int kBins = 1 << (31 - kBinShift);
 
-// kBin: the highest bin whose lower edge k candidates have reached; kAbove: candidates so far in it and above. kFresh
-// and kRefill carry what one kernel of a GPU call tells the next: candidates found, and whether they did not fit.
-// kFresh is zero between calls, kRefill is written before it is read; the CPU uses neither.
+// kBin: the highest bin whose lower edge k candidates have reached; kAbove: candidates so far in it and above. kFresh,
+// kDone and kRefill are of a GPU call under way: candidates found, blocks that are done, and whether the candidates did
+// not fit. The first two are zero between calls, kRefill is written before it is read; the CPU uses none of them.
 enum StateSlot : int {
   kCount,
   kThreshold,
@@ -54,6 +54,7 @@ enum StateSlot : int {
   kBin,
   kAbove,
   kFresh,
+  kDone,
   kRefill,
   kHistogram,
   kStateSize = kHistogram + kBins

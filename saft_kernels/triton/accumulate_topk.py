@@ -1,7 +1,7 @@
 """``acc += scale * grad``, and the k largest magnitudes so far.
 
-The three kernels of ``csrc/cuda``: ``accumulate_topk_kernel.cu`` says what an element moves and
-when a refill happens, ``settle_topk_kernel.cu`` how the threshold follows.
+The kernels of ``csrc/cuda``: ``accumulate_topk_kernel.cu`` says what an element moves, which
+program settles and when a refill happens, ``settle_topk.cuh`` how the threshold follows.
 """
 
 from __future__ import annotations
@@ -15,11 +15,17 @@ from saft_kernels import layout
 from saft_kernels.triton import launch
 from saft_kernels.triton.launch import ceil_div
 
-BLOCK = 1024
-STEP = 2048  # elements or candidates that the one program of the settle kernel takes at a time
+# Elements of a program, and candidates or elements that one which works alone takes at a time. Its
+# registers let two programs share a processor, which then has 32 KB under way.
+BLOCK = 2048
+STEP = 1024
+COMPACT_STEP = 2048
+WARPS = 8
 
-#: Programs of a refill, each of which goes over many parts of the tensor.
-REFILL_PROGRAMS = 1024
+#: Up to how many elements the program that settled refills alone, and the programs of a launch that
+#: does it otherwise.
+ALONE = 1 << 20
+REFILL_PROGRAMS = 512
 
 COUNT = tl.constexpr(layout.COUNT)
 THRESHOLD = tl.constexpr(layout.THRESHOLD)
@@ -28,6 +34,7 @@ NONFINITE = tl.constexpr(layout.NONFINITE)
 BIN = tl.constexpr(layout.BIN)
 ABOVE = tl.constexpr(layout.ABOVE)
 FRESH = tl.constexpr(layout.FRESH)
+DONE = tl.constexpr(layout.DONE)
 REFILL = tl.constexpr(layout.REFILL)
 HISTOGRAM = tl.constexpr(layout.HISTOGRAM)
 BIN_SHIFT = tl.constexpr(layout.BIN_SHIFT)
@@ -59,66 +66,10 @@ def _append(bits, position, chosen, values, positions, capacity, begin, counter)
         tl.store(positions + slot, position, fits)
 
 
-# That the number of elements is a multiple of 16 is worth a specialisation: only then are masked
-# loads wide.
-@triton.jit(do_not_specialize=["square", "base", "k", "capacity"])
-def _scan_kernel(
-    acc, grad, scale, square, n: tl.int64, base: tl.int64,
-    values, positions, state, k: tl.int64, capacity: tl.int64, BLOCK: tl.constexpr,
-):  # fmt: skip
-    element = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    exists = element < n
-    a = tl.load(acc + element, exists, other=0.0)
-    if grad is not None:
-        g = tl.load(grad + element, exists, other=0.0).to(tl.float32)
-        g = tl.where(square != 0, g * g, g)
-        a = a + g * scale
-        tl.store(acc + element, a, exists)
-    bits = _magnitude_bits(a)
-    position = base + element
-    finite = bits < INFINITY
-    lowest = tl.min(tl.where(exists & ~finite, position, NO_POSITION), 0)
-    if lowest < NO_POSITION:
-        tl.atomic_min(state + NONFINITE, lowest)
-
-    # Without a threshold its slot holds -1, which lies below the bits of every magnitude.
-    threshold = tl.load(state + THRESHOLD)
-    beats = (bits > threshold) | ((bits == threshold) & (position < tl.load(state + TIE)))
-    chosen = exists & finite & beats & (k > 0)
-    if tl.max(chosen.to(tl.int32), 0) > 0:
-        bins = bits >> BIN_SHIFT
-        tl.atomic_add(state + HISTOGRAM + bins, tl.full([BLOCK], 1, tl.int64), chosen)
-        above = tl.sum((chosen & (bins >= tl.load(state + BIN))).to(tl.int64), 0)
-        tl.atomic_add(state + ABOVE, above)
-        _append(
-            bits, position, chosen, values, positions, capacity,
-            tl.load(state + COUNT), state + FRESH,
-        )  # fmt: skip
-
-
 @triton.jit
 def _keeps(bits, position, threshold, tie):
     """Whether a candidate reaches the bar; the k-th best itself may lie at the tie."""
     return (bits > threshold) | ((bits == threshold) & (position <= tie))
-
-
-@triton.jit(do_not_specialize=["base", "capacity"])
-def _refill_kernel(
-    acc, n: tl.int64, base: tl.int64, values, positions, state, capacity: tl.int64,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    if tl.load(state + REFILL) != 0:
-        threshold = tl.load(state + THRESHOLD)
-        tie = tl.load(state + TIE)
-        start = tl.program_id(0).to(tl.int64) * BLOCK
-        while start < n:
-            element = start + tl.arange(0, BLOCK)
-            exists = element < n
-            bits = _magnitude_bits(tl.load(acc + element, exists, other=0.0))
-            position = base + element
-            chosen = exists & (bits < INFINITY) & _keeps(bits, position, threshold, tie)
-            _append(bits, position, chosen, values, positions, capacity, 0, state + COUNT)
-            start += tl.num_programs(0).to(tl.int64) * BLOCK
 
 
 @triton.jit
@@ -222,14 +173,15 @@ def _drop_below(threshold, tie, values, positions, n, STEP: tl.constexpr):
     return kept
 
 
-@triton.jit(
-    do_not_specialize=["n", "base", "k", "capacity", "limit"],
-    do_not_specialize_on_alignment=["acc", "values", "positions"],
-)
-def _settle_kernel(
+@triton.jit
+def _settle(
     acc, n: tl.int64, base: tl.int64, values, positions, state, k: tl.int64, capacity: tl.int64,
     limit: tl.int64, STEP: tl.constexpr,
 ):  # fmt: skip
+    """Takes in what a scan has found, raises the bar, and leaves at most ``limit`` candidates.
+
+    Returns whether the scan's did not fit, the bar, and how many candidates there are.
+    """
     before = tl.load(state + COUNT)
     found = before + tl.load(state + FRESH)
     threshold = tl.load(state + THRESHOLD)
@@ -256,21 +208,107 @@ def _settle_kernel(
     tl.debug_barrier()  # all threads have read the state
     tl.store(state + COUNT, count)
     tl.store(state + FRESH, tl.zeros_like(count))
-    tl.store(state + REFILL, overflow.to(tl.int64))
     tl.store(state + BIN, bin_)
     tl.store(state + ABOVE, above)
     tl.store(state + THRESHOLD, threshold)
     tl.store(state + TIE, tie)
+    tl.debug_barrier()
+    return overflow, threshold, tie
 
 
-def _settle(
-    acc: Tensor, n: int, base: int, k: int, limit: int,
-    values: Tensor, positions: Tensor, state: Tensor,
-) -> None:  # fmt: skip
-    launch.launch(
-        _settle_kernel, 1, acc, n, base, values, positions, state, k, values.numel(), limit,
-        STEP=STEP, num_warps=16,
-    )  # fmt: skip
+@triton.jit
+def _refill(
+    acc, n, base, values, positions, state, threshold, tie, capacity, part, parts,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Appends what reaches the bar, of every ``parts``-th part of the tensor from ``part`` on."""
+    start = part.to(tl.int64) * BLOCK
+    while start < n:
+        element = start + tl.arange(0, BLOCK)
+        exists = element < n
+        bits = _magnitude_bits(tl.load(acc + element, exists, other=0.0))
+        position = base + element
+        chosen = exists & (bits < INFINITY) & _keeps(bits, position, threshold, tie)
+        _append(bits, position, chosen, values, positions, capacity, 0, state + COUNT)
+        start += parts * BLOCK
+
+
+@triton.jit
+def _is_last(state):
+    """Whether all other programs have come here; then what they wrote can be read."""
+    tl.debug_barrier()
+    return tl.atomic_add(state + DONE, 1, sem="acq_rel") == tl.num_programs(0) - 1
+
+
+# That the number of elements is a multiple of 16 is worth a specialisation: only then are masked
+# loads wide.
+@triton.jit(do_not_specialize=["square", "base", "k", "capacity", "limit", "alone"])
+def _scan_kernel(
+    acc, grad, scale, square, n: tl.int64, base: tl.int64,
+    values, positions, state, k: tl.int64, capacity: tl.int64, limit: tl.int64, alone: tl.int64,
+    BLOCK: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    element = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    exists = element < n
+    a = tl.load(acc + element, exists, other=0.0)
+    if grad is not None:
+        g = tl.load(grad + element, exists, other=0.0).to(tl.float32)
+        g = tl.where(square != 0, g * g, g)
+        a = a + g * scale
+        tl.store(acc + element, a, exists)
+    bits = _magnitude_bits(a)
+    position = base + element
+    finite = bits < INFINITY
+    lowest = tl.min(tl.where(exists & ~finite, position, NO_POSITION), 0)
+    if lowest < NO_POSITION:
+        tl.atomic_min(state + NONFINITE, lowest)
+
+    # Without a threshold its slot holds -1, which lies below the bits of every magnitude.
+    threshold = tl.load(state + THRESHOLD)
+    beats = (bits > threshold) | ((bits == threshold) & (position < tl.load(state + TIE)))
+    chosen = exists & finite & beats & (k > 0)
+    if tl.max(chosen.to(tl.int32), 0) > 0:
+        bins = bits >> BIN_SHIFT
+        tl.atomic_add(state + HISTOGRAM + bins, tl.full([BLOCK], 1, tl.int64), chosen)
+        above = tl.sum((chosen & (bins >= tl.load(state + BIN))).to(tl.int64), 0)
+        tl.atomic_add(state + ABOVE, above)
+        _append(
+            bits, position, chosen, values, positions, capacity,
+            tl.load(state + COUNT), state + FRESH,
+        )  # fmt: skip
+
+    if k > 0:  # noqa: SIM102 - `and` would call _is_last in any case
+        if _is_last(state):
+            zero = tl.full([], 0, tl.int64)
+            overflow, threshold, tie = _settle(
+                acc, n, base, values, positions, state, k, capacity, limit, STEP
+            )
+            tl.store(state + DONE, zero)
+            tl.store(state + REFILL, overflow.to(tl.int64))
+            if overflow & (n <= alone):
+                _refill(
+                    acc, n, base, values, positions, state, threshold, tie, capacity, zero, 1, STEP
+                )
+
+
+@triton.jit(do_not_specialize=["base", "capacity"])
+def _refill_kernel(
+    acc, n: tl.int64, base: tl.int64, values, positions, state, capacity: tl.int64,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    if tl.load(state + REFILL) != 0:
+        _refill(
+            acc, n, base, values, positions, state, tl.load(state + THRESHOLD),
+            tl.load(state + TIE), capacity, tl.program_id(0), tl.num_programs(0), BLOCK,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["k", "capacity"])
+def _compact_kernel(
+    values, positions, state, k: tl.int64, capacity: tl.int64, STEP: tl.constexpr
+):  # fmt: skip
+    zero = tl.full([], 0, tl.int64)
+    _settle(values, zero, zero, values, positions, state, k, capacity, k, STEP)
 
 
 def accumulate_topk_(
@@ -292,17 +330,16 @@ def accumulate_topk_(
     n, capacity = acc.numel(), values.numel()
     base = (key << layout.POSITION_BITS) + offset
     blocks = ceil_div(n, BLOCK)
+    # Half of the room beyond the k best is left for the next tensor.
     launch.launch(
         _scan_kernel, blocks, acc, grad, scale, int(square), n, base, values, positions, state,
-        k, capacity, BLOCK=BLOCK,
+        k, capacity, k + (capacity - k) // 2, ALONE, BLOCK=BLOCK, STEP=STEP, num_warps=WARPS,
     )  # fmt: skip
-    if n == 0 or k == 0:
-        return
-    _settle(acc, n, base, k, k + (capacity - k) // 2, values, positions, state)
-    launch.launch(
-        _refill_kernel, min(blocks, REFILL_PROGRAMS), acc, n, base, values, positions, state,
-        capacity, BLOCK=BLOCK,
-    )  # fmt: skip
+    if k > 0 and n > ALONE:
+        launch.launch(
+            _refill_kernel, min(blocks, REFILL_PROGRAMS), acc, n, base, values, positions, state,
+            capacity, BLOCK=BLOCK, num_warps=WARPS,
+        )  # fmt: skip
 
 
 def compact_topk_(k: int, values: Tensor, positions: Tensor, state: Tensor) -> None:
@@ -311,4 +348,7 @@ def compact_topk_(k: int, values: Tensor, positions: Tensor, state: Tensor) -> N
     if k == 0:
         state[layout.COUNT].zero_()
     else:
-        _settle(values, 0, 0, k, k, values, positions, state)
+        launch.launch(
+            _compact_kernel, 1, values, positions, state, k, values.numel(), STEP=COMPACT_STEP,
+            num_warps=WARPS,
+        )  # fmt: skip

@@ -42,7 +42,7 @@ _ADAMW_PY = "saft_kernels/triton/sparse_adamw.py"
 _ADAMW_TESTS = "tests/test_sparse_adamw.py"
 _ADAMW_GPU_TESTS = "tests/test_sparse_adamw_gpu.py"
 _TOPK_CU = "csrc/cuda/accumulate_topk_kernel.cu"
-_SETTLE_CU = "csrc/cuda/settle_topk_kernel.cu"
+_SETTLE_CU = "csrc/cuda/settle_topk.cuh"
 _CANDIDATES_CU = "csrc/cuda/topk_candidates.cuh"
 _TOPK_PY = "saft_kernels/triton/accumulate_topk.py"
 _TOPK_TESTS = "tests/test_accumulate_topk.py"
@@ -87,7 +87,7 @@ FAULTS = (
     Fault(
         "accumulate_topk: a refill takes one part per block",
         _TOPK_CU,
-        "start += gridDim.x * kPerBlock",
+        "start += parts * kPerBlock",
         "start += scan.n",
         _TOPK_TESTS,
     ),
@@ -129,36 +129,71 @@ FAULTS = (
     Fault(
         "accumulate_topk: the threshold's bin is one too high",
         _SETTLE_CU,
-        "above - upto >= k",
-        "above - upto + 1 >= k",
+        "above_ - upto >= buffer_.k",
+        "above_ - upto + 1 >= buffer_.k",
         _TOPK_TESTS,
     ),
     Fault(
         "accumulate_topk: the search misses the rank by one",
         _SETTLE_CU,
-        "int64_t rank = buffer.k - (above",
-        "int64_t rank = buffer.k - 1 - (above",
+        "int64_t rank = buffer_.k - (above_",
+        "int64_t rank = buffer_.k - 1 - (above_",
         _TOPK_TESTS,
     ),
     Fault(
         "accumulate_topk: the search leaves out a tensor that does not fit",
         _SETTLE_CU,
-        "overflow ? scan.n : 0",
+        "overflow ? scan_.n : 0",
         "0",
         _TOPK_TESTS,
     ),
     Fault(
         "accumulate_topk: a digit's candidates above it are not taken off the rank",
         _SETTLE_CU,
-        "rank -= shared.above;",
+        "rank -= shared_.above;",
         "rank -= 0;",
         _TOPK_TESTS,
     ),
     Fault(
         "accumulate_topk: a tensor that does not fit is not read again",
-        _SETTLE_CU,
+        _TOPK_CU,
         "state[kRefill] = overflow;",
         "state[kRefill] = 0;",
+        _TOPK_TESTS,
+    ),
+    Fault(
+        "accumulate_topk: a small tensor that does not fit is not read again",
+        _TOPK_CU,
+        "if (overflow && scan.n <= kAlone)",
+        "if (false)",
+        _TOPK_TESTS,
+    ),
+    Fault(
+        "accumulate_topk: the first block settles, not the last one",
+        _TOPK_CU,
+        "add(done, 1) == gridDim.x - 1",
+        "add(done, 1) == 0",
+        _TOPK_TESTS,
+    ),
+    Fault(
+        "accumulate_topk: blocks do not wait for their writes before they are done",
+        _TOPK_CU,
+        "    __threadfence();\n    is_last",
+        "    is_last",
+        _TOPK_TESTS,
+    ),
+    Fault(
+        "accumulate_topk: a warp may still be at work when its block is done",
+        _TOPK_CU,
+        "  __shared__ bool is_last;\n  __syncthreads();",
+        "  __shared__ bool is_last;",
+        _TOPK_TESTS,
+    ),
+    Fault(
+        "accumulate_topk: the next call counts the blocks of this one",
+        _TOPK_CU,
+        "    buffer.state[kDone] = 0;\n",
+        "",
         _TOPK_TESTS,
     ),
     Fault(
@@ -192,7 +227,7 @@ FAULTS = (
     Fault(
         "accumulate_topk: a refill takes one part per program",
         _TOPK_PY,
-        "start += tl.num_programs(0).to(tl.int64) * BLOCK",
+        "start += parts * BLOCK",
         "start += n",
         _TOPK_TESTS,
     ),
@@ -249,7 +284,35 @@ FAULTS = (
         "accumulate_topk: a tensor that does not fit is not read again",
         _TOPK_PY,
         "tl.store(state + REFILL, overflow.to(tl.int64))",
-        "tl.store(state + REFILL, tl.zeros_like(count))",
+        "tl.store(state + REFILL, zero)",
+        _TOPK_TESTS,
+    ),
+    Fault(
+        "accumulate_topk: a small tensor that does not fit is not read again",
+        _TOPK_PY,
+        "if overflow & (n <= alone):",
+        "if n > alone:",
+        _TOPK_TESTS,
+    ),
+    Fault(
+        "accumulate_topk: the first program settles, not the last one",
+        _TOPK_PY,
+        "== tl.num_programs(0) - 1",
+        "== 0",
+        _TOPK_TESTS,
+    ),
+    Fault(
+        "accumulate_topk: programs do not wait for their writes before they are done",
+        _TOPK_PY,
+        'sem="acq_rel"',
+        'sem="relaxed"',
+        _TOPK_TESTS,
+    ),
+    Fault(
+        "accumulate_topk: the next call counts the programs of this one",
+        _TOPK_PY,
+        "            tl.store(state + DONE, zero)\n",
+        "",
         _TOPK_TESTS,
     ),
     Fault(
