@@ -4,12 +4,12 @@
 ``--measured RESULT.json`` puts a measurement of ``python -m bench gpu`` beside each prediction.
 None of its figures is a measurement, and each is marked as the model's wherever it appears.
 
-A launch takes as long as the slowest of what it has to do, once the one before it has ended::
+A launch starts when the one before it has ended, waits for what its threads need one after the
+other, and takes as long as the slower of what it has to do::
 
-    seconds = launches * LAUNCH + max(memory, arithmetic, waiting)
+    seconds = launches * LAUNCH + waits * LATENCY + max(memory, arithmetic)
     memory = streamed / (STREAMED * bandwidth) + sectors * sector / (SCATTERED * bandwidth)
     arithmetic = flops / (MATRIX * peak of matrix units, or PLAIN * peak without them)
-    waiting = waits * LATENCY
 
 What is read twice within a launch comes from the caches, at no cost (``saft_kernels.cost_model``,
 which chooses between kernels, counts that too; at 0.1% it is not the bound). Called from Python one
@@ -31,6 +31,7 @@ import typer
 from bench import report as reports
 from bench.harness import Timing, format_seconds
 from saft_clip.console import say
+from saft_kernels import topk
 from saft_kernels.errors import SaftError
 
 # Assumptions --------------------------------------------------------------------------------------
@@ -44,6 +45,9 @@ CALL = 10e-6
 
 #: Seconds that an access to memory takes when nothing else is to be done.
 LATENCY = 0.8e-6
+
+#: Share of it that an access takes which the second level cache answers, atomics included.
+CACHED = 1 / 3
 
 #: Share of the peak bandwidth that reading and writing in order reaches.
 STREAMED = 0.85
@@ -108,7 +112,8 @@ class Work:
         sectors: sectors that lie apart, once for each time one is read or written.
         flops: floating point operations.
         matrix: whether matrix units do these.
-        waits: accesses to memory of which each needs the result of the one before it.
+        waits: accesses to memory of which each needs the result of the one before it, of all
+            launches together; ``CACHED`` for one that the second level cache answers.
     """
 
     launches: int
@@ -117,7 +122,7 @@ class Work:
     sectors: float = 0.0
     flops: float = 0.0
     matrix: bool = False
-    waits: int = 2
+    waits: float = 2
 
     def bytes_on(self, gpu: Gpu) -> float:
         """All bytes that move between the memory and the GPU."""
@@ -128,7 +133,8 @@ class Work:
         memory = self.streamed / (STREAMED * gpu.bandwidth)
         memory += self.sectors * gpu.sector / (SCATTERED * gpu.bandwidth)
         rate = MATRIX * gpu.bf16 if self.matrix else PLAIN * gpu.fp32
-        return self.launches * LAUNCH + max(memory, self.flops / rate, self.waits * LATENCY)
+        waiting = self.launches * LAUNCH + self.waits * LATENCY
+        return waiting + max(memory, self.flops / rate)
 
     def __add__(self, other: Work) -> Work:
         """One after the other."""
@@ -156,6 +162,9 @@ MODEL = "ViT-B-16"
 #: Trainable parameters and tensors of its two encoders (with ``logit_scale``, which is never
 #: trained, the model has one more of each).
 NUMEL, TENSORS = 149_620_736, 301
+
+#: Tensors of more than 2**20 elements, which a selection may have to read again.
+LARGE_TENSORS = 37
 
 DENSITY = 1e-3
 ENTRIES = int(DENSITY * NUMEL)
@@ -207,44 +216,71 @@ def sectors_per_token(features: int, used: float, element: int, gpu: Gpu) -> flo
 # Operations ---------------------------------------------------------------------------------------
 
 
-def accumulate_topk(numel: int, tensors: int, element: int) -> Work:
+def accumulate_topk(k: int, numel: int, tensors: int, large: int, element: int) -> Work:
     """Read and write the fp32 sum, read the gradient: (8 + element) * numel bytes.
 
-    Three launches per tensor: scan, settle, refill; the last two mostly have nothing to do.
+    One launch per tensor; after a large one, another one that mostly has nothing to do. A launch
+    waits for its elements, and then in the cache for a place in the buffer, for its ticket, for the
+    state, for a bin, and for writing the state; what has to be dropped comes on top.
     """
-    return Work(3 * tensors, tensors, (8 + element) * numel)
+    return _offers(tensors, large, (8 + element) * numel) + drops(k, numel)
 
 
-def offer(numel: int, tensors: int) -> Work:
+def offer(k: int, numel: int, tensors: int, large: int) -> Work:
     """The same without a gradient: read the fp32 sum, 4 * numel bytes."""
-    return Work(3 * tensors, tensors, 4 * numel)
+    return _offers(tensors, large, 4 * numel) + drops(k, numel)
+
+
+def _offers(tensors: int, large: int, streamed: float) -> Work:
+    waits = tensors * (1 + 5 * CACHED) + large * CACHED
+    return Work(tensors + large, tensors, streamed, waits=waits)
+
+
+def drops(k: int, numel: int) -> Work:
+    """What the block that settles does beyond looking, over a whole selection.
+
+    Of numel values in random order k (1 + ln(numel / k)) are among the k best when they come.
+    Whenever those beyond k fill half of the room they are dropped, 2048 candidates at a time, each
+    time waiting for memory once; 24 bytes for each candidate.
+    """
+    room = topk.room_for(k, "cuda") // 2
+    times = math.floor(k * math.log(numel / k) / room)
+    candidates = times * (k + room)
+    return Work(0, 0, 24 * candidates, waits=math.ceil(candidates / 2048))
 
 
 def add(numel: int, tensors: int, element: int) -> Work:
     """``acc.add_(grad)``: the same bytes, one launch per tensor."""
-    return Work(tensors, tensors, (8 + element) * numel)
+    return Work(tensors, tensors, (8 + element) * numel, waits=tensors)
 
 
 def finish(k: int) -> Work:
-    """Compact 2 k candidates at most, then sort k positions of 8 bytes.
+    """Compact the candidates, k and half of the room at most, and sort the k that stay.
 
-    One block compacts, 4096 candidates at a time, each of which waits for memory once: twice it
-    looks for the threshold (4 bytes per candidate), then it moves what stays (24). Sorting goes
-    over positions and their order 8 times, 32 bytes each; with looking for the bounds of the
-    parameters that is about 20 launches and 16 calls.
+    One block compacts, 8192 candidates at a time, each time waiting for memory once: twice it looks
+    for the threshold (4 bytes per candidate), then it moves what stays (24).
     """
-    candidates = 2 * k
-    waits = 3 * math.ceil(candidates / 4096)
-    return Work(21, 16, 32 * candidates + 8 * 32 * k, waits=waits)
+    candidates = k + topk.room_for(k, "cuda") // 2
+    compact = Work(1, 1, 32 * candidates, waits=3 * math.ceil(candidates / 8192))
+    return compact + by_parameter(k)
+
+
+def by_parameter(k: int) -> Work:
+    """Sort k positions (8 passes of 32 bytes over them and their order), split them."""
+    return Work(20, 15, 8 * 32 * k, waits=20)
 
 
 def torch_topk(numel: int) -> Work:
     """``torch.topk`` of a vector of fp32 magnitudes: 4 passes for the 4 digits, 1 to collect.
 
-    Each reads 4 * numel bytes, in about three launches. Making the vector is not counted, which
-    moves another 8 * numel bytes and holds 4 * numel.
+    Each reads 4 * numel bytes, in about three launches.
     """
-    return Work(15, 1, 5 * 4 * numel)
+    return Work(15, 1, 5 * 4 * numel, waits=15)
+
+
+def concatenation(numel: int) -> Work:
+    """``torch.cat`` of all sums, three launches, and ``abs_``: 8 * numel bytes each."""
+    return Work(4, 2, 2 * 8 * numel, waits=4)
 
 
 def streamed_gather(entries: int, tensors: int, element: int) -> Work:
@@ -252,12 +288,13 @@ def streamed_gather(entries: int, tensors: int, element: int) -> Work:
 
     Two launches per tensor: gather, and the copy into the optimizer's vector.
     """
-    return Work(2 * tensors, 2 * tensors, (4 + 2 * element + 4) * entries, entries)
+    streamed = (4 + 2 * element + 4) * entries
+    return Work(2 * tensors, 2 * tensors, streamed, entries, waits=3 * tensors)
 
 
 def scatter(entries: int, tensors: int, element: int) -> Work:
     """Per entry an index (4 bytes), a value, and a sector that is read and written."""
-    return Work(tensors, tensors, (4 + element) * entries, 2 * entries)
+    return Work(tensors, tensors, (4 + element) * entries, 2 * entries, waits=2 * tensors)
 
 
 def sparse_adamw(entries: int, element: int, *, dense: bool) -> Work:
@@ -267,7 +304,7 @@ def sparse_adamw(entries: int, element: int, *, dense: bool) -> Work:
     8 bytes, read and written. Two launches: the step, and the step counts.
     """
     streamed = 4 + 16 + (0 if dense else 4) + (8 if element == 2 else 0)
-    return Work(2, 1, streamed * entries, (3 if dense else 2) * entries)
+    return Work(2, 1, streamed * entries, (3 if dense else 2) * entries, waits=3)
 
 
 def fused_adamw(numel: int, tensors: int, element: int) -> Work:
@@ -278,7 +315,7 @@ def fused_adamw(numel: int, tensors: int, element: int) -> Work:
     """
     pieces = math.ceil(numel / 65536)
     launches = math.ceil(tensors / 36) + math.ceil(pieces / 320) + math.ceil(tensors / 110)
-    return Work(launches, 2, 7 * element * numel)
+    return Work(launches, 2, 7 * element * numel, waits=launches)
 
 
 def pack_columns(tokens: int, used: float, width: int, element: int, gpu: Gpu) -> Work:
@@ -304,7 +341,7 @@ def dense_gradient(tokens: int, height: int, width: int, element: int) -> Work:
     """``dy.T @ x``: 2 * tokens * height * width FLOP, on matrix units in bf16, not in fp32."""
     streamed = element * (tokens * (height + width) + height * width)
     matrix = element == 2
-    return Work(1, 1, streamed, flops=2 * tokens * height * width, matrix=matrix)
+    return Work(1, 1, streamed, flops=2 * tokens * height * width, matrix=matrix, waits=1)
 
 
 def sampled_embedding_grad(tokens: int, entries: int, vocabulary: int) -> Work:
@@ -321,7 +358,7 @@ def sampled_embedding_grad(tokens: int, entries: int, vocabulary: int) -> Work:
 def dense_embedding_grad(tokens: int, vocabulary: int, width: int) -> Work:
     """Write vocabulary * width zeros in fp32, then sort the tokens and add up their gradients."""
     streamed = 4 * vocabulary * width + 3 * 4 * tokens * width
-    return Work(8, 1, streamed)
+    return Work(8, 1, streamed, waits=8)
 
 
 @dataclass(frozen=True)
@@ -340,6 +377,7 @@ class Operation:
 
 
 TOPK = "torch.topk on the concatenation"
+WITH_CONCATENATION = "torch.cat, abs_, torch.topk, by parameter"
 
 
 def _same_everywhere(work: Work) -> Callable[[Gpu], Work]:
@@ -349,13 +387,17 @@ def _same_everywhere(work: Work) -> Callable[[Gpu], Work]:
 def _selection() -> Iterable[Operation]:
     for dtype, element in ELEMENT.items():
         plain = f"acc.add_(grad), {dtype} gradients"
-        fused = _same_everywhere(accumulate_topk(NUMEL, TENSORS, element))
-        yield Operation(f"accumulate_topk, {dtype} gradients", fused, plain)
+        fused = accumulate_topk(ENTRIES, NUMEL, TENSORS, LARGE_TENSORS, element)
+        name = f"accumulate_topk, {dtype} gradients"
+        yield Operation(name, _same_everywhere(fused), plain)
         yield Operation(plain, _same_everywhere(add(NUMEL, TENSORS, element)))
     yield Operation("finish", _same_everywhere(finish(ENTRIES)))
-    whole = offer(NUMEL, TENSORS) + finish(ENTRIES)
-    yield Operation("selection from sums, finish included", _same_everywhere(whole), TOPK)
+    whole = offer(ENTRIES, NUMEL, TENSORS, LARGE_TENSORS) + finish(ENTRIES)
+    name = "selection from sums, finish included"
+    yield Operation(name, _same_everywhere(whole), WITH_CONCATENATION)
     yield Operation(TOPK, _same_everywhere(torch_topk(NUMEL)))
+    plain_whole = concatenation(NUMEL) + torch_topk(NUMEL) + by_parameter(ENTRIES)
+    yield Operation(WITH_CONCATENATION, _same_everywhere(plain_whole))
 
 
 def _steps() -> Iterable[Operation]:
@@ -473,7 +515,7 @@ _INTRODUCTION = (
     f"CLIP {MODEL}: {NUMEL:,} parameters in {TENSORS} tensors, {ENTRIES:,} of them selected, "
     f"uniformly; a layer of {HEIGHT} x {WIDTH}; a token embedding of {VOCABULARY:,} x {EMBEDDING}. "
     f"The model takes {1e6 * LAUNCH:g} µs per launch, {1e6 * LATENCY:g} µs per access to memory "
-    f"that waits for another, {STREAMED:.0%} of the datasheet's bandwidth for what is read and "
+    f"that waits for another (a third of it where the second level cache answers), {STREAMED:.0%} of the datasheet's bandwidth for what is read and "
     f"written in order, {SCATTERED:.0%} for sectors that lie apart ({GPUS[0].sector} bytes, "
     f"{GPUS[-1].sector} on an {GPUS[-1].name}), {MATRIX:.0%} of the datasheet's rate for "
     f"products on matrix units and {PLAIN:.0%} without them, and "

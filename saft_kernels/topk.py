@@ -24,11 +24,11 @@ from saft_kernels.layout import (
 )
 from saft_kernels.mask import index_dtype
 
-# Room for candidates beyond the k best: enough that compacting is rare, never more than k extra
-# beyond the least. On a GPU one block compacts, alone: for 12 MB it hardly ever has to.
-_MIN_SLACK = 1 << 16
-_MIN_SLACK_ON_GPU = 1 << 20
-_MAX_SLACK = 1 << 24
+# Room for candidates beyond the k best. On a GPU one block compacts, alone: for 12 MB it hardly ever
+# has to.
+_LEAST_ROOM = 1 << 16
+_LEAST_ROOM_ON_GPU = 1 << 20
+_MOST_ROOM = 1 << 24
 
 # Updates between two looks for non-finite values: on a GPU a look waits for all work before it.
 _CHECK_INTERVAL = 64
@@ -73,8 +73,7 @@ class StreamingTopK:
         self._extents: list[int] = []
         for key in keys or ():
             self._add(key)
-        least = _MIN_SLACK if self.device.type == "cpu" else _MIN_SLACK_ON_GPU
-        capacity = k + min(max(k, least), _MAX_SLACK)
+        capacity = k + room_for(k, self.device.type)
         if total is not None:
             capacity = max(min(capacity, total), k + 1)
         self._values = torch.empty(capacity, dtype=torch.float32, device=device)
@@ -212,6 +211,12 @@ class StreamingTopK:
             "bad input, a loss that overflows, or too low a precision",
             parameter=str(key),
         )
+
+
+def room_for(k: int, device_type: str) -> int:
+    """For how many candidates beyond the k best there is room: so many that compacting is rare."""
+    least = _LEAST_ROOM if device_type == "cpu" else _LEAST_ROOM_ON_GPU
+    return min(max(k, least), _MOST_ROOM)
 
 
 def _initial_state() -> Tensor:

@@ -336,7 +336,7 @@ def _under(place: Place, backend: str, check: Callable[[Any], None]) -> Callable
 
 
 def _selection(place: Place, work: Workload, setting: Setting) -> Outcome:
-    """From sums that are there already, against ``torch.topk``."""
+    """From sums that are there already, against ``torch.topk``, also with what that needs."""
     k = work.masks["selected"].nnz
     sums = _on(place.device, work.gradients)
     magnitude = concatenated(sums)
@@ -349,12 +349,12 @@ def _selection(place: Place, work: Workload, setting: Setting) -> Outcome:
     def plain() -> Tensor:
         return magnitude.topk(k, sorted=False).indices
 
-    def plain_by_parameter() -> dict[str, Tensor]:
-        return topk(magnitude, sums, k)
+    def plain_whole() -> dict[str, Tensor]:
+        return topk(concatenated(sums), sums, k)
 
     contenders = [
         Contender(roofline.TOPK, plain, check_topk),
-        Contender(f"{roofline.TOPK}, by parameter", plain_by_parameter, check),
+        Contender(roofline.WITH_CONCATENATION, plain_whole, check),
     ]
     for backend in place.backends:
         whole, finish, before = (
