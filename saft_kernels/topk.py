@@ -24,8 +24,8 @@ from saft_kernels.layout import (
 )
 from saft_kernels.mask import index_dtype
 
-# Room for candidates beyond the k best. On a GPU one block compacts, alone: for 12 MB it hardly ever
-# has to.
+# Room for candidates beyond the k best. On a GPU one block compacts, alone: for 12 MB it hardly
+# ever has to.
 _LEAST_ROOM = 1 << 16
 _LEAST_ROOM_ON_GPU = 1 << 20
 _MOST_ROOM = 1 << 24
