@@ -146,6 +146,18 @@ def test_bad_indices_are_refused_and_nothing_is_written(device, indices, message
     assert (dense == 0).all()
 
 
+def test_indices_of_a_wrong_form_teach_nothing_about_their_memory(device):
+    """A GPU backend knows again the memory of vectors that were checked."""
+    dense = torch.zeros(10, device=device)
+    table = torch.tensor([[5, 3], [99, 1]], device=device)
+    spread = torch.tensor([0, 99, 1, 3], device=device)
+    for wrong, vector in ((table, table.view(-1)), (spread[::2], spread[:2])):
+        with pytest.raises(RuntimeError, match="contiguous vector"):
+            ops.gather(dense, wrong)
+        with pytest.raises(RuntimeError, match="increase strictly"):
+            ops.gather(dense, vector)
+
+
 @pytest.mark.parametrize("indices", [[-1, 2], [0, 10], [2, 2], [3, 1]])
 def test_the_specification_refuses_bad_indices_too(indices):
     dense = torch.zeros(10)
