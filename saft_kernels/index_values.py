@@ -3,6 +3,9 @@
 The CPU kernels check their indices in every call. On a GPU that takes a synchronisation, so a
 vector is checked when it is first used and then trusted for as long as it lives and nobody writes
 to it: a training step, whose vectors are always the same, waits for nothing.
+
+A graph of ``torch.compile`` holds the operation without the check: index vectors that are new to it
+are trusted as they come. Those of a plan or an optimizer are right by the way they are made.
 """
 
 from __future__ import annotations
