@@ -138,9 +138,19 @@ def _obstacle(name: str) -> str | None:
     return _gpu_obstacle(name, torch.cuda.current_device() if torch.cuda.is_available() else None)
 
 
-@functools.cache
+#: (GPU backend, GPU) -> why it cannot run there. No ``functools.cache``: torch.compile would trace
+#: what that calls, and break its graph there.
+_gpu_obstacles: dict[tuple[str, int | None], str | None] = {}
+
+
 def _gpu_obstacle(name: str, index: int | None) -> str | None:
     """Why a GPU backend cannot run on GPU ``index`` (None: there is none); None if it can."""
+    if (name, index) not in _gpu_obstacles:
+        _gpu_obstacles[name, index] = _find_gpu_obstacle(name, index)
+    return _gpu_obstacles[name, index]
+
+
+def _find_gpu_obstacle(name: str, index: int | None) -> str | None:
     obstacle = _triton_obstacle() if name == "triton" else _cuda_build_obstacle()
     if obstacle is not None:
         return obstacle

@@ -3,6 +3,9 @@
 The CPU kernels check their indices in every call. On a GPU that takes a synchronisation, so a
 vector is checked when it is first used and then trusted for as long as it lives and nobody writes
 to it: a training step, whose vectors are always the same, waits for nothing.
+
+A graph of ``torch.compile`` holds the operation without the check: index vectors that are new to it
+are trusted as they come. Those of a plan or an optimizer are right by the way they are made.
 """
 
 from __future__ import annotations
@@ -47,7 +50,7 @@ def require_increasing(
     Raises:
         RuntimeError: if one does not.
     """
-    if _is_traced(indices):
+    if _needs_no_check(indices):
         return
     bounds = (0, indices.numel()) if bounds is None else bounds
     known = _known_of(indices)
@@ -79,7 +82,7 @@ def require_columns(columns: Tensor, packed: int) -> None:
 
 def _require(vector: Tensor, fact: Hashable, check: Callable[[], None]) -> None:
     """Run ``check`` unless it has passed for this vector as it stands."""
-    if _is_traced(vector):
+    if _needs_no_check(vector):
         return
     known = _known_of(vector)
     fact = (vector.storage_offset(), vector.numel(), fact)
@@ -89,9 +92,15 @@ def _require(vector: Tensor, fact: Hashable, check: Callable[[], None]) -> None:
         known.facts.add(fact)
 
 
-def _is_traced(vector: Tensor) -> bool:
-    """Whether there are no values to look at."""
-    return torch.compiler.is_compiling() or isinstance(vector, FakeTensor)
+def _needs_no_check(vector: Tensor) -> bool:
+    """Whether its values do not matter: it is traced, or the operation refuses it anyway.
+
+    What is known of memory holds for vectors that lie in it in one piece. Nothing may be learned
+    from a tensor of another form, whose numbers are others or in another order.
+    """
+    if torch.compiler.is_compiling() or isinstance(vector, FakeTensor):
+        return True
+    return vector.dim() != 1 or not vector.is_contiguous()
 
 
 def _known_of(vector: Tensor) -> _Known:
@@ -109,7 +118,7 @@ def _refuse_capture(vector: Tensor) -> None:
 def _check_increasing(
     indices: Tensor, numel: Sequence[int], name: str, bounds: Sequence[int]
 ) -> None:
-    if indices.dim() != 1 or indices.dtype not in (torch.int32, torch.int64):
+    if indices.dtype not in (torch.int32, torch.int64):
         return  # the operation itself says so
     sound = torch.ones((), dtype=torch.bool, device=indices.device)
     rising = indices[1:] > indices[:-1]
@@ -135,7 +144,7 @@ def _disorder(indices: Tensor, numel: Sequence[int], name: str, bounds: Sequence
 
 
 def _check_offsets(offsets: Tensor, n: int) -> None:
-    if offsets.dim() != 1 or offsets.numel() == 0:
+    if offsets.numel() == 0:
         return  # the operation itself says so
     sound = (offsets[0] == 0) & (offsets[-1] == n) & (offsets[1:] >= offsets[:-1]).all()
     if not bool(sound):

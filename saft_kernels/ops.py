@@ -369,7 +369,8 @@ def sampled_grad(
 
     Returns:
         [n], fp32 (fp64 for fp64 inputs), in which it was summed. The bits do not depend on the
-        number of threads, nor on which GPU it is.
+        number of threads, nor on which GPU it is, but for bf16 and fp16 products: generations of
+        tensor cores add the 16 tokens of an instruction each in their own way. Backends differ.
 
     Raises:
         RuntimeError: if a shape or dtype does not fit or an index is out of range.

@@ -186,7 +186,7 @@ class SparseAdamW(Optimizer):
             _check_options(group)
         # Every gradient is looked at before any weight is written.
         jobs = [
-            (_options(group), state, run, self._source.gradients(state, *run))
+            (_options(group, state.device), state, run, self._source.gradients(state, *run))
             for group, states in zip(self.param_groups, self._states, strict=True)
             for state in states
             for run in state.runs()
@@ -363,10 +363,14 @@ class SparseAdamW(Optimizer):
         self._source.attach(self._all_states(), self._model)
 
 
-def _options(group: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a group that its steps take, read anew each time: schedulers change them."""
+def _options(group: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """The options of a group that a step on a device takes, read anew: schedulers change them."""
     names = ("lr", "eps", "weight_decay", "maximize")
-    return {"betas": tuple(group["betas"]), **{name: group[name] for name in names}}
+    options = {"betas": tuple(group["betas"]), **{name: group[name] for name in names}}
+    lr = options["lr"]
+    if isinstance(lr, Tensor) and lr.device.type != "cpu":  # one on the CPU is read at the call
+        options["lr"] = lr.to(device)
+    return options
 
 
 def _on(scalar: Tensor | None, device: torch.device) -> Tensor | None:

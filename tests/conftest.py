@@ -70,9 +70,9 @@ def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
         yield device
 
 
-def operations(device: torch.device | None = None) -> Any:
+def operations(device: torch.device) -> Any:
     """The operations of the implementation in use for a device, as torch knows them."""
-    return backends.kernels(backends.resolve(device or torch.device("cpu")))
+    return backends.kernels(backends.resolve(device))
 
 
 @contextmanager

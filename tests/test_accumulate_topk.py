@@ -509,7 +509,7 @@ def test_opcheck(device):
     buffer = new_buffer(3, 20, device)
     acc, grad = torch.randn(50, device=device), torch.randn(50, device=device)
     shared = (buffer.values.zero_(), buffer.positions, buffer.state)
-    op = operations()
+    op = operations(device)
     torch.library.opcheck(op.accumulate_topk_.default, (acc, grad, 0.5, False, 1, 0, 3, *shared))
     torch.library.opcheck(op.compact_topk_.default, (3, *shared))
 

@@ -182,6 +182,7 @@ def exact_gradients(model: nn.Module) -> dict[str, Tensor | None]:
 
 
 def assert_entry_close(optimizer: Any, param: Tensor, indices: Tensor, exact: Tensor) -> None:
+    indices = indices.to(param.device)
     expected = ops.gather(exact, indices)
     if param.dtype == torch.float32:
         assert_close(ops.gather(param, indices), expected, "adamw_same_gradients")

@@ -15,7 +15,8 @@ from unittest import mock
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
@@ -26,6 +27,7 @@ from saft_clip.models import load_model
 from saft_clip.prompts import class_prompts, encode_prompts
 from saft_kernels import attach, backends, entry, gradient_pass, index_values, plan, reference
 from saft_kernels.fingerprint import fingerprints
+from saft_kernels.flat_state import FlatState
 from saft_kernels.gradient_pass import GradientSelection, cut_into_chunks
 from saft_kernels.mask import CooMask
 from saft_kernels.optim import SparseAdamW
@@ -129,6 +131,25 @@ def take_steps(model: SmallModel, optimizer: SparseAdamW) -> None:
     optimizer.clip_grad_norm_(1.0)
     optimizer.step()
     optimizer.zero_grad()
+
+
+def test_a_learning_rate_on_one_gpu_reaches_the_parameters_on_another() -> None:
+    def model(*devices: str) -> nn.Module:
+        return nn.ModuleList(nn.Linear(3, 2, device=device) for device in devices)
+
+    chosen = {"0.weight": torch.tensor([1, 2]), "1.weight": torch.tensor([0])}
+    mask = CooMask.from_indices(model("cpu", "cpu"), chosen)
+    with (
+        pretended_gpu(),
+        mock.patch.object(FlatState, "adamw_", autospec=True) as step,
+        FakeTensorMode(allow_non_fake_inputs=True),
+    ):
+        spread = model("cuda:0", "cuda:1")
+        for param in spread.parameters():
+            param.grad = torch.zeros_like(param)
+        SparseAdamW(spread, mask, lr=torch.empty((), device="cuda:0")).step()
+    places = [(call.args[0].device, call.kwargs["lr"].device) for call in step.call_args_list]
+    assert places == [(torch.device("cuda", i),) * 2 for i in range(2)]
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -127,10 +127,10 @@ def gpu(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "imagined GPU")
         if not triton:
             monkeypatch.setattr(backends, "_triton_obstacle", lambda: "triton is not installed")
-        backends._gpu_obstacle.cache_clear()
+        backends._gpu_obstacles.clear()
 
     yield see
-    backends._gpu_obstacle.cache_clear()
+    backends._gpu_obstacles.clear()
 
 
 def test_a_gpu_is_served_by_what_was_compiled_for_it(gpu):
@@ -180,6 +180,31 @@ def test_the_choice_between_gpu_backends_can_be_forced(gpu):
             backends.resolve(torch.device("cpu"))
     with backends.use_backend("cpu"), pytest.raises(BackendUnavailableError, match="on cuda"):
         backends.resolve(CUDA)
+
+
+@pytest.mark.parametrize(
+    ("name", "called"),
+    [(None, "saft_kernels"), ("cuda", "saft_kernels"), ("triton", "saft_triton")],
+)
+def test_the_choice_does_not_break_the_graph_of_compiled_code(gpu, monkeypatch, name, called):
+    """Once it was made outside of it, as ``attach`` and optimizers do."""
+    gpu((9, 0))
+    graphs = []
+
+    def record(graph, inputs):
+        graphs.append({str(node.target) for node in graph.graph.nodes})
+        return lambda *_: (torch.zeros(1, 1, 16),)
+
+    @torch.compile(fullgraph=True, backend=record)
+    def pack(x, columns):
+        return backends.kernels(backends.resolve(CUDA)).pack_columns(x, columns, None)
+
+    with backends.use_backend(name):
+        backends.kernels(backends.resolve(CUDA))
+        monkeypatch.undo()  # whoever looks again sees no GPU
+        pack(torch.ones(16, 1), INDICES)
+    torch._dynamo.reset()
+    assert f"{called}.pack_columns" in graphs[0]
 
 
 @pytest.mark.parametrize(

@@ -21,8 +21,8 @@ DTYPES = [
 ]
 
 
-def every_third(numel: int, dtype: torch.dtype = torch.int32) -> Tensor:
-    return torch.arange(0, numel, 3, dtype=dtype)
+def every_third(dense: Tensor, dtype: torch.dtype = torch.int32) -> Tensor:
+    return torch.arange(0, dense.numel(), 3, dtype=dtype, device=dense.device)
 
 
 def layouts(dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
@@ -43,6 +43,12 @@ def layouts(dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
     }
 
 
+def on(device: torch.device, view: Tensor) -> Tensor:
+    """A copy on a device, with the strides of a view."""
+    copied = torch.empty_strided(view.shape, view.stride(), dtype=view.dtype, device=device)
+    return copied.copy_(view)
+
+
 LAYOUTS = list(layouts(torch.float32, torch.device("cpu")))
 
 
@@ -51,7 +57,7 @@ LAYOUTS = list(layouts(torch.float32, torch.device("cpu")))
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
 def test_gather_equals_specification(device, dtype, layout, index_dtype):
     dense = layouts(dtype, device)[layout]
-    indices = every_third(dense.numel(), index_dtype)
+    indices = every_third(dense, index_dtype)
     assert torch.equal(ops.gather(dense, indices), reference.gather(dense, indices))
 
 
@@ -59,7 +65,7 @@ def test_gather_equals_specification(device, dtype, layout, index_dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_scatter_changes_the_indexed_entries_and_no_other(device, dtype, layout):
     dense = layouts(dtype, device)[layout]
-    indices = every_third(dense.numel())
+    indices = every_third(dense)
     values = torch.randn(indices.numel(), device=device).to(dtype)
     expected = dense.clone(memory_format=torch.preserve_format)
     reference.scatter_(expected, indices, values)
@@ -73,18 +79,19 @@ def test_scatter_changes_the_indexed_entries_and_no_other(device, dtype, layout)
 def test_memory_outside_a_slice_is_not_touched(device):
     storage = torch.zeros(50, 20, device=device)
     window = storage[5:40:2, ::3]
-    ops.scatter_(window, every_third(window.numel()), torch.ones(len(every_third(window.numel()))))
+    indices = every_third(window)
+    ops.scatter_(window, indices, torch.ones(len(indices), device=device))
     outside = torch.ones_like(storage, dtype=torch.bool)
     outside[5:40:2, ::3] = False
     assert (storage[outside] == 0).all()
-    assert storage.sum() == len(every_third(window.numel()))
+    assert storage.sum() == len(indices)
 
 
 def test_bits_survive_the_round_trip(device):
-    patterns = torch.arange(1 << 16).to(torch.uint16)
+    patterns = torch.arange(1 << 16).to(torch.uint16).to(device)
     for dtype in (torch.bfloat16, torch.float16):
         dense = patterns.clone().view(dtype)
-        indices = torch.arange(1 << 16)
+        indices = torch.arange(1 << 16, device=device)
         values = ops.gather(dense, indices)
         ops.scatter_(dense.zero_(), indices, values)
         assert torch.equal(dense.view(torch.int16), patterns.view(torch.int16))
@@ -105,7 +112,7 @@ def test_vectors_may_begin_anywhere_in_memory(device, begin, index_dtype):
 
 def test_same_result_for_any_number_of_threads(device, threads):
     dense = torch.randn(400_000, device=device)
-    indices = every_third(dense.numel())
+    indices = every_third(dense)
     values = ops.gather(dense, indices)
     assert torch.equal(values, dense[::3])
     ops.scatter_(dense, indices, -values)
@@ -138,12 +145,24 @@ def test_property_any_strided_view(data):
     ],
 )
 def test_bad_indices_are_refused_and_nothing_is_written(device, indices, message):
-    dense = torch.zeros(10, device=device)
+    dense, indices = torch.zeros(10, device=device), on(device, indices)
     with pytest.raises(RuntimeError, match=message):
         ops.gather(dense, indices)
     with pytest.raises(RuntimeError, match=message):
         ops.scatter_(dense, indices, torch.ones(indices.numel(), device=device))
     assert (dense == 0).all()
+
+
+def test_indices_of_a_wrong_form_teach_nothing_about_their_memory(device):
+    """A GPU backend knows again the memory of vectors that were checked."""
+    dense = torch.zeros(10, device=device)
+    table = torch.tensor([[5, 3], [99, 1]], device=device)
+    spread = torch.tensor([0, 99, 1, 3], device=device)
+    for wrong, vector in ((table, table.view(-1)), (spread[::2], spread[:2])):
+        with pytest.raises(RuntimeError, match="contiguous vector"):
+            ops.gather(dense, wrong)
+        with pytest.raises(RuntimeError, match="increase strictly"):
+            ops.gather(dense, vector)
 
 
 @pytest.mark.parametrize("indices", [[-1, 2], [0, 10], [2, 2], [3, 1]])
@@ -159,15 +178,16 @@ def test_the_specification_refuses_bad_indices_too(indices):
 
 def test_other_bad_arguments_are_refused(device):
     indices = torch.tensor([0, 1], device=device)
-    for overlapping in (torch.zeros(1).expand(3), torch.zeros(5).as_strided((3, 3), (1, 1))):
+    dense, values = torch.zeros(5, device=device), torch.ones(3, device=device)
+    for overlapping in (dense[:1].expand(3), dense.as_strided((3, 3), (1, 1))):
         with pytest.raises(RuntimeError, match="share one place"):
-            ops.scatter_(overlapping, indices, torch.ones(2))
+            ops.scatter_(overlapping, indices, values[:2])
     with pytest.raises(RuntimeError, match="dense must be of a floating type"):
-        ops.gather(torch.zeros(3, dtype=torch.int32), indices)
+        ops.gather(dense.int(), indices)
     with pytest.raises(RuntimeError, match="values must be Float"):
-        ops.scatter_(torch.zeros(3), indices, torch.ones(2, dtype=torch.float64))
+        ops.scatter_(dense, indices, values[:2].double())
     with pytest.raises(RuntimeError, match="values must have 2 elements"):
-        ops.scatter_(torch.zeros(3), indices, torch.ones(3))
+        ops.scatter_(dense, indices, values)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -194,23 +214,23 @@ def test_inference_mode(device):
 
 def test_gathering_a_parameter_records_no_graph(device):
     parameter = torch.nn.Parameter(torch.randn(6, device=device))
-    assert not ops.gather(parameter, torch.tensor([0, 5])).requires_grad
+    assert not ops.gather(parameter, torch.tensor([0, 5], device=device)).requires_grad
 
 
 def test_scattering_moves_the_version_counter(device):
     dense = torch.zeros(4, device=device)
     before = dense._version
-    ops.scatter_(dense, torch.tensor([1]), torch.ones(1))
+    ops.scatter_(dense, torch.tensor([1], device=device), torch.ones(1, device=device))
     assert dense._version > before
 
 
 # opcheck itself multiplies its inputs, which torch does not do in 8 bits.
 @pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if dtype.itemsize > 1])
 def test_opcheck(device, dtype):
-    dense, indices = torch.randn(7, 9, device=device).to(dtype), every_third(63)
-    op = operations()
+    dense = torch.randn(7, 9, device=device).to(dtype)
+    indices, op = every_third(dense), operations(device)
     torch.library.opcheck(op.gather.default, (dense, indices))
-    torch.library.opcheck(op.scatter_.default, (dense, indices, torch.ones(21).to(dtype)))
+    torch.library.opcheck(op.scatter_.default, (dense, indices, dense.new_ones(21)))
 
 
 def test_compiles_without_graph_breaks():

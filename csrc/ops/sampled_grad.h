@@ -19,10 +19,12 @@
 // - x, packed and grad_output: one dtype, fp32, bf16, fp16 or fp64. x and grad_output: any strides. An fp32 x may be
 //   packed as bf16 or fp16, rounded to nearest even: autocast's rounding, without a pass of its own.
 // - rows and the columns to be packed: int32, strictly increasing. columns: int32, within [0, C). offsets: int32, from
-//   0 to n, not decreasing. All are checked before anything is read.
+//   0 to n, not decreasing. All are checked before anything is read (on a GPU by the caller:
+//   saft_kernels/index_values.py).
 // - grad is fp32 (fp64 for fp64), products and sums too. Deterministic: the order of a sum depends on the sizes alone,
-//   never on threads, instruction sets or the GPU. On the CPU lane l of 16 sums the tokens t = l mod 16 in order, then
-//   the lanes are added pairwise.
+//   never on threads, instruction sets or the GPU, but within an instruction of its tensor cores (`product` in bf16 and
+//   fp16), which is the hardware's. On the CPU lane l of 16 sums the tokens t = l mod 16 in order, then the lanes are
+//   added pairwise.
 // - product: entries share rows and columns so often that tiles of the product over the used rows and columns are the
 //   faster way (saft_kernels/cost_model.py). A matter of speed and of the order of sums only; the CPU has one way.
 // - tokens: int64; one that is no row of the plan, negative ones included, has no part. Its columns lie within [0, E).

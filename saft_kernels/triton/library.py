@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -31,9 +30,21 @@ IMPLEMENTATIONS = {
 }
 
 
-@functools.cache
+_library: torch.library.Library | None = None
+
+
 def library() -> torch.library.Library:
-    """The library, registered for GPU tensors when it is first used."""
+    """The library, registered for GPU tensors when it is first used.
+
+    Compiled code must find it made (see ``_gpu_obstacles`` in :mod:`saft_kernels.backends`).
+    """
+    global _library
+    if _library is None:
+        _library = _register()
+    return _library
+
+
+def _register() -> torch.library.Library:
     made = ops.define(NAMESPACE)
     key = "CPU" if backends.interpreting() else "CUDA"  # which is the key of AMD's tensors too
     for name, implementation in IMPLEMENTATIONS.items():
