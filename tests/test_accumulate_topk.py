@@ -207,6 +207,22 @@ def test_a_refill_of_more_parts_than_blocks(device, request, monkeypatch):
     assert torch.equal(positions.cpu(), cat_of_best(accs, 100))
 
 
+@pytest.mark.parametrize(
+    "device", [name for name in ON_GPU if name.startswith("triton")], indirect=True
+)
+@pytest.mark.parametrize("alone", [1 << 20, BLOCK])
+@pytest.mark.parametrize("data", DISTRIBUTIONS)
+def test_settling_in_a_launch_of_its_own(device, data, alone, monkeypatch):
+    """As on AMD GPUs."""
+    monkeypatch.setattr(triton_topk, "SETTLES_IN_SCAN", False)
+    monkeypatch.setattr(triton_topk, "ALONE", alone)
+    values = DISTRIBUTIONS[data](torch.randn(5_000, generator=torch.Generator().manual_seed(0)))
+    accs = list(values.to(device).split([2 * BLOCK + 99, 30, 5_000 - 2 * BLOCK - 129]))
+    for order in ((2, 1, 0), (1, 0, 2)):
+        positions = run(accs, [None] * 3, k=300, room=50, order=order).positions
+        assert torch.equal(positions.cpu(), cat_of_best(accs, 300))
+
+
 @pytest.mark.parametrize("device", ON_GPU, indirect=True)
 @pytest.mark.parametrize("room", [1, 40, 5_000])
 @pytest.mark.parametrize("levels", [None, 2])
@@ -444,7 +460,7 @@ def test_the_launches_depend_on_sizes_only(kind, value, monkeypatch):
     gpu = made(kind, "fwd")
     buffer = new_buffer(8, 8, torch.device("cpu"))
     shared = (buffer.values, buffer.positions, buffer.state)
-    kernels = ["scan_kernel", "refill_kernel", "compact_kernel"]
+    kernels = ["scan_kernel", "settle_kernel", "refill_kernel"]
 
     def launched(n: int, k: int) -> list[str]:
         gpu.launches.clear()
@@ -457,6 +473,11 @@ def test_the_launches_depend_on_sizes_only(kind, value, monkeypatch):
         for n in (20, 5, 3 * BLOCK, 1):
             assert launched(n, 8) == ["scan_kernel"]
         assert launched(alone + 1, 8) == ["scan_kernel", "refill_kernel"]
+        if kind == "triton":
+            monkeypatch.setattr(triton_topk, "SETTLES_IN_SCAN", False)
+            assert launched(1, 0) == ["scan_kernel"]
+            assert launched(1, 8) == ["scan_kernel", "settle_kernel"]
+            assert launched(alone + 1, 8) == kernels
         gpu.launches.clear()
         gpu.compact_topk_(8, *shared)
         assert len(gpu.launches) == 1

@@ -13,6 +13,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -144,10 +145,12 @@ def gather_scatter(dtype: torch.dtype) -> None:
 def accumulate_topk(dtype: torch.dtype) -> None:
     operations = library.operations()
     buffer = torch.zeros(9), torch.zeros(9, dtype=torch.int64), torch.zeros(STATE_SIZE).long()
-    for n in (32, 33, triton_topk.ALONE + 1):
-        acc = torch.zeros(n)
-        for grad in (None, acc.to(dtype)):
-            operations.accumulate_topk_(acc, grad, 0.5, True, 0, 0, 3, *buffer)
+    for settles_in_scan in (True, False):
+        with mock.patch.object(triton_topk, "SETTLES_IN_SCAN", settles_in_scan):
+            for n in (32, 33, triton_topk.ALONE + 1):
+                acc = torch.zeros(n)
+                for grad in (None, acc.to(dtype)):
+                    operations.accumulate_topk_(acc, grad, 0.5, True, 0, 0, 3, *buffer)
     operations.compact_topk_(3, *buffer)
 
 
@@ -204,6 +207,14 @@ def test_triton_kernels_compile_without_spills(workload, target):
         compiled = launch.compile(TARGETS[target])
         stack = amd_stack(compiled) if target.startswith("gfx") else nvidia_stack(compiled)
         assert list(stack) == [], (launch.name, target)
+
+
+def test_selection_on_amd_never_writes_back_the_second_level_cache():
+    """Its kernels leave it to the end of a launch that the next one can read what they wrote."""
+    in_scan = {"_scan_kernel": ("SETTLE", True)}
+    for launch in launches("accumulate_topk"):
+        if in_scan.get(launch.name) not in launch.constants:
+            assert "buffer_wbl2" not in launch.compile(TARGETS["gfx942"]).asm["amdgcn"], launch.name
 
 
 def amd_stack(compiled: Any) -> Iterator[str]:

@@ -2,9 +2,15 @@
 
 The kernels of ``csrc/cuda``: ``accumulate_topk_kernel.cu`` says what an element moves, which
 program settles and when a refill happens, ``settle_topk.cuh`` how the threshold follows.
+
+On AMD GPUs settling is a launch of its own. There a barrier does not wait for the stores of other
+waves, so a program cannot tell when all that it wrote can be read, and every release writes back a
+whole second level cache.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -19,8 +25,11 @@ from saft_kernels.triton.launch import ceil_div
 # registers let two programs share a processor, which then has 32 KB under way.
 BLOCK = 2048
 STEP = 1024
-COMPACT_STEP = 2048
+STEP_ALONE = 2048
 WARPS = 8
+
+#: Whether the last program of a scan settles.
+SETTLES_IN_SCAN = torch.version.hip is None
 
 #: Up to how many elements the program that settled refills alone, and the programs of a launch that
 #: does it otherwise.
@@ -60,7 +69,7 @@ def _append(bits, position, chosen, values, positions, capacity, begin, counter)
     rank = tl.cumsum(chosen.to(tl.int32), 0)
     total = tl.max(rank, 0)
     if total > 0:
-        slot = begin + tl.atomic_add(counter, total.to(tl.int64)) + rank - 1
+        slot = begin + tl.atomic_add(counter, total.to(tl.int64), sem="relaxed") + rank - 1
         fits = chosen & (slot < capacity)
         tl.store(values + slot, bits.to(tl.float32, bitcast=True), fits)
         tl.store(positions + slot, position, fits)
@@ -234,6 +243,20 @@ def _refill(
 
 
 @triton.jit
+def _settle_and_refill(
+    acc, n, base, values, positions, state, k, capacity, limit, alone, STEP: tl.constexpr
+):
+    zero = tl.full([], 0, tl.int64)
+    overflow, threshold, tie = _settle(
+        acc, n, base, values, positions, state, k, capacity, limit, STEP
+    )
+    tl.store(state + DONE, zero)
+    tl.store(state + REFILL, overflow.to(tl.int64))
+    if overflow & (n <= alone):
+        _refill(acc, n, base, values, positions, state, threshold, tie, capacity, zero, 1, STEP)
+
+
+@triton.jit
 def _is_last(state):
     """Whether all other programs have come here; then what they wrote can be read."""
     tl.debug_barrier()
@@ -246,7 +269,7 @@ def _is_last(state):
 def _scan_kernel(
     acc, grad, scale, square, n: tl.int64, base: tl.int64,
     values, positions, state, k: tl.int64, capacity: tl.int64, limit: tl.int64, alone: tl.int64,
-    BLOCK: tl.constexpr, STEP: tl.constexpr,
+    BLOCK: tl.constexpr, STEP: tl.constexpr, SETTLE: tl.constexpr,
 ):  # fmt: skip
     element = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     exists = element < n
@@ -261,7 +284,7 @@ def _scan_kernel(
     finite = bits < INFINITY
     lowest = tl.min(tl.where(exists & ~finite, position, NO_POSITION), 0)
     if lowest < NO_POSITION:
-        tl.atomic_min(state + NONFINITE, lowest)
+        tl.atomic_min(state + NONFINITE, lowest, sem="relaxed")
 
     # Without a threshold its slot holds -1, which lies below the bits of every magnitude.
     threshold = tl.load(state + THRESHOLD)
@@ -269,26 +292,31 @@ def _scan_kernel(
     chosen = exists & finite & beats & (k > 0)
     if tl.max(chosen.to(tl.int32), 0) > 0:
         bins = bits >> BIN_SHIFT
-        tl.atomic_add(state + HISTOGRAM + bins, tl.full([BLOCK], 1, tl.int64), chosen)
+        one = tl.full([BLOCK], 1, tl.int64)
+        tl.atomic_add(state + HISTOGRAM + bins, one, chosen, sem="relaxed")
         above = tl.sum((chosen & (bins >= tl.load(state + BIN))).to(tl.int64), 0)
-        tl.atomic_add(state + ABOVE, above)
+        tl.atomic_add(state + ABOVE, above, sem="relaxed")
         _append(
             bits, position, chosen, values, positions, capacity,
             tl.load(state + COUNT), state + FRESH,
         )  # fmt: skip
 
-    if k > 0:  # noqa: SIM102 - `and` would call _is_last in any case
+    if SETTLE:  # noqa: SIM102 - the compiler would evaluate both sides of `and`
         if _is_last(state):
-            zero = tl.full([], 0, tl.int64)
-            overflow, threshold, tie = _settle(
-                acc, n, base, values, positions, state, k, capacity, limit, STEP
+            _settle_and_refill(
+                acc, n, base, values, positions, state, k, capacity, limit, alone, STEP
             )
-            tl.store(state + DONE, zero)
-            tl.store(state + REFILL, overflow.to(tl.int64))
-            if overflow & (n <= alone):
-                _refill(
-                    acc, n, base, values, positions, state, threshold, tie, capacity, zero, 1, STEP
-                )
+
+
+@triton.jit(
+    do_not_specialize=["n", "base", "k", "capacity", "limit", "alone"],
+    do_not_specialize_on_alignment=["acc", "values", "positions"],
+)
+def _settle_kernel(
+    acc, n: tl.int64, base: tl.int64, values, positions, state, k: tl.int64, capacity: tl.int64,
+    limit: tl.int64, alone: tl.int64, STEP: tl.constexpr,
+):  # fmt: skip
+    _settle_and_refill(acc, n, base, values, positions, state, k, capacity, limit, alone, STEP)
 
 
 @triton.jit(do_not_specialize=["base", "capacity"])
@@ -303,12 +331,13 @@ def _refill_kernel(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["k", "capacity"])
-def _compact_kernel(
-    values, positions, state, k: tl.int64, capacity: tl.int64, STEP: tl.constexpr
-):  # fmt: skip
-    zero = tl.full([], 0, tl.int64)
-    _settle(values, zero, zero, values, positions, state, k, capacity, k, STEP)
+def _settle_alone(
+    acc: Tensor, n: int, base: int, k: int, limit: int, buffer: Sequence[Tensor]
+) -> None:
+    launch.launch(
+        _settle_kernel, 1, acc, n, base, *buffer, k, buffer[0].numel(), limit, ALONE,
+        STEP=STEP_ALONE, num_warps=WARPS,
+    )  # fmt: skip
 
 
 def accumulate_topk_(
@@ -328,17 +357,22 @@ def accumulate_topk_(
         acc, grad, scale, square, key, offset, k, values, positions, state
     )
     n, capacity = acc.numel(), values.numel()
+    buffer = (values, positions, state)
     base = (key << layout.POSITION_BITS) + offset
+    limit = k + (capacity - k) // 2  # half of the room beyond the k best is for the next tensor
     blocks = ceil_div(n, BLOCK)
-    # Half of the room beyond the k best is left for the next tensor.
     launch.launch(
-        _scan_kernel, blocks, acc, grad, scale, int(square), n, base, values, positions, state,
-        k, capacity, k + (capacity - k) // 2, ALONE, BLOCK=BLOCK, STEP=STEP, num_warps=WARPS,
+        _scan_kernel, blocks, acc, grad, scale, int(square), n, base, *buffer, k, capacity, limit,
+        ALONE, BLOCK=BLOCK, STEP=STEP, SETTLE=SETTLES_IN_SCAN and k > 0, num_warps=WARPS,
     )  # fmt: skip
-    if k > 0 and n > ALONE:
+    if n == 0 or k == 0:
+        return
+    if not SETTLES_IN_SCAN:
+        _settle_alone(acc, n, base, k, limit, buffer)
+    if n > ALONE:
         launch.launch(
-            _refill_kernel, min(blocks, REFILL_PROGRAMS), acc, n, base, values, positions, state,
-            capacity, BLOCK=BLOCK, num_warps=WARPS,
+            _refill_kernel, min(blocks, REFILL_PROGRAMS), acc, n, base, *buffer, capacity,
+            BLOCK=BLOCK, num_warps=WARPS,
         )  # fmt: skip
 
 
@@ -348,7 +382,4 @@ def compact_topk_(k: int, values: Tensor, positions: Tensor, state: Tensor) -> N
     if k == 0:
         state[layout.COUNT].zero_()
     else:
-        launch.launch(
-            _compact_kernel, 1, values, positions, state, k, values.numel(), STEP=COMPACT_STEP,
-            num_warps=WARPS,
-        )  # fmt: skip
+        _settle_alone(values, 0, 0, k, k, (values, positions, state))

@@ -311,7 +311,7 @@ FAULTS = (
     Fault(
         "accumulate_topk: the next call counts the programs of this one",
         _TOPK_PY,
-        "            tl.store(state + DONE, zero)\n",
+        "    tl.store(state + DONE, zero)\n",
         "",
         _TOPK_TESTS,
     ),
