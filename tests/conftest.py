@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import simulated
+from kernel_coverage import EveryKernelRuns
 from saft_kernels import backends
 
 CPU = [f"cpu-{isa}" for isa in backends.cpu_isas()]
@@ -28,6 +29,12 @@ IMPLEMENTATIONS = (
 
 #: The interpreter computes with NumPy, which has no bf16 and rounds fp16 in its own way.
 _NOT_INTERPRETED = {torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Where the kernels are run by the simulator, a run of all tests must run all of them."""
+    if not GPU and not backends.interpreting():
+        config.pluginmanager.register(EveryKernelRuns(simulated.kernels), "every-kernel-runs")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
