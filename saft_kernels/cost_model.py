@@ -42,7 +42,7 @@ backward, not C columns of it, and makes a gradient of the size of the weight. T
 worth a factor :data:`MEMORY_IS_WORTH` of time, unless most of the weight is selected. At attach
 time T is not known; the model takes :data:`TOKENS`, and adds what launches cost, which is all the
 cost of small layers. For 3072 x 768 in bf16 the border is at about 2% of a uniform mask. The type
-is that of the weight: autocast may compute in another one, which is not known then either.
+is the one that the product is computed in where the weight is used: autocast's, if it is on there.
 """
 
 from __future__ import annotations
