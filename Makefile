@@ -44,7 +44,7 @@ wheel: build  ## build the wheel into dist/
 test-gpu: build  ## run the tests of the kernels and of the whole data path on the GPU
 	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() \
 	  or sys.exit(f"there is no GPU to test on: torch {torch.__version__} sees none; make test needs none")'
-	$(BIN)/python -m pytest -k gpu
+	$(BIN)/python -m pytest -m gpu
 
 bench-gpu: build  ## measure kernels, memory and training steps on the GPU
 	$(BIN)/python -m bench gpu

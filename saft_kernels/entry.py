@@ -26,9 +26,6 @@ class Entry:
         leading: whether changes of the values go to the weight before its next use, and changes of
             the weight to the values. Otherwise the values are never read and only have a ``grad``.
         streamed: is told when the parameter is used in a way that has no sampled form.
-
-    Attributes:
-        crowded: whether so many entries are selected that the dense product is the better way.
     """
 
     def __init__(
@@ -54,7 +51,21 @@ class Entry:
         self._versions = self._now()
         self._plans: dict[Any, Any] = {}
         self._parts: dict[tuple[int, int], Part] = {}
-        self.crowded = _is_crowded(indices, self.weight)
+        self._crowded_in = _crowded_in(indices, self.weight)
+
+    @property
+    def crowded(self) -> bool:
+        """Whether so many entries are selected that the dense product is the better way.
+
+        In the type that the next use computes in, which is known only there: that of the weight, or
+        of autocast if it is on. torch.compile compiles once for each anyway.
+        """
+        return bool(self._crowded_in) and _computes_in(self.param) in self._crowded_in
+
+    @property
+    def always_crowded(self) -> bool:
+        """Whether it is :attr:`crowded` in any type, so that there is nothing to plan."""
+        return self._crowded_in == _types(self.param.dtype)
 
     @property
     def values(self) -> Tensor:
@@ -127,20 +138,36 @@ class Entry:
         return self._parts[begin, end]
 
 
-def _is_crowded(indices: Tensor, weight: Tensor) -> bool:
-    """By the rule of the device; looks at the indices, and so waits for a GPU, once."""
+def _types(dtype: torch.dtype) -> frozenset[torch.dtype]:
+    """The types of products with a weight of this one; autocast leaves fp64 alone."""
+    cast = () if dtype == torch.float64 else (torch.bfloat16, torch.float16)
+    return frozenset({dtype, *cast})
+
+
+def _computes_in(param: Tensor) -> torch.dtype:
+    """The type of a product with this parameter here and now."""
+    device = param.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        return dtype if dtype in _types(param.dtype) else param.dtype
+    return param.dtype
+
+
+def _crowded_in(indices: Tensor, weight: Tensor) -> frozenset[torch.dtype]:
+    """The types of a product that make the dense one the better way, by the rule of the device.
+
+    Looks at the indices, and so waits for a GPU, once.
+    """
     n = indices.numel()
+    types = _types(weight.dtype)
     if backends.resolve(weight.device) not in backends.GPU:
-        return n > CROWDED * weight.numel()
+        return types if n > CROWDED * weight.numel() else frozenset()
     if n == 0 or weight.dim() < 2:
-        return False
+        return frozenset()
     width = weight[0].numel()
     rows, columns = (indices // width).unique_consecutive(), (indices % width).unique()
-    return cost_model.is_crowded(
-        cost_model.Layer(
-            weight.shape[0], width, n, rows.numel(), columns.numel(), dtype=weight.dtype
-        )
-    )
+    sizes = weight.shape[0], width, n, rows.numel(), columns.numel()
+    return frozenset(t for t in types if cost_model.is_crowded(cost_model.Layer(*sizes, dtype=t)))
 
 
 class Part(Entry):
@@ -151,12 +178,13 @@ class Part(Entry):
         bounds = torch.tensor([begin * width, end * width], device=whole.indices.device)
         self._first, self._last = torch.searchsorted(whole.indices, bounds).tolist()
         self._whole = whole
+        self.param = whole.param
         self._rows = slice(begin, end)
         self._plans = {}
         self._parts = {}
         self.name, self.streamed = whole.name, whole.streamed
         self.indices = whole.indices[self._first : self._last] - begin * width
-        self.crowded = _is_crowded(self.indices, self.weight)
+        self._crowded_in = _crowded_in(self.indices, self.weight)
 
     @property
     def weight(self) -> Tensor:

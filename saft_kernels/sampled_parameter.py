@@ -239,7 +239,7 @@ def plan_ahead(module: nn.Module) -> None:
                 continue
             if name == "in_proj_weight":
                 _plan_thirds(entry)
-            if not entry.crowded or isinstance(module, nn.Embedding):
+            if not entry.always_crowded or isinstance(module, nn.Embedding):
                 bias = _entry(own.get(name.removesuffix("weight") + "bias"))
                 _plan_likely_use(module, name, entry, bias)
 
@@ -248,7 +248,7 @@ def _plan_likely_use(module: nn.Module, name: str, entry: Entry, bias: Entry | N
     shape = entry.weight.shape
     if isinstance(module, nn.Embedding):
         _embedding_plan(entry)
-        if not entry.crowded:  # a language model's last layer may share it
+        if not entry.always_crowded:  # a language model's last layer may share it
             _linear_plan(entry, None, shape[1])
     elif len(shape) == 4:
         if name.endswith("weight"):
@@ -264,7 +264,7 @@ def _plan_thirds(entry: Entry) -> None:
     height, width = entry.weight.shape
     for begin in range(0, height, width or 1):
         part = entry.part(begin, begin + width)
-        if not part.crowded:
+        if not part.always_crowded:
             _linear_plan(part, None, width)
 
 

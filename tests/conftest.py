@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 import simulated
+from kernel_coverage import EveryKernelRuns
 from saft_kernels import backends
 
 CPU = [f"cpu-{isa}" for isa in backends.cpu_isas()]
@@ -30,8 +32,16 @@ IMPLEMENTATIONS = (
 _NOT_INTERPRETED = {torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2}
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Where the kernels are run by the simulator, a run of all tests must run all of them."""
+    if not GPU and not backends.interpreting():
+        config.pluginmanager.register(EveryKernelRuns(simulated.kernels), "every-kernel-runs")
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m looks at the marks
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Under the interpreter, run what it can run: tests of implementations in fp32 and fp64."""
+    """Mark what runs on a GPU; under the interpreter, keep what it can run: fp32 and fp64."""
+    mark_gpu(items, GPU)
     if not backends.interpreting():
         return
     parameters = {item: getattr(item, "callspec", None) for item in items}
@@ -42,6 +52,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     ]
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = kept
+
+
+def mark_gpu(items: Iterable[pytest.Item], names: Sequence[str]) -> None:
+    """Mark the tests that run kernels on a GPU: those given one of these implementations.
+
+    Args:
+        items: all tests; other tests that need a GPU mark themselves (test_gpu.py).
+        names: of the implementations on a GPU.
+    """
+    for item in items:
+        values = item.callspec.params.values() if hasattr(item, "callspec") else ()
+        given = itertools.chain(*(v if isinstance(v, (list, tuple)) else [v] for v in values))
+        if any(isinstance(value, str) and value in names for value in given):
+            item.add_marker("gpu")
 
 
 def _dtypes(values: Iterable[Any]) -> set[torch.dtype]:

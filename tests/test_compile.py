@@ -139,6 +139,32 @@ def test_autocast_and_checkpointing_compile() -> None:
         assert_same(take_gradients(sparse), expected)
 
 
+def test_autocast_may_choose_the_dense_product_in_compiled_code_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    crowded = frozenset({torch.bfloat16})
+    monkeypatch.setattr("saft_kernels.entry._crowded_in", lambda *_: crowded)
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(20, 20), nn.Tanh(), nn.Linear(20, 4)), torch.randn(5, 20)
+    mask = select(model, density=0.05, score="random")
+    graphs: list[Any] = []
+
+    def train(run: Any, dtype: torch.dtype | None) -> dict[str, Tensor]:
+        with torch.autocast("cpu", dtype, enabled=dtype is not None):
+            run(x).float().square().sum().backward()
+        return take_gradients(sparse)
+
+    with attach(model, mask) as sparse:
+        run = torch.compile(model, backend=lambda g, _: graphs.append(g) or g, fullgraph=True)
+        for _ in range(2):
+            for dtype in (None, torch.bfloat16, torch.float16):
+                expected = train(model, dtype)
+                assert_same(train(run, dtype), expected)
+                rounded = expected["0.weight"].bfloat16().float()  # as dense gradients are
+                assert torch.equal(expected["0.weight"], rounded) == (dtype in crowded)
+        assert len(graphs) == 3  # one for each type
+
+
 @pytest.mark.parametrize("what", ["values", "weight"])
 def test_changes_by_hand_need_update_before_compiled_code(what: str) -> None:
     torch.manual_seed(0)

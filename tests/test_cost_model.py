@@ -43,6 +43,8 @@ def test_the_dense_product_is_chosen_from_some_share_on(dtype, size):
     assert share > 10  # a mask of SAFT, one entry in a thousand, is far from it
     if dtype.itemsize == 2:
         assert share < 25
+    else:  # about where it is on a CPU
+        assert 80 < share < 100
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -87,6 +89,55 @@ def test_a_gpu_has_the_model(name):
         assert entry_of(0.05).crowded
         assert not entry_of(0.05, torch.float32).crowded
         assert entry_of(1.0, torch.float32).crowded
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", simulated.names()[:1])
+def test_the_type_is_that_of_autocast_where_it_is_on(name, dtype):
+    with simulated.use(*name.split("-")):
+        with torch.autocast("cpu", dtype):  # on or off at this time says nothing of later uses
+            single, double = (entry_of(0.05, t) for t in (torch.float32, torch.float64))
+            assert single.crowded
+            assert not double.crowded
+            with torch.autocast("cpu", enabled=False):
+                assert not single.crowded
+        assert not single.crowded
+        assert not single.always_crowded
+        assert entry_of(1.0, torch.float32).always_crowded
+        assert entry_of(1.0, torch.float64).always_crowded
+        few = entry_of(0.001, torch.float32)
+        with torch.autocast("cpu", dtype):
+            assert not few.crowded
+
+
+def test_autocast_changes_nothing_on_a_cpu():
+    for share in (0.05, 0.2):
+        entry = entry_of(share, torch.float32)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert entry.crowded == entry.always_crowded == (share > CROWDED)
+
+
+@pytest.mark.parametrize("name", simulated.names()[:1])
+def test_under_autocast_a_weight_may_take_another_way_than_without(name):
+    with simulated.use(*name.split("-")) as gpu:
+        model = nn.Linear(768, 768, bias=False)
+        mask = CooMask.from_indices(model, {"weight": scattered(768 * 768, 0.05)})
+        x = torch.randn(4, 768)
+        gradients = []
+        for enabled in (True, False):
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                model(x).sum().backward()
+            gradients.append(ops.gather(model.weight.grad, mask["weight"]))
+            model.weight.grad = None
+        with attach(model, mask) as sparse:
+            (values,) = sparse.parameters()
+            for enabled, sampled in ((True, False), (False, True), (True, False)):
+                gpu.launches.clear()
+                with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                    model(x).sum().backward()
+                assert any("pack" in launch for launch in gpu.launches) == sampled
+                torch.testing.assert_close(values.grad, gradients[sampled])
+                values.grad = None
 
 
 @pytest.mark.parametrize("name", simulated.names()[:1])

@@ -98,7 +98,7 @@ def pretended_gpu() -> Iterator[tuple[OneDevice, list[str]]]:
     with (
         mock.patch.object(backends, "resolve", return_value="cuda"),
         mock.patch.object(backends, "kernels", return_value=torch.ops.saft_kernels),
-        mock.patch.object(entry, "_is_crowded", return_value=False),  # reads values
+        mock.patch.object(entry, "_crowded_in", return_value=frozenset()),  # reads values
         mock.patch.multiple(
             index_values, **{n: lambda *a, n=n, **k: checked.append(n) for n in CHECKS}
         ),

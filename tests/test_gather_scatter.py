@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -129,6 +131,28 @@ def test_property_any_strided_view(data):
     picked = data.draw(st.sets(st.integers(0, dense.numel() - 1)))
     indices = torch.tensor(sorted(picked), dtype=torch.int32)
     assert torch.equal(ops.gather(dense, indices), reference.gather(dense, indices))
+
+
+#: (size, stride) of dimensions of which no two are one stretch of memory.
+FOUR = [(2, 40), (3, 12), (2, 5), (3, 1)]
+EIGHT = [(2, 3 ** (d ^ 5)) for d in range(8)]
+
+
+@pytest.mark.parametrize("dims", [*itertools.permutations(FOUR), EIGHT, sorted(EIGHT)])
+def test_strides_in_any_order_are_told_from_overlapping_ones(dims):
+    sizes, strides = zip(*dims, strict=True)
+    memory = torch.zeros(1 + sum((size - 1) * stride for size, stride in dims))
+    dense = memory.as_strided(sizes, strides)
+    indices = every_third(dense.numel())
+    values = torch.arange(1.0, 1 + len(indices))
+    ops.scatter_(dense, indices, values)
+    assert torch.equal(ops.gather(dense, indices), values)
+    assert int(memory.count_nonzero()) == len(indices)
+    longest = max(strides)  # shorter, it would step onto the last place that the others reach
+    reached = sum((size - 1) * stride for size, stride in dims if stride < longest)
+    shorter = [reached if stride == longest else stride for stride in strides]
+    with pytest.raises(RuntimeError, match="share one place"):
+        ops.scatter_(memory.as_strided(sizes, shorter), indices, values)
 
 
 @pytest.mark.parametrize(

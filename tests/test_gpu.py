@@ -1,7 +1,7 @@
 """What only a GPU can show: streams, CUDA graphs, synchronisation, a whole run like the CPU's.
 
-The operations' own tests run on a GPU too where there is one (fixture ``device``); both are what
-``make test-gpu`` runs.
+The operations' own tests run on a GPU too where there is one (fixture ``device``); both carry the
+mark ``gpu``, and are what ``make test-gpu`` runs.
 """
 
 from __future__ import annotations
@@ -49,7 +49,10 @@ from training import (
     snapshot,
 )
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
 
 #: Cycles that a stream is kept busy for: some tenths of a second.
 _LONG = 400_000_000

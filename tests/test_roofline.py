@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from bench import report, roofline
 from bench.harness import Timing
@@ -21,6 +22,7 @@ from bench.models import (
     uniform_entries,
 )
 from bench.roofline import GPUS, OPERATIONS, Gpu, Work
+from saft_kernels import cost_model
 from saft_kernels.triton import accumulate_topk as triton_topk
 
 A100, H100, H200, MI300X = GPUS
@@ -204,6 +206,24 @@ def test_sampled_operations_move_less_than_dense_ones() -> None:
         for gpu in GPUS:
             ours, theirs = (OPERATIONS[n].work(gpu) for n in (operation.name, operation.baseline))
             assert ours.bytes_on(gpu) <= theirs.bytes_on(gpu), operation.name
+
+
+# The choice of kernels ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("dtype", "element"), [(torch.bfloat16, 2), (torch.float32, 4)])
+def test_the_choice_of_kernels_rests_on_the_same_times(dtype: torch.dtype, element: int) -> None:
+    """Up to what only one of both models counts: sectors hit twice, offsets, the last launch."""
+    height, width, tokens = roofline.HEIGHT, roofline.WIDTH, roofline.TOKENS[1]
+    entries = int(roofline.DENSITY * height * width)
+    rows, columns = roofline.used_rows_and_columns("uniform")
+    layer = cost_model.Layer(height, width, entries, round(rows), round(columns), dtype)
+    dense = roofline.dense_gradient(tokens, height, width, element)
+    assert cost_model.dense_seconds(layer, tokens) == pytest.approx(dense.seconds_on(H100), rel=0.1)
+    packing = roofline.pack_columns(tokens, columns, width, element, H100)
+    products = roofline.sampled_grad(tokens, entries, rows, columns, element, H100)
+    sampled = packing.seconds_on(H100) + products.seconds_on(H100)
+    assert cost_model.sampled_seconds(layer, tokens) == pytest.approx(sampled, rel=0.1)
 
 
 # Tables -------------------------------------------------------------------------------------------

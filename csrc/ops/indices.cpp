@@ -1,8 +1,5 @@
 #include "indices.h"
 
-#include <algorithm>
-#include <numeric>
-
 namespace saft {
 namespace {
 
@@ -28,9 +25,12 @@ Strided merged(const Tensor& dense, const char* name) {
 
 // Whether elements may share a place: some stride does not step over all that the smaller strides reach.
 bool overlaps(const Strided& layout) {
-  int order[kMaxDims];
-  std::iota(order, order + layout.dims, 0);
-  std::sort(order, order + layout.dims, [&](int a, int b) { return layout.strides[a] < layout.strides[b]; });
+  int order[kMaxDims];  // of the dimensions, by stride; each is put into its place among those before it
+  for (int d = 0; d < layout.dims; ++d) {
+    int place = d;
+    for (; place > 0 && layout.strides[order[place - 1]] > layout.strides[d]; --place) order[place] = order[place - 1];
+    order[place] = d;
+  }
   int64_t reach = 0;
   for (int i = 0; i < layout.dims; ++i) {
     const int d = order[i];

@@ -263,13 +263,33 @@ def _is_last(state):
     return tl.atomic_add(state + DONE, 1, sem="acq_rel") == tl.num_programs(0) - 1
 
 
+@triton.jit
+def _offer(bits, position, finite, values, positions, state, capacity, BLOCK: tl.constexpr):
+    """Appends what beats the bar, and counts it in the histogram."""
+    # Without a threshold its slot holds -1, which lies below the bits of every magnitude.
+    threshold = tl.load(state + THRESHOLD)
+    beats = (bits > threshold) | ((bits == threshold) & (position < tl.load(state + TIE)))
+    chosen = finite & beats
+    if tl.max(chosen.to(tl.int32), 0) > 0:
+        bins = bits >> BIN_SHIFT
+        one = tl.full([BLOCK], 1, tl.int64)
+        tl.atomic_add(state + HISTOGRAM + bins, one, chosen, sem="relaxed")
+        above = tl.sum((chosen & (bins >= tl.load(state + BIN))).to(tl.int64), 0)
+        tl.atomic_add(state + ABOVE, above, sem="relaxed")
+        _append(
+            bits, position, chosen, values, positions, capacity,
+            tl.load(state + COUNT), state + FRESH,
+        )  # fmt: skip
+
+
 # That the number of elements is a multiple of 16 is worth a specialisation: only then are masked
 # loads wide.
 @triton.jit(do_not_specialize=["square", "base", "k", "capacity", "limit", "alone"])
 def _scan_kernel(
     acc, grad, scale, square, n: tl.int64, base: tl.int64,
     values, positions, state, k: tl.int64, capacity: tl.int64, limit: tl.int64, alone: tl.int64,
-    BLOCK: tl.constexpr, STEP: tl.constexpr, SETTLE: tl.constexpr,
+    BLOCK: tl.constexpr, STEP: tl.constexpr,
+    SELECT: tl.constexpr, SETTLE: tl.constexpr,
 ):  # fmt: skip
     element = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     exists = element < n
@@ -286,22 +306,9 @@ def _scan_kernel(
     if lowest < NO_POSITION:
         tl.atomic_min(state + NONFINITE, lowest, sem="relaxed")
 
-    # Without a threshold its slot holds -1, which lies below the bits of every magnitude.
-    threshold = tl.load(state + THRESHOLD)
-    beats = (bits > threshold) | ((bits == threshold) & (position < tl.load(state + TIE)))
-    chosen = exists & finite & beats & (k > 0)
-    if tl.max(chosen.to(tl.int32), 0) > 0:
-        bins = bits >> BIN_SHIFT
-        one = tl.full([BLOCK], 1, tl.int64)
-        tl.atomic_add(state + HISTOGRAM + bins, one, chosen, sem="relaxed")
-        above = tl.sum((chosen & (bins >= tl.load(state + BIN))).to(tl.int64), 0)
-        tl.atomic_add(state + ABOVE, above, sem="relaxed")
-        _append(
-            bits, position, chosen, values, positions, capacity,
-            tl.load(state + COUNT), state + FRESH,
-        )  # fmt: skip
-
-    if SETTLE:  # noqa: SIM102 - the compiler would evaluate both sides of `and`
+    if SELECT:
+        _offer(bits, position, exists & finite, values, positions, state, capacity, BLOCK)
+    if SELECT and SETTLE:  # noqa: SIM102 - the compiler would evaluate both sides of `and`
         if _is_last(state):
             _settle_and_refill(
                 acc, n, base, values, positions, state, k, capacity, limit, alone, STEP
@@ -363,7 +370,7 @@ def accumulate_topk_(
     blocks = ceil_div(n, BLOCK)
     launch.launch(
         _scan_kernel, blocks, acc, grad, scale, int(square), n, base, *buffer, k, capacity, limit,
-        ALONE, BLOCK=BLOCK, STEP=STEP, SETTLE=SETTLES_IN_SCAN and k > 0, num_warps=WARPS,
+        ALONE, BLOCK=BLOCK, STEP=STEP, SELECT=k > 0, SETTLE=SETTLES_IN_SCAN, num_warps=WARPS,
     )  # fmt: skip
     if n == 0 or k == 0:
         return

@@ -13,6 +13,7 @@ must not race for memory. Tensors are on the CPU.
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -30,11 +31,20 @@ GENERATIONS = {"sm80": (80, "rev"), "sm90": (90, "random")}
 CHECKS = {"races": True, "block_races": True, "shared_races": True}
 
 
+def _kinds() -> list[str]:
+    built = not backends.build_info().get("cuda", "off").startswith("off")
+    return (["cuda"] if built else []) + ["triton"]
+
+
 def names() -> list[str]:
     """The implementations that can be simulated here."""
-    built = not backends.build_info().get("cuda", "off").startswith("off")
-    kinds = (["cuda"] if built else []) + ["triton"]
-    return [f"{kind}-{generation}" for kind in kinds for generation in GENERATIONS]
+    return [f"{kind}-{generation}" for kind in _kinds() for generation in GENERATIONS]
+
+
+def kernels() -> set[str]:
+    """All kernels that can be simulated here, by the names in ``kernel_coverage.launched``."""
+    modules = [importlib.import_module(f"simulated.{kind}") for kind in _kinds()]
+    return set().union(*(module.kernels() for module in modules))
 
 
 @functools.cache

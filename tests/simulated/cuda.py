@@ -6,6 +6,7 @@ import ctypes
 import fcntl
 import functools
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 
+import kernel_coverage
 import ptxsim
 import simulated
 from saft_kernels import ops
@@ -61,6 +63,21 @@ def _loaded() -> tuple[ctypes.CDLL, torch.library.Library]:
 def _texts(sm: int) -> list[str]:
     """The PTX of every kernel file for one GPU generation."""
     return [t for t in ptxsim.extract_ptx(library()).values() if f".target sm_{sm}\n" in t]
+
+
+def kernels() -> set[str]:
+    """Every kernel of the library, by the generation it is compiled for and its name."""
+    generations = [sm for sm, _ in simulated.GENERATIONS.values()]
+    return {
+        _label(sm, kernel)
+        for sm in generations
+        for text in _texts(sm)
+        for kernel in re.findall(r"\.entry ([\w$]+)\(", text)
+    }
+
+
+def _label(sm: int, kernel: str) -> str:
+    return f"sm_{sm}: {kernel}"
 
 
 @functools.cache
@@ -129,6 +146,7 @@ class SimulatedCuda:
                 **self.options,
             )  # fmt: skip
             self.launches.append(name)
+            kernel_coverage.launched.add(_label(self.sm, name))
         except Exception as error:
             self._error = error
             return 1

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -12,12 +14,35 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+import kernel_coverage
 import ptxsim
 import simulated
 from saft_kernels.triton import launch, library
 
 #: The GPU that operations on CPU tensors run on now.
 _active: SimulatedTriton | None = None
+
+
+def kernels(folder: Path = Path(library.__file__).parent) -> set[str]:
+    """Every ``triton.jit`` function that no other one uses, by its file and name."""
+    functions = {
+        f"{path.stem}.{node.name}": node
+        for path in folder.glob("*.py")
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.FunctionDef)
+        and any(ast.unparse(each).startswith("triton.jit") for each in node.decorator_list)
+    }
+    used = {
+        node.id
+        for function in functions.values()
+        for node in ast.walk(function)
+        if isinstance(node, ast.Name)
+    }
+    return {f"triton: {name}" for name, node in functions.items() if node.name not in used}
+
+
+def _label(function: Any) -> str:
+    return f"triton: {function.__module__.rpartition('.')[2]}.{function.__name__}"
 
 
 @functools.cache
@@ -93,6 +118,7 @@ class SimulatedTriton:
                 raise
             _simulated(kernel, 80)[(blocks,)](*arguments, **options)
         self.launches.append(kernel.fn.__name__)
+        kernel_coverage.launched.add(_label(kernel.fn))
 
     def _new_empty(
         self, like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None
