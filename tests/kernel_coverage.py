@@ -77,7 +77,8 @@ def _has_run_all_tests(session: pytest.Session, exitstatus: int) -> bool:
 
 def _selects_all_tests(config: pytest.Config) -> bool:
     selected = any(config.getoption(option, default=None) for option in _SELECTING)
-    return not selected and list(config.args) == config.getini("testpaths")
+    at_root = config.invocation_params.dir == config.rootpath
+    return not selected and at_root and list(config.args) == config.getini("testpaths")
 
 
 def _readable(names: list[str]) -> list[str]:

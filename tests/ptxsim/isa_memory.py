@@ -42,10 +42,14 @@ def _extended(e: FunctionEmitter, dest: str, type_: str, value: str) -> str:
     return f"{name} = {value};"
 
 
-def _order(ins: Instruction, kind: str) -> str:
-    """Record of a release or an acquire, for the race detectors."""
+def _device(ins: Instruction) -> str:
+    """Whether other blocks take part in the order that a strong load or store makes."""
     device = ins.has(*_DEVICE_SCOPE) or (ins.has("volatile") and not _is_shared(ins))
-    return f"thread_{kind}(t, {str(device).lower()}); "
+    return str(device).lower()
+
+
+def _acquires(ins: Instruction) -> str:
+    return str(ins.has("acquire", "acq_rel")).lower()
 
 
 def _is_shared(ins: Instruction) -> bool:
@@ -68,7 +72,7 @@ def emit_load(e: FunctionEmitter, ins: Instruction) -> str:
         template = f"load_vector<{_space(ins)}, Access::{access}>"
         code += f"{template}(t, {e.address(ins.operands[1])}, {e.site()}, v); "
         if strong:
-            code += _order(ins, "acquire")
+            code += f"thread_observe(t, {_device(ins)}, {_acquires(ins)}); "
     return code + " ".join(_extended(e, d, type_, f"v[{i}]") for i, d in enumerate(dests))
 
 
@@ -83,9 +87,12 @@ def emit_store(e: FunctionEmitter, ins: Instruction) -> str:
     own_param = e.param_pointer(ins.operands[0]) if ins.first(("param",)) else None
     if own_param:
         return f"{code}std::memcpy({own_param}, v, sizeof v);"
-    access = "StrongWrite" if ins.has(*_STRONG) else "Write"
+    strong = ins.has(*_STRONG)
+    access = "StrongWrite" if strong else "Write"
     if ins.has("release"):
-        code += _order(ins, "release")
+        code += f"thread_release(t, {_device(ins)}); "
+    if strong and _device(ins) == "true":
+        code += "thread_publish(t); "
     template = f"store_vector<{_space(ins)}, Access::{access}>"
     return f"{code}{template}(t, {e.address(ins.operands[0])}, {e.site()}, v);"
 
@@ -150,6 +157,8 @@ def emit_atomic(e: FunctionEmitter, ins: Instruction) -> str:
     code = ""
     if ins.has("release", "acq_rel"):
         code += f"thread_release(t, {device}); "
+    if device == "true":
+        code += "thread_publish(t); "
     code += (
         f"uint8_t* p = pointer<{_space(ins)}>"
         f"(t, {e.address(operands[0])}, {size * count}, Access::Atomic, {e.site()}); "
@@ -160,7 +169,7 @@ def emit_atomic(e: FunctionEmitter, ins: Instruction) -> str:
         if dest != "_":
             code += f"{e.set(dest, f'old{i}')} "
     if observed:
-        code += f"thread_acquire(t, {device}); "
+        code += f"thread_observe(t, {device}, {_acquires(ins)}); "
     if observed or op in ("cas", "exch"):  # the thread may be spinning
         code += "poll(t, 64);"
     return code
@@ -225,7 +234,7 @@ def emit_fence(e: FunctionEmitter, ins: Instruction) -> str:
     """Fences order accesses for the race detectors."""
     if ins.has("proxy"):
         return ""
-    return f"thread_release(t, {str(ins.has('gl', *_DEVICE_SCOPE)).lower()});"
+    return f"thread_fence(t, {str(ins.has('gl', *_DEVICE_SCOPE)).lower()});"
 
 
 @emitter(

@@ -33,7 +33,7 @@ static void run(const LaunchArgs& args) {
   const size_t blocks = args.grid.count();
   set_ranges(l);
   l.deadline = std::chrono::steady_clock::now() + std::chrono::milliseconds(int64_t(l.opt.timeout_s * 1000));
-  l.released.assign(l.opt.races ? blocks : 0, 0);
+  l.published.assign(l.opt.races ? blocks : 0, 0);
   BlockOrder order(blocks, l.opt);
   std::atomic<size_t> next{0};
   std::atomic<bool> failed{false};

@@ -91,7 +91,7 @@ struct Launch {
   const Options& opt;
   std::vector<Range> ranges;  // sorted by base
   std::vector<Pages> shadows;
-  std::vector<uint8_t> released;  // per block: it has executed a device-scope release
+  std::vector<uint32_t> published;  // per block: the time up to which others may know what it has done
   std::chrono::steady_clock::time_point deadline;
 };
 
@@ -149,7 +149,10 @@ struct BlockState : Block {
   size_t cursor = 0;      // place in `order` of the running thread
   uint32_t epoch = 1;     // never reset: number of barriers released so far
   unsigned alive = 0;     // threads that have not exited
-  bool acquired = false;  // executed a device-scope acquire
+  uint32_t time = 1;      // advances with every device-scope fence or release
+  uint32_t fenced = 0;    // the time before the last of them
+  bool observed = false;  // a strong read of something that another block may have written
+  bool acquired = false;  // after which there was a fence, or which was an acquire
   std::string error;
   Fiber main;
   std::vector<Fiber*> free_fibers;

@@ -13,8 +13,10 @@ void check_param(Thread& t, uint64_t addr, unsigned n, Access kind);
 uint8_t* generic_ptr(Thread& t, uint64_t addr, unsigned n, Access kind, unsigned site, const void* data);
 
 // Records of what orders accesses, for the race detectors.  `device`: the scope is wider than the block.
+void thread_fence(Thread& t, bool device);
 void thread_release(Thread& t, bool device);
-void thread_acquire(Thread& t, bool device);
+void thread_publish(Thread& t);
+void thread_observe(Thread& t, bool device, bool acquires);
 #pragma GCC visibility pop
 
 inline bool is_shared_address(const Thread& t, uint64_t addr) {

@@ -7,23 +7,44 @@
 namespace ptx {
 
 // ---------------------------------------------------------------- order by fences
-// Threads and blocks that communicate through fences and atomics whose result is used are taken as ordered: one has
-// executed a release, the other an acquire.  Which came first, and on which flag, is not tracked.
-void thread_release(Thread& t, bool device) {
+// Blocks that communicate are taken as ordered if one of them has published and the other has acquired: has executed a
+// fence (or a release) and then an atomic or a strong store, and a strong read and then a fence (or an acquire).  Which
+// flag that was, and whether the value read was the one written, is not tracked.  What a block does after its fence is
+// not published by it.  Threads of a block are ordered with less: a fence or a release, and a strong read.
+static void order_threads(Thread& t) {
   std::atomic_thread_fence(std::memory_order_seq_cst);  // blocks may run on several OS threads
   state_of(t).released = true;
+}
+
+void thread_fence(Thread& t, bool device) {
+  thread_release(t, device);
   BlockState& b = block_of(t);
-  if (device && !b.launch.released.empty()) __atomic_store_n(&b.launch.released[b.linear], 1, __ATOMIC_RELAXED);
+  if (device && b.observed) b.acquired = true;
 }
 
-void thread_acquire(Thread& t, bool device) {
+void thread_release(Thread& t, bool device) {
+  order_threads(t);
+  BlockState& b = block_of(t);
+  if (device) b.fenced = b.time++;
+}
+
+void thread_publish(Thread& t) {
+  BlockState& b = block_of(t);
+  if (!b.launch.published.empty()) __atomic_store_n(&b.launch.published[b.linear], b.fenced, __ATOMIC_RELAXED);
+}
+
+void thread_observe(Thread& t, bool device, bool acquires) {
   state_of(t).acquired = true;
-  if (device) block_of(t).acquired = true;
+  BlockState& b = block_of(t);
+  if (!device) return;
+  b.observed = true;
+  b.acquired |= acquires;
 }
 
-static bool blocks_ordered(const BlockState& b, uint32_t other) {
+// Whether what block `other` (index + 1) did at that time of its own is known to this one.
+static bool blocks_ordered(const BlockState& b, uint32_t other, uint32_t time) {
   if (!b.acquired || other == kMany) return b.acquired;
-  return __atomic_load_n(&b.launch.released[other - 1], __ATOMIC_RELAXED);
+  return __atomic_load_n(&b.launch.published[other - 1], __ATOMIC_RELAXED) >= time;
 }
 
 // ---------------------------------------------------------------- between blocks
@@ -42,16 +63,18 @@ static BlockCell after(ThreadState& t, BlockCell c, uint64_t addr) {
   if (K == Access::ReadOnly && c.writer)
     block_race(t, "ld.global.nc of a byte that the kernel has written", addr, writer);
   bool both_strong = is_strong(K) && (c.writer & kStrong);
-  if (c.writer && writer != me && !both_strong && !blocks_ordered(b, writer))
+  if (c.writer && writer != me && !both_strong && !blocks_ordered(b, writer, c.time))
     block_race(t, is_read(K) ? "read after write" : "write after write", addr, writer);
   if constexpr (K == Access::Read || K == Access::ReadOnly) {
     c.reader = c.reader == 0 || c.reader == me ? me : kMany;
   } else if constexpr (K != Access::StrongRead) {
-    if (c.reader && c.reader != me && !blocks_ordered(b, c.reader)) block_race(t, "write after read", addr, c.reader);
+    if (c.reader && c.reader != me && !blocks_ordered(b, c.reader, 1))
+      block_race(t, "write after read", addr, c.reader);
     if (is_strong(K) && c.writer != me)
       c.writer = kStrong | (writer == 0 || writer == me ? me : kMany);
     else
       c.writer = me;
+    c.time = b.time;
   }
   return c;
 }

@@ -5,10 +5,10 @@
 namespace ptx {
 
 // Between blocks: who wrote and who read a byte in this launch.  `writer`: 0 none, else block + 1, with kStrong set for
-// atomics and other strong writes.  `reader`: 0 none, block + 1 or kMany.  With several OS threads cells may be updated
-// at the same time; a lost update can hide a race, never invent one.
+// atomics and other strong writes; `time`: that of the writer then.  `reader`: 0 none, block + 1 or kMany.  With
+// several OS threads cells may be updated at the same time; a lost update can hide a race, never invent one.
 struct BlockCell {
-  uint32_t writer, reader;
+  uint32_t writer, reader, time;
   bool operator==(const BlockCell&) const = default;
 };
 constexpr uint32_t kStrong = 0x80000000u, kMany = 0x7fffffffu;

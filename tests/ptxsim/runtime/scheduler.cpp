@@ -247,7 +247,9 @@ static void describe_deadlock(BlockState& b) {
 static void reset(BlockState& b) {
   b.alive = b.threads.size();
   b.epoch++;
-  b.acquired = false;
+  b.time = 1;
+  b.fenced = 0;
+  b.observed = b.acquired = false;
   for (auto& w : b.warps) std::memset(w.wait_mask, 0, sizeof w.wait_mask);
   for (auto& bar : b.barriers) bar = Barrier{};
   if (b.shared_size) std::memset(b.shared, 0xCB, b.shared_size);  // poison

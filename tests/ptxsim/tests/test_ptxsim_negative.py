@@ -49,6 +49,22 @@ extern "C" __global__ void exited_lane(int* o) {
   if (threadIdx.x == 5) return;
   o[threadIdx.x] = __shfl_down_sync(~0u, int(threadIdx.x), 1);
 }
+extern "C" __global__ void last_block(int* part, unsigned* done, int* sum) {
+  __shared__ bool is_last;
+  part[blockIdx.x * blockDim.x + threadIdx.x] = threadIdx.x;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence();
+    is_last = atomicAdd(done, 1u) == gridDim.x - 1;
+    __threadfence();
+  }
+  __syncthreads();
+  if (is_last) {
+    int total = 0;
+    for (int i = threadIdx.x; i < gridDim.x * blockDim.x; i += blockDim.x) total += part[i];
+    atomicAdd(sum, total);
+  }
+}
 extern "C" __global__ void global_rotate(const int* x, int* s, int* o) {
   s[threadIdx.x] = x[threadIdx.x];
   __syncthreads();
@@ -221,6 +237,35 @@ def test_equal_values_do_not_race_inside_a_block(module):
     assert o[0] == 7
     with pytest.raises(ptxsim.KernelError, match="race between blocks: write after write"):
         module.launch("same_value", 2, 64, [o])
+
+
+def without(ptx: str, kernel: str, pattern: str, which: int) -> ptxsim.Module:
+    """The kernels, but in one of them a statement is missing."""
+    begin = ptx.index(f".entry {kernel}(")
+    found = list(re.finditer(pattern, ptx[begin:]))[which]
+    return ptxsim.Module(ptx[: begin + found.start()] + ptx[begin + found.end() :])
+
+
+def run_last_block(module: ptxsim.Module, order: str) -> int:
+    total = np.zeros(1, np.int32)
+    part, done = np.zeros(5 * 64, np.int32), np.zeros(1, np.uint32)
+    module.launch("last_block", 5, 64, [part, done, total], order=order)
+    return int(total[0])
+
+
+@pytest.mark.parametrize("order", ["fwd", "rev", "random"])
+def test_the_last_block_reads_what_all_have_written(module, ptx, order):
+    assert run_last_block(module, order) == 5 * 64 * 63 // 2
+    for fence in (0, 1):
+        with pytest.raises(ptxsim.KernelError, match="race between blocks: read after write"):
+            run_last_block(without(ptx, "last_block", r"membar\.gl;|fence\S*;", fence), order)
+
+
+@pytest.mark.parametrize("order", ["fwd", "random"])
+def test_the_last_block_does_not_wait_for_the_warps_of_others(ptx, order):
+    broken = without(ptx, "last_block", r"bar\.sync\s+0;|barrier\S*\s+0;", 0)
+    with pytest.raises(ptxsim.KernelError, match="race"):
+        run_last_block(broken, order)
 
 
 @pytest.mark.parametrize("order", ["fwd", "rev", "random"])
