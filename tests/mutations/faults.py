@@ -183,6 +183,13 @@ FAULTS = (
         _TOPK_TESTS,
     ),
     Fault(
+        "accumulate_topk: the last block may read what it knew before",
+        _TOPK_CU,
+        "gridDim.x - 1;\n    __threadfence();",
+        "gridDim.x - 1;",
+        _TOPK_TESTS,
+    ),
+    Fault(
         "accumulate_topk: a warp may still be at work when its block is done",
         _TOPK_CU,
         "  __shared__ bool is_last;\n  __syncthreads();",
