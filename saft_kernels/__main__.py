@@ -96,6 +96,7 @@ def main() -> int:
             print(f"  {name:27} {text}")
     try:
         backends.require_environment()
+        backends.require(backends.requested_backend())
     except BackendUnavailableError as error:
         print(f"Error: {error}")
         return 1
