@@ -9,8 +9,8 @@ triton     Triton kernels for NVIDIA and AMD GPUs
 reference  plain torch, for any device: the specification itself, slow
 ========== ==========================================================================
 
-By default the device of the tensors decides: for a GPU ``cuda`` if kernels were compiled for it,
-else ``triton``. ``SAFT_BACKEND`` or :func:`use_backend` asks for one
+By default the device of the tensors decides: for a GPU ``cuda`` if kernels were compiled for it
+and its driver can run them, else ``triton``. ``SAFT_BACKEND`` or :func:`use_backend` asks for one
 by name; a backend that was asked for and cannot run raises, nothing falls back silently.
 ``python -m saft_kernels`` says what would run and why.
 
@@ -195,7 +195,7 @@ def _gpu_obstacle(name: str, index: int | None) -> str | None:
 
 
 def _find_gpu_obstacle(name: str, index: int | None) -> str | None:
-    obstacle = _build_obstacle(name)
+    obstacle = _build_obstacle(name) or (_driver_obstacle() if name == "cuda" else None)
     if obstacle is not None:
         return obstacle
     if index is None:
@@ -216,6 +216,18 @@ def _cuda_build_obstacle() -> str | None:
     if torch.version.cuda is None:
         return "the compiled kernels are for NVIDIA GPUs, and this torch is not"
     return None
+
+
+def _driver_obstacle() -> str | None:
+    """Why the driver cannot run a library of the CUDA that this one was built with."""
+    needed = int(build_info()["cuda"].partition(".")[0])
+    major, minor = divmod(torch.ops.saft_kernels.cuda_driver() // 10, 100)
+    if major == 0 or major >= needed:  # 0: there is no driver, and so no GPU
+        return None
+    return (
+        f"the NVIDIA driver supports CUDA {major}.{minor}, and the kernels were compiled for CUDA "
+        f"{needed}.0 or later; install a newer driver, or set SAFT_BACKEND=triton"
+    )
 
 
 def _architecture_obstacle(index: int) -> str | None:

@@ -124,10 +124,12 @@ def gpu(monkeypatch):
         built="13.0: sm_80 sm_90, PTX of compute_90",
         cuda="13.0",
         triton=True,
+        driver=13000,
     ):
         info = {**backends.build_info(), "cuda": built}
         monkeypatch.setattr(backends, "build_info", lambda: info)
         monkeypatch.setattr(torch.version, "cuda", cuda)
+        monkeypatch.setattr(torch.ops.saft_kernels, "cuda_driver", lambda: driver)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
@@ -156,6 +158,33 @@ def test_triton_serves_a_gpu_for_which_nothing_was_compiled(gpu, built):
     assert backends.resolve(CUDA) == "triton"
     with pytest.raises(BackendUnavailableError, match=r"'cuda' was asked for: (the lib|GPU 0 is)"):
         backends.use_backend("cuda").__enter__()
+
+
+@pytest.mark.parametrize(
+    ("driver", "built", "served"),
+    [(12080, "13.0", "triton"), (13000, "13.2", "cuda"), (13020, "13.0", "cuda"),
+     (12080, "12.4", "cuda"), (14010, "13.0", "cuda")],
+)  # fmt: skip
+def test_compiled_kernels_need_a_driver_of_their_cuda(gpu, driver, built, served):
+    gpu((9, 0), f"{built}: sm_90, PTX of compute_90", driver=driver)
+    assert backends.resolve(CUDA) == served
+    assert backends.backend_status("cuda").available == (served == "cuda")
+
+
+def test_a_driver_that_is_too_old_is_said_clearly(gpu, monkeypatch):
+    gpu((9, 0), driver=12080)
+    said = r"supports CUDA 12\.8, .* CUDA 13\.0 or later; install a newer .*SAFT_BACKEND=triton"
+    with pytest.raises(BackendUnavailableError, match=said):
+        backends.use_backend("cuda").__enter__()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # torch needs a newer one too
+    assert "supports CUDA 12.8" in backends.backend_status("cuda").reason
+    assert backends.backend_status("triton").reason == "torch sees no GPU"
+    assert sections()["GPUs"] == {"none": "torch sees no GPU"}
+
+
+def test_the_library_asks_the_driver_that_is_here():
+    works = backends.backend_status("cuda").available
+    assert torch.ops.saft_kernels.cuda_driver() >= (12_000 if works else 0)
 
 
 def test_the_interpreter_leaves_a_gpu_to_what_was_compiled(gpu, monkeypatch):
