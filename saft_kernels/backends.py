@@ -238,15 +238,29 @@ def _architecture_obstacle(index: int) -> str | None:
     return f"GPU {index} is sm_{major}{minor}, and the kernels were compiled for {built}"
 
 
+#: Compute capabilities of Tegra's integrated GPUs (Jetson, DRIVE). They share no machine code with
+#: other GPUs, their major version notwithstanding.
+_TEGRA = {(7, 2), (8, 7), (10, 1), (11, 0)}
+
+
 def runs_on(built: str, major: int, minor: int) -> bool:
     """Whether kernels built as :func:`build_info` says run on compute capability major.minor.
 
-    Machine code runs on GPUs of its own major version and its minor version or higher; PTX runs on
-    every later GPU.
+    Machine code runs on GPUs of its own major version and its minor version or higher, on Tegra and
+    from Tegra on its own version alone; PTX runs on every later GPU.
     """
+    gpu = (major, minor)
     own = [divmod(int(sm), 10) for sm in re.findall(r"sm_(\d+)", built)]
     ptx = [divmod(int(sm), 10) for sm in re.findall(r"compute_(\d+)", built)]
-    return any(major == m and minor >= n for m, n in own) or any((major, minor) >= p for p in ptx)
+    return any(_shares_machine_code(made_for, gpu) for made_for in own) or any(
+        gpu >= made_for for made_for in ptx
+    )
+
+
+def _shares_machine_code(made_for: tuple[int, int], gpu: tuple[int, int]) -> bool:
+    if made_for in _TEGRA or gpu in _TEGRA:
+        return made_for == gpu
+    return made_for[0] == gpu[0] and made_for[1] <= gpu[1]
 
 
 def interpreting() -> bool:

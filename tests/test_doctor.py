@@ -347,3 +347,13 @@ def test_the_choice_does_not_break_the_graph_of_compiled_code(
 def test_machine_code_serves_its_generation_and_ptx_all_later_ones(capability, runs):
     built = "13.0: sm_80 sm_90 sm_120, PTX of compute_120"
     assert backends.runs_on(built, *capability) == runs
+
+
+def test_machine_code_of_other_gpus_does_not_run_on_tegra():
+    built = "13.0: sm_80 sm_86 sm_100, PTX of compute_120"
+    assert not any(backends.runs_on(built, *tegra) for tegra in [(7, 2), (8, 7), (10, 1), (11, 0)])
+    assert backends.runs_on(built, 8, 9)
+    assert backends.runs_on(built, 10, 3)
+    assert backends.runs_on("13.0: sm_87, PTX of compute_87", 8, 7)
+    assert not backends.runs_on("13.0: sm_87, PTX of compute_90", 8, 9)
+    assert backends.runs_on("13.0: sm_80, PTX of compute_80", 8, 7)
