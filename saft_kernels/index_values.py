@@ -18,6 +18,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from saft_kernels.once import once_of_memory
+from saft_kernels.streams import is_capturing
 
 
 class _Known:
@@ -108,7 +109,7 @@ def _known_of(vector: Tensor) -> _Known:
 
 
 def _refuse_capture(vector: Tensor) -> None:
-    if vector.is_cuda and torch.cuda.is_current_stream_capturing():
+    if is_capturing(vector):
         raise RuntimeError(
             "index vectors are checked when they are first used, which a CUDA graph cannot "
             "capture; run the step once before capturing it"
