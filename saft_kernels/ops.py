@@ -325,7 +325,7 @@ def pack_columns(x: Tensor, columns: Tensor, dtype: torch.dtype | None = None) -
     backend = backends.resolve(x.device)
     if backend in backends.GPU and x.dim() == 2:
         index_values.require_increasing(columns, [x.shape[1] + 1], "columns")
-    packed: Tensor = _implementation("pack_columns", backend)(x, columns, dtype)
+    packed: Tensor = _implementation("pack_columns", backend)(x.detach(), columns, dtype)
     return packed
 
 
@@ -383,7 +383,7 @@ def sampled_grad(
                 columns.shape[0], rows.shape[0], packed.shape[1], grad_output.dtype
             )
     grad: Tensor = _implementation("sampled_grad", backend)(
-        packed, grad_output, rows, offsets, columns, bool(product)
+        packed.detach(), grad_output.detach(), rows, offsets, columns, bool(product)
     )
     return grad
 
@@ -428,7 +428,7 @@ def sampled_embedding_grad(
     if backend in backends.GPU and grad_output.dim() == 2:
         _require_plan(rows, _INT32_MAX, offsets, columns, grad_output.shape[1])
     grad: Tensor = _implementation("sampled_embedding_grad", backend)(
-        tokens, grad_output, rows, offsets, columns
+        tokens, grad_output.detach(), rows, offsets, columns
     )
     return grad
 

@@ -306,6 +306,16 @@ def test_opcheck(device, dtype):
     torch.library.opcheck(op.sampled_grad.default, (packed, p.dy, *plan, True))
 
 
+def test_gradients_of_a_parameter_record_no_graph(device):
+    p = problem(device, torch.float32, 20)
+    columns, *plan = p.plan()
+    for tensor in (p.x, p.dy):
+        tensor.requires_grad_()
+    packed = ops.pack_columns(p.x, columns)
+    assert not packed.requires_grad
+    assert not ops.sampled_grad(packed.requires_grad_(), p.dy, *plan).requires_grad
+
+
 # Embeddings ---------------------------------------------------------------------------------------
 
 
@@ -323,6 +333,12 @@ def run_lookup(p: Problem) -> Tensor:
     rows, counts = row.unique_consecutive(return_counts=True)
     offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
     return ops.sampled_embedding_grad(p.x, p.dy, rows.int(), offsets.int(), column.int())
+
+
+def test_embedding_gradient_of_a_parameter_records_no_graph(device):
+    p = lookup(device, torch.float32, 20)
+    p.dy.requires_grad_()
+    assert not run_lookup(p).requires_grad
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
