@@ -161,11 +161,12 @@ def scatter_(dense: Tensor, indices: Tensor, values: Tensor) -> None:
         dense: any floating dtype, shape and non-overlapping strides; every other entry keeps its
             bits.
         indices: int32 or int64 [nnz], strictly increasing, within ``dense``.
-        values: [nnz], the dtype of ``dense``.
+        values: [nnz], the dtype of ``dense``, in memory of their own: ``dense`` is written while
+            they are read.
 
     Raises:
-        RuntimeError: if an index is out of range or they do not increase strictly; nothing is
-        written.
+        RuntimeError: if an index is out of range or they do not increase strictly, or if ``values``
+            lie in a ``dense`` that has no gaps in memory; nothing is written.
     """
     backend = backends.resolve(dense.device)
     if backend in backends.GPU:
