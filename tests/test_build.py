@@ -14,6 +14,8 @@ import pytest
 import setuptools
 import torch
 
+from saft_kernels import backends, ops
+
 ROOT = Path(__file__).parent.parent
 TORCH = Path(torch.__file__).parent
 
@@ -85,6 +87,14 @@ def test_old_setuptools_is_one_clear_sentence(monkeypatch):
     monkeypatch.setitem(sys.modules, "setuptools.command.bdist_wheel", None)
     with pytest.raises(SystemExit, match="setuptools 77 or later is needed"):
         runpy.run_path(str(ROOT / "setup.py"))
+
+
+def test_messages_name_files_of_the_checkout_and_not_where_it_was_built():
+    with pytest.raises(RuntimeError, match=r"(^|\s)csrc/cpu/index_values\.cpp"):
+        ops.gather(torch.zeros(3), torch.tensor([5]))
+    library = backends.LIBRARY.read_bytes()
+    assert str(ROOT).encode() not in library
+    assert str(TORCH).encode() not in library
 
 
 def test_symbols_shared_between_instruction_sets_fail_the_build(tmp_path):
