@@ -35,6 +35,17 @@ def torch_root() -> Path:
     return Path(spec.origin).parent
 
 
+def cuda_options() -> list[str]:
+    """What CMake is told of CUDA: as the environment says, and nothing of an earlier build."""
+    architectures = os.environ.get("SAFT_CUDA_ARCHITECTURES")
+    return [
+        f"-DSAFT_CUDA={os.environ.get('SAFT_CUDA', 'AUTO')}",
+        f"-DSAFT_CUDA_ARCHITECTURES={architectures}"
+        if architectures
+        else "-USAFT_CUDA_ARCHITECTURES",
+    ]
+
+
 class CMakeExtension(Extension):
     """A library that CMake builds; setuptools only needs to know where it goes."""
 
@@ -55,7 +66,7 @@ class CMakeBuild(build_ext):
         options = [
             f"-DSAFT_TORCH_ROOT={torch_root()}",
             f"-DSAFT_VERSION={self.distribution.get_version()}",
-            f"-DSAFT_CUDA={os.environ.get('SAFT_CUDA', 'AUTO')}",
+            *cuda_options(),
             f"-DCMAKE_INSTALL_PREFIX={target}",
             "-DCMAKE_BUILD_TYPE=Release",
         ]

@@ -25,11 +25,14 @@ else()
   execute_process(COMMAND ${CMAKE_CUDA_COMPILER} --list-gpu-arch OUTPUT_VARIABLE known)
 
   # Machine code for every GPU that a user may have, and PTX of the newest for those to come. A user who builds for one
-  # machine may give less. CMake must be told in any case: without a GPU it would guess.
+  # machine may give less, in any order. CMake must be told in any case: without a GPU it would guess.
   set(SAFT_CUDA_ARCHITECTURES "80;86;89;90;100;120" CACHE STRING "Compute capabilities to compile for")
+  set(architectures ${SAFT_CUDA_ARCHITECTURES})
+  list(REMOVE_DUPLICATES architectures)
+  list(SORT architectures COMPARE NATURAL)
   set(CMAKE_CUDA_ARCHITECTURES "")
   set(names "")
-  foreach(architecture IN LISTS SAFT_CUDA_ARCHITECTURES)
+  foreach(architecture IN LISTS architectures)
     if(known MATCHES "compute_${architecture}\n")
       list(APPEND CMAKE_CUDA_ARCHITECTURES "${architecture}-real")
       list(APPEND names "sm_${architecture}")

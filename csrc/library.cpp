@@ -51,6 +51,7 @@ STABLE_TORCH_LIBRARY(saft_kernels, m) {
 
   // What was built and what is in use (backends.py)
   m.def("build_info() -> str");
+  m.def("cuda_driver() -> int");
   m.def("cpu_isas() -> str");
   m.def("cpu_isa() -> str");
   m.def("set_cpu_isa(str name) -> ()");

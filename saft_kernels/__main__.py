@@ -58,7 +58,8 @@ def backend_lines() -> dict[str, str]:
 def gpus() -> dict[str, str]:
     """Every GPU that torch sees: its name, its architecture, and the backend that serves it."""
     found = {}
-    for index in range(torch.cuda.device_count()):
+    # With a driver too old for torch there are GPUs, but nothing can be asked of them.
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         properties = torch.cuda.get_device_properties(index)
         architecture = getattr(
             properties, "gcnArchName", f"sm_{properties.major}{properties.minor}"
@@ -96,6 +97,7 @@ def main() -> int:
             print(f"  {name:27} {text}")
     try:
         backends.require_environment()
+        backends.require(backends.requested_backend())
     except BackendUnavailableError as error:
         print(f"Error: {error}")
         return 1

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -26,6 +27,10 @@ from saft_kernels.topk import StreamingTopK
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
 Progress = Callable[[int, int | None, str], None]
+
+#: Accumulators begin at multiples of this many elements, 16 bytes, where kernels load wide: odd
+#: sizes leave gaps.
+ALIGNMENT = 4
 
 # Two passes over the same data may differ by rounding on a GPU; another order of the data differs
 # by more.
@@ -47,8 +52,18 @@ class Segment:
         return self.end - self.begin
 
 
+def aligned(numel: int) -> int:
+    """The elements that an accumulator of ``numel`` takes up, the gap behind it included."""
+    return -(-numel // ALIGNMENT) * ALIGNMENT
+
+
 def cut_into_chunks(candidates: dict[str, nn.Parameter], limit: int) -> list[list[Segment]]:
-    """Cut the candidates, in order, into chunks of ``limit`` elements (the last may have fewer)."""
+    """Cut the candidates, in order, into chunks whose accumulators take up ``limit`` elements.
+
+    Args:
+        candidates: name -> parameter.
+        limit: a multiple of :data:`ALIGNMENT`; the last chunk may take up fewer.
+    """
     chunks: list[list[Segment]] = [[]]
     room = limit
     for name, param in candidates.items():
@@ -59,7 +74,7 @@ def cut_into_chunks(candidates: dict[str, nn.Parameter], limit: int) -> list[lis
                 room = limit
             end = min(param.numel(), begin + room)
             chunks[-1].append(Segment(name, param, begin, end))
-            room -= end - begin
+            room -= aligned(end - begin)
             begin = end
     return chunks
 
@@ -114,7 +129,7 @@ class GradientSelection:
         for chunk in chunks:
             _refuse_streamed(chunk)
         params = {segment.param for chunk in chunks for segment in chunk}
-        largest = max(sum(segment.numel for segment in chunk) for chunk in chunks)
+        largest = max(_places(chunk)[-1] for chunk in chunks)
         memory = torch.empty(largest, dtype=torch.float32, device=top.device)
         first_losses: list[float] | None = None
         depends = False
@@ -193,15 +208,23 @@ _INDEPENDENT = (
 )
 
 
+def _places(chunk: Sequence[Segment]) -> list[int]:
+    """Where the accumulators of a chunk begin in its memory, and behind them where they end."""
+    return list(accumulate((aligned(segment.numel) for segment in chunk), initial=0))
+
+
 class _Collector:
     """Adds up the gradients of one chunk while its context is entered; only these are computed."""
 
     def __init__(
         self, chunk: Sequence[Segment], top: StreamingTopK, memory: Tensor, *, square: bool
     ) -> None:
-        sizes = [segment.numel for segment in chunk]
-        pieces = memory[: sum(sizes)].zero_().split(sizes)
-        self._acc = dict(zip(chunk, pieces, strict=True))
+        *places, end = _places(chunk)
+        memory[:end].zero_()
+        self._acc = {
+            segment: memory[place : place + segment.numel]
+            for segment, place in zip(chunk, places, strict=True)
+        }
         self._top = top
         self._square = square
         self._weight = 1.0

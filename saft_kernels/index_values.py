@@ -18,6 +18,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from saft_kernels.once import once_of_memory
+from saft_kernels.streams import is_capturing
 
 
 class _Known:
@@ -34,7 +35,12 @@ class _Known:
 
 
 def require_increasing(
-    indices: Tensor, numel: Sequence[int], name: str, bounds: Sequence[int] | None = None
+    indices: Tensor,
+    numel: Sequence[int],
+    name: str,
+    bounds: Sequence[int] | None = None,
+    *,
+    of: str = "elements of the tensor",
 ) -> None:
     """Every vector ``indices[bounds[i]:bounds[i + 1]]`` increases strictly within [0, numel[i]).
 
@@ -46,6 +52,7 @@ def require_increasing(
         numel: T limits.
         name: of the vector, for the message.
         bounds: T + 1 numbers that rise from 0 to n; None for a single vector.
+        of: what there are ``numel`` of, for the message.
 
     Raises:
         RuntimeError: if one does not.
@@ -65,7 +72,7 @@ def require_increasing(
     if known.pieces.issuperset(pieces):
         return
     _refuse_capture(indices)
-    _check_increasing(indices, numel, name, bounds)
+    _check_increasing(indices, numel, name, bounds, of)
     known.facts.add(fact)
     known.pieces.update(pieces)
 
@@ -75,9 +82,9 @@ def require_offsets(offsets: Tensor, n: int) -> None:
     _require(offsets, ("offsets", n), lambda: _check_offsets(offsets, n))
 
 
-def require_columns(columns: Tensor, packed: int) -> None:
-    """``columns`` lie within [0, packed)."""
-    _require(columns, ("columns", packed), lambda: _check_columns(columns, packed))
+def require_columns(columns: Tensor, limit: int, of: str) -> None:
+    """``columns`` lie within [0, limit); ``of`` says what there are ``limit`` of."""
+    _require(columns, ("columns", limit), lambda: _check_columns(columns, limit, of))
 
 
 def _require(vector: Tensor, fact: Hashable, check: Callable[[], None]) -> None:
@@ -108,7 +115,7 @@ def _known_of(vector: Tensor) -> _Known:
 
 
 def _refuse_capture(vector: Tensor) -> None:
-    if vector.is_cuda and torch.cuda.is_current_stream_capturing():
+    if is_capturing(vector):
         raise RuntimeError(
             "index vectors are checked when they are first used, which a CUDA graph cannot "
             "capture; run the step once before capturing it"
@@ -116,7 +123,7 @@ def _refuse_capture(vector: Tensor) -> None:
 
 
 def _check_increasing(
-    indices: Tensor, numel: Sequence[int], name: str, bounds: Sequence[int]
+    indices: Tensor, numel: Sequence[int], name: str, bounds: Sequence[int], of: str
 ) -> None:
     if indices.dtype not in (torch.int32, torch.int64):
         return  # the operation itself says so
@@ -132,15 +139,17 @@ def _check_increasing(
         first, end, limit = torch.tensor(owners, device=indices.device).unbind(1)
         sound &= (indices[first] >= 0).all() & (indices[end - 1] < limit).all()
     if not bool(sound):
-        raise RuntimeError(_disorder(indices, numel, name, bounds))
+        n = _limit_of_disorder(indices, numel, bounds)
+        raise RuntimeError(f"{name} must increase strictly and lie within the {n} {of}")
 
 
-def _disorder(indices: Tensor, numel: Sequence[int], name: str, bounds: Sequence[int]) -> str:
+def _limit_of_disorder(indices: Tensor, numel: Sequence[int], bounds: Sequence[int]) -> int:
+    """That of the first vector which does not increase strictly below it."""
     for (begin, end), n in zip(pairwise(bounds), numel, strict=True):
         own = indices[begin:end]
         if own.numel() and not bool((own[1:] > own[:-1]).all() & (own[0] >= 0) & (own[-1] < n)):
             break
-    return f"{name} must increase strictly and lie within the tensor's {n} elements"
+    return n
 
 
 def _check_offsets(offsets: Tensor, n: int) -> None:
@@ -153,6 +162,6 @@ def _check_offsets(offsets: Tensor, n: int) -> None:
         )
 
 
-def _check_columns(columns: Tensor, packed: int) -> None:
-    if not bool(((columns >= 0) & (columns < packed)).all()):
-        raise RuntimeError(f"columns must lie within the {packed} packed columns")
+def _check_columns(columns: Tensor, limit: int, of: str) -> None:
+    if not bool(((columns >= 0) & (columns < limit)).all()):
+        raise RuntimeError(f"columns must lie within the {limit} {of}")

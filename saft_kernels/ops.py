@@ -161,11 +161,12 @@ def scatter_(dense: Tensor, indices: Tensor, values: Tensor) -> None:
         dense: any floating dtype, shape and non-overlapping strides; every other entry keeps its
             bits.
         indices: int32 or int64 [nnz], strictly increasing, within ``dense``.
-        values: [nnz], the dtype of ``dense``.
+        values: [nnz], the dtype of ``dense``, in memory of their own: ``dense`` is written while
+            they are read.
 
     Raises:
-        RuntimeError: if an index is out of range or they do not increase strictly; nothing is
-        written.
+        RuntimeError: if an index is out of range or they do not increase strictly, or if ``values``
+            lie in a ``dense`` that has no gaps in memory; nothing is written.
     """
     backend = backends.resolve(dense.device)
     if backend in backends.GPU:
@@ -324,8 +325,10 @@ def pack_columns(x: Tensor, columns: Tensor, dtype: torch.dtype | None = None) -
     """
     backend = backends.resolve(x.device)
     if backend in backends.GPU and x.dim() == 2:
-        index_values.require_increasing(columns, [x.shape[1] + 1], "columns")
-    packed: Tensor = _implementation("pack_columns", backend)(x, columns, dtype)
+        index_values.require_increasing(
+            columns, [x.shape[1] + 1], "columns", of="columns of x, that of ones included"
+        )
+    packed: Tensor = _implementation("pack_columns", backend)(x.detach(), columns, dtype)
     return packed
 
 
@@ -377,13 +380,17 @@ def sampled_grad(
     """
     backend = backends.resolve(grad_output.device)
     if backend in backends.GPU and grad_output.dim() == 2 and packed.dim() == 3:
-        _require_plan(rows, grad_output.shape[1], offsets, columns, packed.shape[1])
+        index_values.require_increasing(
+            rows, [grad_output.shape[1]], "rows", of="columns of grad_output"
+        )
+        index_values.require_offsets(offsets, columns.numel())
+        index_values.require_columns(columns, packed.shape[1], "packed columns")
         if product is None:
             product = cost_model.prefers_product(
                 columns.shape[0], rows.shape[0], packed.shape[1], grad_output.dtype
             )
     grad: Tensor = _implementation("sampled_grad", backend)(
-        packed, grad_output, rows, offsets, columns, bool(product)
+        packed.detach(), grad_output.detach(), rows, offsets, columns, bool(product)
     )
     return grad
 
@@ -394,12 +401,6 @@ _fake(
         columns.shape, dtype=torch.promote_types(grad_output.dtype, torch.float32)
     ),
 )
-
-
-def _require_plan(rows: Tensor, height: int, offsets: Tensor, columns: Tensor, width: int) -> None:
-    index_values.require_increasing(rows, [height], "rows")
-    index_values.require_offsets(offsets, columns.numel())
-    index_values.require_columns(columns, width)
 
 
 def sampled_embedding_grad(
@@ -426,9 +427,13 @@ def sampled_embedding_grad(
     """
     backend = backends.resolve(grad_output.device)
     if backend in backends.GPU and grad_output.dim() == 2:
-        _require_plan(rows, _INT32_MAX, offsets, columns, grad_output.shape[1])
+        index_values.require_increasing(
+            rows, [_INT32_MAX], "rows", of="rows that an embedding may have"
+        )
+        index_values.require_offsets(offsets, columns.numel())
+        index_values.require_columns(columns, grad_output.shape[1], "columns of grad_output")
     grad: Tensor = _implementation("sampled_embedding_grad", backend)(
-        tokens, grad_output, rows, offsets, columns
+        tokens, grad_output.detach(), rows, offsets, columns
     )
     return grad
 

@@ -114,7 +114,8 @@ def _check_indices(dense: Tensor, indices: Tensor) -> None:
     increase = bool((indices[1:] > indices[:-1]).all())
     if not increase or int(indices[0]) < 0 or int(indices[-1]) >= dense.numel():
         raise RuntimeError(
-            f"indices must increase strictly and lie within the tensor's {dense.numel()} elements"
+            "indices must increase strictly and lie within the "
+            f"{dense.numel()} elements of the tensor"
         )
 
 
@@ -176,7 +177,10 @@ def pack_columns(x: Tensor, columns: Tensor, dtype: torch.dtype | None = None) -
     """The named columns of ``x``, the last possible one being ones, 16 tokens side by side."""
     tokens, width = x.shape
     if columns.numel() and int(columns[-1]) > width:
-        raise RuntimeError(f"columns must increase strictly and lie within the {width + 1} columns")
+        raise RuntimeError(
+            f"columns must increase strictly and lie within the {width + 1} columns of x, that of "
+            "ones included"
+        )
     chosen = torch.cat([x, x.new_ones(tokens, 1)], 1)[:, columns.long()]
     blocks = -(-tokens // TOKENS)
     padded = torch.cat([chosen, chosen.new_zeros(blocks * TOKENS - tokens, columns.numel())])

@@ -16,7 +16,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from saft_kernels.errors import SelectionError
-from saft_kernels.gradient_pass import GradientSelection, LossFunction, Progress, cut_into_chunks
+from saft_kernels.gradient_pass import (
+    ALIGNMENT,
+    GradientSelection,
+    LossFunction,
+    Progress,
+    aligned,
+    cut_into_chunks,
+)
 from saft_kernels.mask import CooMask, index_dtype, near_matches
 from saft_kernels.topk import StreamingTopK
 
@@ -91,7 +98,8 @@ def select(
             reset for each pass, so a shuffled DataLoader and dropout repeat themselves.
         memory_budget: for ``chunked``, bytes for accumulator and candidate buffer (see
             :class:`StreamingTopK`) together; at least the buffer and 4 bytes for every thousandth
-            candidate element (1,000 passes).
+            candidate element (1,000 passes), parameters and the result rounded up to multiples of 4
+            elements.
         progress: called with (done, total or None, description) after each batch (``magnitude``:
             parameter).
         seed: of ``random``, a non-negative integer.
@@ -127,7 +135,8 @@ def select(
             examples=examples,
             progress=progress,
         )
-        limit = _accumulator_size(memory, memory_budget, top.nbytes, _numel(candidates))
+        needed = sum(aligned(param.numel()) for param in candidates.values())
+        limit = _accumulator_size(memory, memory_budget, top.nbytes, needed)
         scores.offer(cut_into_chunks(candidates, limit), top)
     return CooMask({str(name): index for name, index in top.finish().items()}, shapes)
 
@@ -209,19 +218,20 @@ def _new_topk(candidates: dict[str, nn.Parameter], k: int) -> StreamingTopK:
     return StreamingTopK(k, device=devices.pop(), keys=list(candidates), total=_numel(candidates))
 
 
-def _accumulator_size(memory: Memory, budget: int | None, buffer: int, numel: int) -> int:
-    """How many elements the accumulator may hold."""
+def _accumulator_size(memory: Memory, budget: int | None, buffer: int, needed: int) -> int:
+    """How many of the ``needed`` elements the accumulator may hold at a time."""
     if memory == "full":
         if budget is not None:
             raise SelectionError("memory_budget needs memory='chunked'")
-        return numel
-    smallest = buffer + 4 * math.ceil(numel / MAX_PASSES)
+        return needed
+    smallest = buffer + 4 * aligned(math.ceil(needed / MAX_PASSES))
     if budget is None or budget < smallest:
         raise SelectionError(
             f"memory='chunked' needs a memory_budget of at least {smallest:,} bytes here"
             + ("" if budget is None else f", not {budget:,}")
         )
-    return (budget - buffer) // 4
+    elements = (budget - buffer) // 4
+    return elements - elements % ALIGNMENT
 
 
 def _offer_smallest_weights(

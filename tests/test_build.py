@@ -14,6 +14,9 @@ import pytest
 import setuptools
 import torch
 
+from ptxsim.cuda_support import nvcc
+from saft_kernels import backends, ops
+
 ROOT = Path(__file__).parent.parent
 TORCH = Path(torch.__file__).parent
 
@@ -54,6 +57,36 @@ def test_cuda_auto_without_nvcc_builds_for_the_cpu(tmp_path, path_without_nvcc):
     assert "CUDA kernels: off (nvcc not found)" in done.stdout
 
 
+@pytest.mark.skipif(nvcc() is None, reason="needs nvcc")
+def test_ptx_is_of_the_newest_architecture_asked_for(tmp_path):
+    done = configure(tmp_path / "build", "-DSAFT_CUDA_ARCHITECTURES=100;90;80;90")
+    assert done.returncode == 0, done.stderr
+    assert ": sm_80 sm_90 sm_100, PTX of compute_100" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("environment", "options"),
+    [
+        ({}, ["-DSAFT_CUDA=AUTO", "-USAFT_CUDA_ARCHITECTURES"]),
+        ({"SAFT_CUDA": "ON", "SAFT_CUDA_ARCHITECTURES": "80;90"},
+         ["-DSAFT_CUDA=ON", "-DSAFT_CUDA_ARCHITECTURES=80;90"]),
+    ],
+)  # fmt: skip
+def test_the_environment_says_what_is_built_for_gpus(monkeypatch, environment, options):
+    for name in ("SAFT_CUDA", "SAFT_CUDA_ARCHITECTURES"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(setuptools, "setup", lambda **_: None)
+    commands = []
+    module = runpy.run_path(str(ROOT / "setup.py"))
+    build = module["CMakeBuild"](setuptools.Distribution({"name": "a", "version": "1"}))
+    monkeypatch.setattr(build, "run_tool", commands.append)
+    build.ensure_finalized()
+    build.build_extension(module["CMakeExtension"]())
+    assert [option for option in commands[0] if "SAFT_CUDA" in option] == options
+
+
 def test_unknown_cuda_switch_is_an_error(tmp_path):
     failed = configure(tmp_path / "build", "-DSAFT_CUDA=maybe")
     assert "must be AUTO, ON or OFF" in failed.stderr
@@ -85,6 +118,14 @@ def test_old_setuptools_is_one_clear_sentence(monkeypatch):
     monkeypatch.setitem(sys.modules, "setuptools.command.bdist_wheel", None)
     with pytest.raises(SystemExit, match="setuptools 77 or later is needed"):
         runpy.run_path(str(ROOT / "setup.py"))
+
+
+def test_messages_name_files_of_the_checkout_and_not_where_it_was_built():
+    with pytest.raises(RuntimeError, match=r"(^|\s)csrc/cpu/index_values\.cpp"):
+        ops.gather(torch.zeros(3), torch.tensor([5]))
+    library = backends.LIBRARY.read_bytes()
+    assert str(ROOT).encode() not in library
+    assert str(TORCH).encode() not in library
 
 
 def test_symbols_shared_between_instruction_sets_fail_the_build(tmp_path):

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -32,6 +33,7 @@ from saft_kernels.gradient_pass import GradientSelection, cut_into_chunks
 from saft_kernels.mask import CooMask
 from saft_kernels.optim import SparseAdamW
 from saft_kernels.plan import LinearPlan
+from saft_kernels.streams import is_capturing
 from saft_kernels.topk import StreamingTopK
 from training import MODES, SELECTED, SmallModel
 
@@ -231,6 +233,29 @@ def test_index_vectors_are_checked_once(name: str) -> None:
 @pytest.fixture(scope="module")
 def clip() -> Any:
     return load_model("saft-tiny")
+
+
+def test_a_capture_is_seen_on_the_gpu_of_the_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of torch, which is asked about the current GPU: here the first, while the second captures."""
+    first, second = (torch.device("cuda", index) for index in (0, 1))
+    current = [first]
+
+    @contextmanager
+    def switched(device: torch.device) -> Iterator[None]:
+        current.append(device)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device", switched)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: current[-1] == second)
+    here, there = (Mock(spec=Tensor, is_cuda=True, device=device) for device in (first, second))
+    assert not is_capturing(here)
+    assert is_capturing(there)
+    assert not is_capturing(torch.zeros(1))
+    index_values._refuse_capture(here)
+    with pytest.raises(RuntimeError, match="run the step once before capturing it"):
+        index_values._refuse_capture(there)
+    assert current == [first]
 
 
 def test_prompts_are_packed_once(clip: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -117,11 +119,19 @@ CUDA = torch.device("cuda", 0)
 def gpu(monkeypatch):
     """A function that makes torch see a GPU of a compute capability, and a build for some."""
 
-    def see(capability, built="13.0: sm_80 sm_90, PTX of compute_90", cuda="13.0", triton=True):
+    def see(
+        capability,
+        built="13.0: sm_80 sm_90, PTX of compute_90",
+        cuda="13.0",
+        triton=True,
+        driver=13000,
+    ):
         info = {**backends.build_info(), "cuda": built}
         monkeypatch.setattr(backends, "build_info", lambda: info)
         monkeypatch.setattr(torch.version, "cuda", cuda)
+        monkeypatch.setattr(torch.ops.saft_kernels, "cuda_driver", lambda: driver)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "imagined GPU")
@@ -148,6 +158,33 @@ def test_triton_serves_a_gpu_for_which_nothing_was_compiled(gpu, built):
     assert backends.resolve(CUDA) == "triton"
     with pytest.raises(BackendUnavailableError, match=r"'cuda' was asked for: (the lib|GPU 0 is)"):
         backends.use_backend("cuda").__enter__()
+
+
+@pytest.mark.parametrize(
+    ("driver", "built", "served"),
+    [(12080, "13.0", "triton"), (13000, "13.2", "cuda"), (13020, "13.0", "cuda"),
+     (12080, "12.4", "cuda"), (14010, "13.0", "cuda")],
+)  # fmt: skip
+def test_compiled_kernels_need_a_driver_of_their_cuda(gpu, driver, built, served):
+    gpu((9, 0), f"{built}: sm_90, PTX of compute_90", driver=driver)
+    assert backends.resolve(CUDA) == served
+    assert backends.backend_status("cuda").available == (served == "cuda")
+
+
+def test_a_driver_that_is_too_old_is_said_clearly(gpu, monkeypatch):
+    gpu((9, 0), driver=12080)
+    said = r"supports CUDA 12\.8, .* CUDA 13\.0 or later; install a newer .*SAFT_BACKEND=triton"
+    with pytest.raises(BackendUnavailableError, match=said):
+        backends.use_backend("cuda").__enter__()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # torch needs a newer one too
+    assert "supports CUDA 12.8" in backends.backend_status("cuda").reason
+    assert backends.backend_status("triton").reason == "torch sees no GPU"
+    assert sections()["GPUs"] == {"none": "torch sees no GPU"}
+
+
+def test_the_library_asks_the_driver_that_is_here():
+    works = backends.backend_status("cuda").available
+    assert torch.ops.saft_kernels.cuda_driver() >= (12_000 if works else 0)
 
 
 def test_the_interpreter_leaves_a_gpu_to_what_was_compiled(gpu, monkeypatch):
@@ -182,11 +219,104 @@ def test_the_choice_between_gpu_backends_can_be_forced(gpu):
         backends.resolve(CUDA)
 
 
+# The environment asks for a whole program --------------------------------------------------------
+
+IMPORT = """
+import torch
+
+def refuse(*_):
+    raise AssertionError("a GPU was looked at")
+
+for name in ("_lazy_init", "is_available", "device_count", "current_device",
+             "get_device_capability", "get_device_name"):
+    setattr(torch.cuda, name, refuse)
+import saft_kernels
+assert not torch.cuda.is_initialized()
+"""
+
+
+@pytest.fixture
+def whole_program():
+    """A function that does what importing the package with this ``SAFT_BACKEND`` does."""
+    with pytest.MonkeyPatch.context() as patch:
+
+        def ask(name):
+            patch.setattr(backends, "_requested", None)
+            patch.setattr(backends, "_by_environment", False)
+            patch.setenv("SAFT_BACKEND", name)
+            backends._apply_environment()
+
+        yield ask
+
+
+@pytest.mark.parametrize("asked", ["", "cpu", "cuda", "triton", "reference"])
+def test_importing_looks_at_no_gpu(asked):
+    done = run("-c", IMPORT, SAFT_BACKEND=asked)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", backends.GPU)
+def test_a_gpu_backend_of_the_environment_leaves_cpu_tensors_to_the_cpu(gpu, whole_program, name):
+    gpu((9, 0))
+    whole_program(name)
+    assert backends.requested_backend() == name
+    assert backends.resolve(CUDA) == name
+    assert backends.resolve(torch.device("cpu")) == "cpu"
+    assert ops.gather(torch.ones(3), INDICES).item() == 1
+    with pytest.raises(BackendUnavailableError, match="tensors are on meta"):
+        backends.resolve(torch.device("meta"))
+    with (
+        backends.use_backend(name),
+        pytest.raises(BackendUnavailableError, match="tensors are on cpu"),
+    ):
+        backends.resolve(torch.device("cpu"))
+    assert backends.resolve(torch.device("cpu")) == "cpu"
+
+
+def test_cpu_tensors_do_not_initialise_cuda(gpu, whole_program, monkeypatch):
+    gpu((9, 0))
+    for name in ("is_available", "current_device", "get_device_capability"):
+        monkeypatch.setattr(torch.cuda, name, None)
+    whole_program("cuda")
+    assert backends.resolve(torch.device("cpu")) == "cpu"
+
+
+def test_a_gpu_that_does_not_fit_the_environment_is_an_error_when_it_is_used(
+    gpu, whole_program, monkeypatch
+):
+    gpu((7, 5))
+    properties = SimpleNamespace(name="imagined GPU", major=7, minor=5)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    whole_program("cuda")
+    assert backends.resolve(torch.device("cpu")) == "cpu"
+    with pytest.raises(BackendUnavailableError, match="'cuda' was asked for: GPU 0 is sm_75"):
+        backends.resolve(CUDA)
+    assert main() == 1
+
+
+def test_the_interpreter_serves_cpu_tensors_of_a_whole_program(whole_program, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    whole_program("triton")
+    assert backends.resolve(torch.device("cpu")) == "triton"
+    with pytest.raises(BackendUnavailableError, match="tensors are on cuda"):
+        backends.resolve(CUDA)
+
+
+def test_the_cpu_of_the_environment_does_not_serve_a_gpu(gpu, whole_program):
+    gpu((9, 0))
+    whole_program("cpu")
+    with pytest.raises(BackendUnavailableError, match="'cpu' was asked for"):
+        backends.resolve(CUDA)
+
+
 @pytest.mark.parametrize(
     ("name", "called"),
     [(None, "saft_kernels"), ("cuda", "saft_kernels"), ("triton", "saft_triton")],
 )
-def test_the_choice_does_not_break_the_graph_of_compiled_code(gpu, monkeypatch, name, called):
+@pytest.mark.parametrize("by_environment", [False, True])
+def test_the_choice_does_not_break_the_graph_of_compiled_code(
+    gpu, whole_program, monkeypatch, name, called, by_environment
+):
     """Once it was made outside of it, as ``attach`` and optimizers do."""
     gpu((9, 0))
     graphs = []
@@ -199,7 +329,9 @@ def test_the_choice_does_not_break_the_graph_of_compiled_code(gpu, monkeypatch, 
     def pack(x, columns):
         return backends.kernels(backends.resolve(CUDA)).pack_columns(x, columns, None)
 
-    with backends.use_backend(name):
+    if by_environment:
+        whole_program(name or "")
+    with nullcontext() if by_environment else backends.use_backend(name):
         backends.kernels(backends.resolve(CUDA))
         monkeypatch.undo()  # whoever looks again sees no GPU
         pack(torch.ones(16, 1), INDICES)
@@ -210,8 +342,18 @@ def test_the_choice_does_not_break_the_graph_of_compiled_code(gpu, monkeypatch, 
 @pytest.mark.parametrize(
     ("capability", "runs"),
     [((7, 5), False), ((8, 0), True), ((8, 9), True), ((9, 0), True), ((10, 0), False),
-     ((12, 0), True), ((13, 0), True)],
+     ((12, 0), True), ((12, 1), True), ((13, 0), True)],
 )  # fmt: skip
 def test_machine_code_serves_its_generation_and_ptx_all_later_ones(capability, runs):
     built = "13.0: sm_80 sm_90 sm_120, PTX of compute_120"
     assert backends.runs_on(built, *capability) == runs
+
+
+def test_machine_code_of_other_gpus_does_not_run_on_tegra():
+    built = "13.0: sm_80 sm_86 sm_100, PTX of compute_120"
+    assert not any(backends.runs_on(built, *tegra) for tegra in [(7, 2), (8, 7), (10, 1), (11, 0)])
+    assert backends.runs_on(built, 8, 9)
+    assert backends.runs_on(built, 10, 3)
+    assert backends.runs_on("13.0: sm_87, PTX of compute_87", 8, 7)
+    assert not backends.runs_on("13.0: sm_87, PTX of compute_90", 8, 9)
+    assert backends.runs_on("13.0: sm_80, PTX of compute_80", 8, 7)

@@ -214,6 +214,32 @@ def test_other_bad_arguments_are_refused(device):
         ops.scatter_(dense, indices, values)
 
 
+def test_values_within_dense_are_refused_and_nothing_is_written(device):
+    """They would be read while they are written."""
+    memory = torch.arange(24.0, device=device)
+    indices = torch.tensor([1, 2, 3], device=device)
+    for dense in (memory[:20], memory[:20].view(5, 4).t()):
+        for values in (memory[:3], memory[17:20], memory[19:22]):
+            with pytest.raises(RuntimeError, match="must not share memory with dense"):
+                ops.scatter_(dense, indices, values)
+    assert torch.equal(memory, torch.arange(24.0, device=device))
+
+
+def test_values_beside_dense_are_scattered(device):
+    memory = torch.arange(24.0, device=device)
+    indices = torch.tensor([1, 2, 3], device=device)
+    ops.scatter_(memory[3:20], indices, memory[:3])
+    ops.scatter_(memory[3:20], indices[:0], memory[5:5])
+    ops.scatter_(memory[3:20], indices, memory[20:23])
+    assert memory[3:8].tolist() == [3, 20, 21, 22, 7]
+    rows = memory.view(6, 4)
+    ops.scatter_(rows[:, :2], indices, rows[3, 2:].new_tensor([7, 8, 9]))
+    rows[0, 2:] = torch.tensor([5.0, 6.0], device=device)
+    ops.scatter_(rows[:, :2], indices[:2], rows[0, 2:])  # they lie in a gap of dense
+    assert rows[0].tolist() == [0, 5, 5, 6]
+    assert rows[1, :2].tolist() == [6, 9]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_scatter_at_indices_of_either_width(device, dtype):
     values = torch.randn(100, device=device).to(dtype)

@@ -181,6 +181,29 @@ def test_replayed_sampled_gradient(cuda: torch.device, dtype: torch.dtype) -> No
         torch.testing.assert_close(result.double(), exact, rtol=1e-4, atol=1e-4 * 300**0.5)
 
 
+def test_replayed_embedding_gradient(cuda: torch.device) -> None:
+    """Its tokens are sorted by torch, in the graph too: each replay has others."""
+    tokens = torch.randint(30, (5_000,), device=cuda)
+    dy = torch.randn(5_000, 60, device=cuda)
+    flat = torch.randperm(30 * 60)[:500].sort().values.to(cuda)
+    plan = EmbeddingPlan.of(60, flat).tensors()
+    result = torch.zeros(500, device=cuda)
+
+    def work() -> None:
+        result.copy_(ops.sampled_embedding_grad(tokens, dy, *plan))
+
+    replay = captured(work)
+    for _ in range(2):
+        tokens.random_(30)
+        dy.normal_()
+        eager = ops.sampled_embedding_grad(tokens, dy, *plan)
+        replay()
+        assert torch.equal(result, eager)
+        dense = torch.zeros(30, 60, dtype=torch.float64, device=cuda)
+        exact = dense.index_add_(0, tokens, dy.double()).view(-1)[flat]
+        torch.testing.assert_close(result.double(), exact, rtol=1e-4, atol=1e-3)
+
+
 def test_replayed_accumulation(cuda: torch.device) -> None:
     """The sums of a selection, whose launches depend on nothing that the GPU finds."""
     acc, grad = torch.zeros(100_000, device=cuda), torch.randn(100_000, device=cuda)

@@ -240,7 +240,7 @@ def test_nan_reaches_the_entries_of_its_row_or_column_alone(device, product):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"columns": torch.tensor([0, 38], dtype=torch.int32)}, "columns must increase"),
+        ({"columns": torch.tensor([0, 38], dtype=torch.int32)}, "within the 38 columns of x, that"),
         ({"columns": torch.tensor([1, 1], dtype=torch.int32)}, "columns must increase"),
         ({"columns": torch.tensor([0, 1])}, "columns must be Int"),
         ({"x": torch.zeros(3)}, "two dimensions"),
@@ -266,13 +266,13 @@ def on(device: torch.device, arguments: dict[str, Any]) -> dict[str, Any]:
         ({"packed": torch.zeros(7, 2, 16, dtype=torch.bfloat16)}, "packed must be Float"),
         ({"packed": torch.zeros(7, 16, 2).transpose(1, 2)}, "packed must be what"),
         ({"grad_output": torch.zeros(100, 23, 1)}, "two dimensions"),
-        ({"rows": [0, 23]}, "rows must increase"),
+        ({"rows": [0, 23]}, "rows must increase .* 23 columns of grad_output"),
         ({"rows": [1, 0]}, "rows must increase"),
         ({"offsets": [0, 1, 2]}, "offsets must rise"),
         ({"offsets": [0, 3]}, "offsets must rise"),
         ({"offsets": [0, 4, 3]}, "offsets must rise"),
         ({"offsets": [1, 2, 3]}, "offsets must rise"),
-        ({"columns": [0, 1, 2]}, "columns must lie within"),
+        ({"columns": [0, 1, 2]}, "columns must lie within the 2 packed columns"),
         ({"columns": [0, -1, 1]}, "columns must lie within"),
     ],
 )
@@ -306,6 +306,16 @@ def test_opcheck(device, dtype):
     torch.library.opcheck(op.sampled_grad.default, (packed, p.dy, *plan, True))
 
 
+def test_gradients_of_a_parameter_record_no_graph(device):
+    p = problem(device, torch.float32, 20)
+    columns, *plan = p.plan()
+    for tensor in (p.x, p.dy):
+        tensor.requires_grad_()
+    packed = ops.pack_columns(p.x, columns)
+    assert not packed.requires_grad
+    assert not ops.sampled_grad(packed.requires_grad_(), p.dy, *plan).requires_grad
+
+
 # Embeddings ---------------------------------------------------------------------------------------
 
 
@@ -323,6 +333,12 @@ def run_lookup(p: Problem) -> Tensor:
     rows, counts = row.unique_consecutive(return_counts=True)
     offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
     return ops.sampled_embedding_grad(p.x, p.dy, rows.int(), offsets.int(), column.int())
+
+
+def test_embedding_gradient_of_a_parameter_records_no_graph(device):
+    p = lookup(device, torch.float32, 20)
+    p.dy.requires_grad_()
+    assert not run_lookup(p).requires_grad
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -376,9 +392,9 @@ def test_embedding_same_bits_for_any_number_of_threads(threads):
     [
         ({"tokens": torch.zeros(4, dtype=torch.int64)}, "one token per row"),
         ({"tokens": torch.zeros(3, dtype=torch.int32)}, "tokens must be Long"),
-        ({"rows": torch.tensor([1, 0], dtype=torch.int32)}, "rows must increase"),
+        ({"rows": torch.tensor([1, 0], dtype=torch.int32)}, "rows that an embedding may have"),
         ({"offsets": torch.tensor([0, 1], dtype=torch.int32)}, "offsets must rise"),
-        ({"columns": torch.tensor([0, 5], dtype=torch.int32)}, "columns must lie within"),
+        ({"columns": torch.tensor([0, 5], dtype=torch.int32)}, "the 5 columns of grad_output"),
     ],
 )
 def test_wrong_embedding_arguments_are_refused(device, change, message):

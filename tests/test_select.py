@@ -23,9 +23,11 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from saft_kernels.batches import count_examples, split_examples, with_last
 from saft_kernels.errors import NonFiniteGradientError, SelectionError
+from saft_kernels.gradient_pass import ALIGNMENT, aligned, cut_into_chunks
 from saft_kernels.mask import CooMask
 from saft_kernels.optim import SparseAdamW
 from saft_kernels.select import number_of_entries, select
+from saft_kernels.topk import StreamingTopK
 
 Batch = tuple[Tensor, Tensor]
 
@@ -464,6 +466,45 @@ def test_chunked_gives_the_same_result(
     )
     assert chunked == full
     assert_indices(chunked, dict(full.items()))
+
+
+@pytest.mark.parametrize("elements", [None, 4, 7, 300])
+def test_accumulators_begin_where_kernels_load_wide(
+    model: Net, batches: list[Batch], elements: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At multiples of 16 bytes, whatever the sizes before; and so do gradients."""
+    assert any(param.numel() % 4 for param in model.parameters())
+    options: dict[str, Any] = {}
+    if elements is not None:
+        smallest = smallest_budget(model, loss_fn, batches, 0.05)
+        options = {"memory": "chunked", "memory_budget": smallest + 4 * (elements - 4)}
+    update, places, held = StreamingTopK.update, set(), set()
+
+    def record(top: StreamingTopK, key: Any, acc: Tensor, *arguments: Any, **kwargs: Any) -> None:
+        places.add((acc.data_ptr() % 16, kwargs["offset"] % 4))
+        held.add(top.nbytes + acc.untyped_storage().nbytes())
+        update(top, key, acc, *arguments, **kwargs)
+
+    monkeypatch.setattr(StreamingTopK, "update", record)
+    select(model, loss_fn, batches, 0.05, **options)
+    assert places == {(0, 0)}
+    assert max(held) <= options.get("memory_budget", max(held))
+
+
+@given(sizes=st.lists(st.integers(0, 30), max_size=8), limit=st.integers(1, 12))
+def test_chunks_are_no_more_than_the_memory_calls_for(sizes: list[int], limit: int) -> None:
+    limit *= ALIGNMENT
+    candidates = {str(i): nn.Parameter(torch.zeros(size)) for i, size in enumerate(sizes)}
+    chunks = cut_into_chunks(candidates, limit)
+    taken = [sum(aligned(segment.numel) for segment in chunk) for chunk in chunks]
+    assert all(size == limit for size in taken[:-1])
+    assert taken[-1] <= limit
+    assert sum(taken) == sum(aligned(size) for size in sizes)
+    for name, param in candidates.items():
+        ends = [(s.begin, s.end) for chunk in chunks for s in chunk if s.name == name]
+        assert [index for begin, end in ends for index in range(begin, end)] == list(
+            range(param.numel())
+        )
 
 
 def test_chunked_refuses_a_budget_below_the_minimum(model: Net, batches: list[Batch]) -> None:

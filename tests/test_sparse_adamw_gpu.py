@@ -336,14 +336,14 @@ def test_streams_do_not_share_tables(triton_device, tables):
     """What one stream copies, another would not wait for."""
     given = problem(torch.float32, triton_device)
     for stream in (1, 2, 1):
-        with mock.patch.object(sparse_adamw, "_stream_of", return_value=stream):
+        with mock.patch.object(sparse_adamw, "stream_of", return_value=stream):
             given.run()
     assert len(tables) == 2
 
 
 def test_a_capture_uses_a_known_table_and_keeps_it(triton_device, tables):
     given = problem(torch.float32, triton_device)
-    capturing = mock.patch.object(sparse_adamw, "_is_capturing", return_value=True)
+    capturing = mock.patch.object(sparse_adamw, "is_capturing", return_value=True)
     with capturing, pytest.raises(RuntimeError, match="run the step once before capturing"):
         given.clone().run()
     expected = given.clone().run().run()

@@ -23,12 +23,12 @@ bool increase_below(const Indices& indices, int64_t begin, int64_t end, int64_t 
                       : increase_below(static_cast<const int32_t*>(indices.data), begin, end, numel);
 }
 
-void require_increase_below(bool holds, int64_t numel, const char* name) {
-  STD_TORCH_CHECK(holds, name, " must increase strictly and lie within the tensor's ", numel, " elements");
+void require_increase_below(bool holds, int64_t limit, const char* name, const char* of) {
+  STD_TORCH_CHECK(holds, name, " must increase strictly and lie within the ", limit, " ", of);
 }
 
-void require_increase_below(const Indices& indices, int64_t numel, const char* name) {
-  require_increase_below(increase_below(indices, 0, indices.n, numel), numel, name);
+void require_increase_below(const Indices& indices, int64_t limit, const char* name, const char* of) {
+  require_increase_below(increase_below(indices, 0, indices.n, limit), limit, name, of);
 }
 
 void require_offsets(const int32_t* offsets, int64_t rows, int64_t n) {
@@ -36,10 +36,10 @@ void require_offsets(const int32_t* offsets, int64_t rows, int64_t n) {
                   "offsets must rise from 0 to the number of entries, ", n, ", in ", rows + 1, " values");
 }
 
-void require_columns(const int32_t* columns, int64_t n, int64_t packed) {
+void require_columns(const int32_t* columns, int64_t n, int64_t limit, const char* of) {
   uint32_t largest = 0;  // of unsigned values, so that negative ones are too large
   for (int64_t e = 0; e < n; ++e) largest = std::max(largest, static_cast<uint32_t>(columns[e]));
-  STD_TORCH_CHECK(n == 0 || largest < packed, "columns must lie within the ", packed, " packed columns");
+  STD_TORCH_CHECK(n == 0 || largest < limit, "columns must lie within the ", limit, " ", of);
 }
 
 }  // namespace saft::cpu

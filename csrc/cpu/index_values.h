@@ -11,15 +11,17 @@ namespace saft::cpu {
 // `begin` too, unless it is the first of all.
 bool increase_below(const Indices& indices, int64_t begin, int64_t end, int64_t numel);
 
-// Throws unless `holds`, with the message for indices that do not increase strictly within [0, numel).
-void require_increase_below(bool holds, int64_t numel, const char* name);
+// Throws unless `holds`, with the message for indices that do not increase strictly within [0, limit): `of` says what
+// there are `limit` of.
+void require_increase_below(bool holds, int64_t limit, const char* name, const char* of = "elements of the tensor");
 
-void require_increase_below(const Indices& indices, int64_t numel, const char* name);
+void require_increase_below(const Indices& indices, int64_t limit, const char* name,
+                            const char* of = "elements of the tensor");
 
 // Throws unless offsets[0, rows] rise from 0 to n without decreasing.
 void require_offsets(const int32_t* offsets, int64_t rows, int64_t n);
 
-// Throws unless columns[0, n) lie within [0, packed).
-void require_columns(const int32_t* columns, int64_t n, int64_t packed);
+// Throws unless columns[0, n) lie within [0, limit); `of` says what there are `limit` of.
+void require_columns(const int32_t* columns, int64_t n, int64_t limit, const char* of);
 
 }  // namespace saft::cpu

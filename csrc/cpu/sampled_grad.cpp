@@ -17,13 +17,13 @@ namespace {
 constexpr int64_t kEntriesPerTask = 4096;  // whose sums fit into a part of an L2 cache
 constexpr int64_t kBlocksPerTask = 8;      // token blocks that are packed at a time
 
-void require_increasing(const int32_t* indices, int64_t n, int64_t below, const char* name) {
-  require_increase_below({indices, false, n}, below, name);
+void require_increasing(const int32_t* indices, int64_t n, int64_t limit, const char* name, const char* of) {
+  require_increase_below({indices, false, n}, limit, name, of);
 }
 
 Tensor pack_columns(const Tensor& x, const Tensor& columns, std::optional<ScalarType> dtype) {
   PackColumns job = check_pack_columns(x, columns, dtype, kCpu);
-  require_increasing(job.columns, job.n_columns, job.x.width + 1, "columns");
+  require_increasing(job.columns, job.n_columns, job.x.width + 1, "columns", "columns of x, that of ones included");
   const int64_t blocks = blocks_of(job.x.tokens);
   Tensor packed = torch::stable::new_empty(x, {blocks, job.n_columns, kTokens}, packed_type(x, dtype));
   job.packed = packed.mutable_data_ptr();
@@ -48,9 +48,9 @@ Tensor sampled_grad(const Tensor& packed, const Tensor& grad_output, const Tenso
                     const Tensor& columns, bool /*product*/) {
   SampledGrad job = check_sampled_grad(packed, grad_output, rows, offsets, columns, kCpu);
   const RowPlan& plan = job.plan;
-  require_increasing(plan.rows, plan.n_rows, job.grad_output.width, "rows");
+  require_increasing(plan.rows, plan.n_rows, job.grad_output.width, "rows", "columns of grad_output");
   require_offsets(plan.offsets, plan.n_rows, plan.n);
-  require_columns(plan.columns, plan.n, job.n_columns);
+  require_columns(plan.columns, plan.n, job.n_columns, "packed columns");
   Tensor grad = torch::stable::new_empty(grad_output, {plan.n}, sum_type(job.grad_output.type));
   job.grad = grad.mutable_data_ptr();
   const std::vector<int64_t> begins = tasks_of(plan);
@@ -97,9 +97,10 @@ Tensor sampled_embedding_grad(const Tensor& tokens, const Tensor& grad_output, c
                               const Tensor& offsets, const Tensor& columns) {
   const SampledEmbeddingGrad job = check_sampled_embedding_grad(tokens, grad_output, rows, offsets, columns, kCpu);
   const RowPlan& plan = job.plan;
-  require_increasing(plan.rows, plan.n_rows, std::numeric_limits<int32_t>::max(), "rows");
+  require_increasing(plan.rows, plan.n_rows, std::numeric_limits<int32_t>::max(), "rows",
+                     "rows that an embedding may have");
   require_offsets(plan.offsets, plan.n_rows, plan.n);
-  require_columns(plan.columns, plan.n, job.grad_output.width);
+  require_columns(plan.columns, plan.n, job.grad_output.width, "columns of grad_output");
   Tensor grad = torch::stable::new_zeros(grad_output, {plan.n}, sum_type(job.grad_output.type));
   void* sums = grad.mutable_data_ptr();
   switch (job.grad_output.type) {

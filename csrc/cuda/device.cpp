@@ -1,13 +1,10 @@
 #include "device.h"
 
 #include <dlfcn.h>
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/ops.h>
 
 namespace saft::cuda {
 namespace {
-
-using torch::stable::accelerator::DeviceGuard;
 
 // The stream of torch's CUDA library. It is looked up when it is needed, since a torch without CUDA, in which this
 // library must load as well, does not have it.
@@ -27,12 +24,8 @@ cudaStream_t current_stream(int32_t device) {
 
 Call::Call(const Tensor& tensor, const char* name) : device_(Device::of(tensor)) {
   STD_TORCH_CHECK(device_.type == DeviceType::CUDA, name, " must be on the GPU, like the other arguments");
-  guard_ = new DeviceGuard(device_.index);
+  guard_.emplace(device_.index);
   stream_ = current_stream(device_.index);
-}
-
-Call::~Call() {
-  delete static_cast<DeviceGuard*>(guard_);
 }
 
 Tensor new_empty(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType type) {

@@ -6,8 +6,10 @@
 #pragma once
 
 #include <cuda_runtime_api.h>
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
+#include <optional>
 #include <vector>
 
 #include "../ops/checks.h"
@@ -25,7 +27,6 @@ namespace saft::cuda {
 class Call {
  public:
   explicit Call(const Tensor& tensor, const char* name);
-  ~Call();
   Call(const Call&) = delete;
   Call& operator=(const Call&) = delete;
 
@@ -34,7 +35,7 @@ class Call {
 
  private:
   Device device_;
-  void* guard_ = nullptr;
+  std::optional<torch::stable::accelerator::DeviceGuard> guard_;  // owned: the constructor may throw
   cudaStream_t stream_ = nullptr;
 };
 

@@ -22,6 +22,25 @@ void check_floating(const Tensor& dense) {
   }
 }
 
+uintptr_t address_of(const Tensor& tensor) {
+  return reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
+}
+
+// Whether `dense` fills its memory in some order. If it has gaps, another tensor may lie in them.
+bool has_no_gaps(const Tensor& dense) {
+  int64_t reach = 1;
+  for (int64_t d = 0; d < dense.dim(); ++d) reach += (dense.size(d) - 1) * dense.stride(d);
+  return reach == dense.numel();
+}
+
+void check_apart(const Tensor& dense, const Tensor& values) {
+  const uintptr_t written = address_of(dense), read = address_of(values);
+  const bool shared = values.numel() > 0 && read < written + dense.numel() * dense.element_size() &&
+                      written < read + values.numel() * values.element_size();
+  STD_TORCH_CHECK(!shared || !has_no_gaps(dense),
+                  "values must not share memory with dense, which is written while they are read; give a copy");
+}
+
 GatherScatter job_of(const Tensor& dense, const Tensor& indices, const Tensor& values, Device device, bool writable) {
   check_device(dense, device, "dense");
   check_floating(dense);
@@ -39,7 +58,9 @@ GatherScatter check_gather(const Tensor& dense, const Tensor& indices, const Ten
 }
 
 GatherScatter check_scatter(const Tensor& dense, const Tensor& indices, const Tensor& values, Device device) {
-  return job_of(dense, indices, values, device, true);
+  const GatherScatter job = job_of(dense, indices, values, device, true);
+  check_apart(dense, values);
+  return job;
 }
 
 }  // namespace saft

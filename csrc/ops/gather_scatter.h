@@ -8,7 +8,8 @@
 //   channels_last weight and its contiguous copy share their indices. scatter_ refuses overlapping elements.
 // - indices: int32 or int64, strictly increasing, in range; checked before anything is read or written (on a GPU by
 //   the caller: saft_kernels/index_values.py).
-// - values: contiguous, the dtype of dense. Bits are moved, never converted.
+// - values: contiguous, the dtype of dense. Bits are moved, never converted. Those of scatter_ must not share memory
+//   with dense; it refuses them where it can tell, that is if dense has no gaps in memory.
 // - Every entry of dense that is not indexed keeps its bits. Deterministic for any number of threads.
 #pragma once
 

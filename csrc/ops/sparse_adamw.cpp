@@ -27,6 +27,7 @@ AdamWTensor check_tensor(const Tensor& param, const Tensor* grad, Device device)
 }
 
 void check_bounds(const std::vector<int64_t>& bounds, size_t count, int64_t n) {
+  STD_TORCH_CHECK(!bounds.empty(), "bounds must not be empty: they begin with 0");
   STD_TORCH_CHECK(bounds.size() == count + 1, "there must be one index vector per parameter: ", count, ", not ",
                   static_cast<int64_t>(bounds.size()) - 1);
   STD_TORCH_CHECK(bounds.front() == 0 && bounds.back() == n && std::is_sorted(bounds.begin(), bounds.end()),

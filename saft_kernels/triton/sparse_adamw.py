@@ -20,6 +20,7 @@ import triton
 from torch import Tensor
 from triton import language as tl
 
+from saft_kernels.streams import is_capturing, stream_of
 from saft_kernels.triton import launch
 from saft_kernels.triton.launch import ceil_div
 from saft_kernels.triton.strided import strided_of
@@ -149,9 +150,9 @@ class _Tables:
     ) -> tuple[Tensor, int]:
         """The table for these tensors, on the GPU of ``like``, and how many programs it serves."""
         content = (like.device, tuple(bounds), _places(params), _places(grads))
-        if _is_capturing(like):
+        if is_capturing(like):
             return self._captured_table(content)
-        key = (_stream_of(like), content)
+        key = (stream_of(like), content)
         if key not in self._made:
             self._made[key] = _make(like, *content[1:])
             if len(self._made) > self._capacity:
@@ -173,15 +174,6 @@ class _Tables:
 
 
 _tables = _Tables()
-
-
-def _is_capturing(tensor: Tensor) -> bool:
-    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
-
-
-def _stream_of(tensor: Tensor) -> int:
-    """The stream that launches for this tensor go to now; 0 on the CPU."""
-    return torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else 0
 
 
 def _places(tensors: Sequence[Tensor]) -> tuple[Any, ...]:

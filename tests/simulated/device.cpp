@@ -63,8 +63,6 @@ Call::Call(const Tensor& tensor, const char* name) : device_(kCpu) {
   ranges.clear();
 }
 
-Call::~Call() = default;
-
 Tensor new_empty(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType type) {
   constexpr int kPoison = 0xff;  // NaN in every floating type, -1 in every integer
   const Tensor tensor = torch::stable::new_empty(like, sizes, type);
