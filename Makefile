@@ -51,8 +51,10 @@ bench-gpu: build  ## measure kernels, memory and training steps on the GPU
 
 build: $(VENV)/built
 
-# Changes when SAFT_CUDA does, so that the switch takes effect on a checkout that is built already.
-$(VENV)/cuda-$(SAFT_CUDA): $(VENV)/installed
+# Changes when what is to be built for GPUs does, so that this takes effect on a checkout that is built already.
+CUDA_CHOICE := $(VENV)/cuda-$(SAFT_CUDA)-$(subst ;,-,$(SAFT_CUDA_ARCHITECTURES))
+
+$(CUDA_CHOICE): $(VENV)/installed
 	@rm -f $(VENV)/cuda-*
 	@touch $@
 
@@ -66,7 +68,7 @@ $(VENV)/installed: requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 
-$(VENV)/built: $(VENV)/installed $(VENV)/cuda-$(SAFT_CUDA) $(NATIVE)
+$(VENV)/built: $(VENV)/installed $(CUDA_CHOICE) $(NATIVE)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
 	@touch $@
 

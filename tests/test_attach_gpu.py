@@ -199,4 +199,4 @@ def test_waiting_is_noticed():
             with pytest.raises(AssertionError):
                 wait()
         with pytest.raises(AssertionError, match="checked again"):
-            index_values.require_columns(torch.zeros(3, dtype=torch.int32), 5)
+            index_values.require_columns(torch.zeros(3, dtype=torch.int32), 5, "columns")
