@@ -530,6 +530,29 @@ def test_another_k_than_the_buffer_was_filled_with(device, request):
         assert 0 <= int(buffer.state[COUNT]) <= 3_005
 
 
+def test_an_entry_that_is_offered_more_often_than_there_is_room(device, request):
+    """An error on the CPU; elsewhere the result is undefined, but stays within the buffer."""
+    buffer = new_buffer(9, 1, device)
+    shared = {"values": buffer.values, "positions": buffer.positions, "state": buffer.state}
+
+    def offer() -> None:
+        for _ in range(5):
+            ops.accumulate_topk_(
+                torch.ones(10, device=device), None, 1.0, square=False, key=0, offset=0, k=9,
+                **shared,
+            )  # fmt: skip
+        ops.compact_topk_(9, **shared)
+
+    if request.node.callspec.params["device"] in CPU:
+        with pytest.raises(RuntimeError, match="offered more often"):
+            offer()
+    else:
+        offer()
+        count = int(buffer.state[COUNT])
+        assert 9 <= count <= 10
+        assert len(set(buffer.positions[:count].tolist())) < count
+
+
 def test_opcheck(device):
     buffer = new_buffer(3, 20, device)
     acc, grad = torch.randn(50, device=device), torch.randn(50, device=device)

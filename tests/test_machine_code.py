@@ -72,10 +72,16 @@ def resources(architecture: str) -> dict[str, dict[str, int]]:
     }
 
 
+@functools.cache
 def machine_code(architecture: str) -> dict[str, str]:
     """Kernel -> its instructions; takes some seconds."""
     pieces = re.split(r"Function : (\S+)", cuobjdump("-sass", "-arch", architecture))
     return dict(zip(pieces[1::2], pieces[2::2], strict=True))
+
+
+def every_block(code: str) -> str:
+    """Without what the last block alone does, once a fence has told it that it is the last."""
+    return code.partition("MEMBAR")[0]
 
 
 def kernels_in_source() -> set[str]:
@@ -115,12 +121,20 @@ def test_no_kernel_spills_or_needs_a_stack(architecture):
 def test_wide_loads_and_tensor_cores_are_there(architecture):
     codes = machine_code(architecture)
     for kernel, pattern in WIDE.items():
-        own = {name: code for name, code in codes.items() if kernel in name}
+        own = {name: every_block(code) for name, code in codes.items() if kernel in name}
         assert own, kernel
         assert [name for name, code in own.items() if not re.search(pattern, code)] == []
     tiles = {name: "HMMA.16816.F32" in code for name, code in codes.items() if "product" in name}
     assert len(tiles) == 4
     assert tiles == {name: "bfloat16" in name or "half" in name for name in tiles}, "tensor cores"
+
+
+@needs_cuda
+@pytest.mark.parametrize("architecture", [sm for sm in ARCHITECTURES if sm in DISASSEMBLED])
+def test_a_scan_asks_for_all_that_it_needs_before_it_writes(architecture):
+    """The bar too (8 bytes of it): asked for later, it would be waited for a second time."""
+    [code] = (c for name, c in machine_code(architecture).items() if "scan_kernelIf" in name)
+    assert re.search(r"LDG\.E\.64(.|\n)*STG\.E\.128", every_block(code).partition("EXIT")[0])
 
 
 # Triton -------------------------------------------------------------------------------------------

@@ -113,6 +113,7 @@ void make_room(const TopkBuffer& b) {
   raise_to_bin(b);
   drop_below(b, bar_of(b.state));
   if (b.state[kCount] - b.k > (b.capacity - b.k) / 2) compact(b);
+  STD_TORCH_CHECK(b.state[kCount] < b.capacity, "an entry was offered more often than the buffer has room for");
 }
 
 // What a thread has found since it last held the lock.

@@ -122,10 +122,11 @@ __global__ void __launch_bounds__(kThreads, 2)
     scan_kernel(const __grid_constant__ Scan scan, const __grid_constant__ TopkBuffer buffer, int64_t limit) {
   const int64_t first = blockIdx.x * kPerBlock + threadIdx.x * kEntries;
   const int count = entries_from(first, scan.n);
+  const Bar bar = bar_of(buffer.state);  // first: the compiler moves no load before the stores
   float acc[kEntries];
   load_entries(scan.acc, first, count, acc);
   if constexpr (!__is_same(T, NoGrad)) accumulate<T>(scan, first, count, acc);
-  Found found = beating(bar_of(buffer.state), acc, scan.base + first, count, buffer.state);
+  const Found found = beating(bar, acc, scan.base + first, count, buffer.state);
   if (buffer.k == 0) return;
   if (__any_sync(kWarp, found.chosen)) {
     count_in_histogram(buffer.state, found);

@@ -87,7 +87,8 @@ class Settlement {
   // elements of the tensor that reach the new threshold.
   __device__ bool run(int64_t limit) {
     int64_t* const state = buffer_.state;
-    const int64_t before = state[kCount], all = before + state[kFresh];
+    // An entry that was offered many times can have been counted into a buffer without room for it.
+    const int64_t before = min(state[kCount], buffer_.capacity), all = before + state[kFresh];
     bin_ = state[kBin];
     above_ = state[kAbove];
     Bar bar = bar_of(state);

@@ -10,7 +10,9 @@
 // - A candidate is a pair (value = |acc[i]|, position = key << 40 | offset + i). Candidates are ordered by larger
 //   value, then lower position; positions are unique, so the order is total and so is the result: after
 //   compact_topk_ the buffer holds exactly the k best of all candidates offered, for any order of calls and any
-//   number of threads. Which losers the buffer holds in between is unspecified.
+//   number of threads. Which losers the buffer holds in between is unspecified. Where an entry is offered again, its
+//   copies may stay beyond the k best; if there is no room for them, that is an error on the CPU, and on a GPU some
+//   candidates are lost.
 // - c > k. The threshold only rises, and never above the worst of the k best so far: it reaches that whenever a full
 //   buffer is compacted to these (or stops short of it where no candidate lies between), and rises to the lower edge of
 //   a histogram bin once k candidates are known to lie above that edge. An equal value counts at a position below the

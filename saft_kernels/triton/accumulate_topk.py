@@ -191,7 +191,8 @@ def _settle(
 
     Returns whether the scan's did not fit, the bar, and how many candidates there are.
     """
-    before = tl.load(state + COUNT)
+    # An entry that was offered many times can have been counted into a buffer without room for it.
+    before = tl.minimum(tl.load(state + COUNT), capacity)
     found = before + tl.load(state + FRESH)
     threshold = tl.load(state + THRESHOLD)
     tie = tl.load(state + TIE)
