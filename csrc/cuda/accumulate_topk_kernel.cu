@@ -5,8 +5,11 @@
 //
 // scan moves 12 bytes per fp32 element (read acc and grad, write acc), 10 with a 16-bit gradient: 25 million elements,
 // 300 MB, take 90 us at the 3.35 TB/s of an H100. Candidates are one in a thousand once the bar has risen, so a warp
-// only asks "is there any?" and goes on; with 4 elements per thread and 1024 threads an SM has 32 KB under way, more
-// than the 20 KB that hide the latency of its memory. The bar is the same for all of a launch.
+// only asks "is there any?" and goes on; with 4 elements per thread and 1024 threads an SM has 32 KB of fp32 under way
+// while its two blocks load, where 20 KB hide the latency of its memory. They do not load all the time: a block ends
+// with barriers, fences and the counter below, an estimated 1.5 us in which it moves nothing. On large tensors that may
+// cost a fifth of an H100's bandwidth and more of an H200's; it is not measured, and several parts per block would be
+// the remedy. The bar is the same for all of a launch.
 //
 // The last block to end settles: one launch for all, and the host need not know whether there is anything to do (no
 // synchronisation, and a CUDA graph can hold the call). Which block is the last one tells a counter in the state, which
