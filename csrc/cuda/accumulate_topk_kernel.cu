@@ -6,10 +6,9 @@
 // scan moves 12 bytes per fp32 element (read acc and grad, write acc), 10 with a 16-bit gradient: 25 million elements,
 // 300 MB, take 90 us at the 3.35 TB/s of an H100. Candidates are one in a thousand once the bar has risen, so a warp
 // only asks "is there any?" and goes on; with 4 elements per thread and 1024 threads an SM has 32 KB of fp32 under way
-// while its two blocks load, where 20 KB hide the latency of its memory. They do not load all the time: a block ends
-// with barriers, fences and the counter below, an estimated 1.5 us in which it moves nothing. On large tensors that may
-// cost a fifth of an H100's bandwidth and more of an H200's; it is not measured, and several parts per block would be
-// the remedy. The bar is the same for all of a launch.
+// while its two blocks load, where 20 KB hide the latency of its memory. A block ends with barriers, fences and the
+// counter below, an estimated 1.5 us in which it moves nothing, twice as long as a part of 2048 elements takes: blocks
+// of a large tensor go over several parts first. The bar is the same for all of a launch.
 //
 // The last block to end settles: one launch for all, and the host need not know whether there is anything to do (no
 // synchronisation, and a CUDA graph can hold the call). Which block is the last one tells a counter in the state, which
@@ -36,6 +35,10 @@ namespace {
 constexpr int kThreads = 512;
 constexpr int kCompactThreads = 1024;
 constexpr int64_t kPerBlock = kThreads * kEntries;
+
+// Parts of a tensor of more than kAlone elements that a block goes over.
+constexpr int64_t kParts = 4;
+
 using ScanSettlement = Settlement<kThreads, 1>;
 using CompactSettlement = Settlement<kCompactThreads, 2>;
 
@@ -123,19 +126,19 @@ __device__ bool is_last_block(int64_t* done) {
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 2)
     scan_kernel(const __grid_constant__ Scan scan, const __grid_constant__ TopkBuffer buffer, int64_t limit) {
-  const int64_t first = blockIdx.x * kPerBlock + threadIdx.x * kEntries;
-  const int count = entries_from(first, scan.n);
   const Bar bar = bar_of(buffer.state);  // first: the compiler moves no load before the stores
-  float acc[kEntries];
-  load_entries(scan.acc, first, count, acc);
-  if constexpr (!__is_same(T, NoGrad)) accumulate<T>(scan, first, count, acc);
-  const Found found = beating(bar, acc, scan.base + first, count, buffer.state);
-  if (buffer.k == 0) return;
-  if (__any_sync(kWarp, found.chosen)) {
+  for (int64_t start = blockIdx.x * kPerBlock; start < scan.n; start += gridDim.x * kPerBlock) {
+    const int64_t first = start + threadIdx.x * kEntries;
+    const int count = entries_from(first, scan.n);
+    float acc[kEntries];
+    load_entries(scan.acc, first, count, acc);
+    if constexpr (!__is_same(T, NoGrad)) accumulate<T>(scan, first, count, acc);
+    const Found found = beating(bar, acc, scan.base + first, count, buffer.state);
+    if (buffer.k == 0 || !__any_sync(kWarp, found.chosen)) continue;
     count_in_histogram(buffer.state, found);
     append(buffer, buffer.state[kCount], buffer.state + kFresh, found);
   }
-  if (!is_last_block(buffer.state + kDone)) return;
+  if (buffer.k == 0 || !is_last_block(buffer.state + kDone)) return;
 
   __shared__ ScanSettlement::Shared shared;
   const bool overflow = ScanSettlement(scan, buffer, shared).run(limit);
@@ -165,7 +168,8 @@ template <typename T>
 void launch_scan(const Scan& scan, const TopkBuffer& buffer, cudaStream_t stream) {
   // Half of the room beyond the k best is left for the next tensor.
   const int64_t limit = buffer.k + (buffer.capacity - buffer.k) / 2;
-  scan_kernel<T><<<static_cast<unsigned>(ceil_div(scan.n, kPerBlock)), kThreads, 0, stream>>>(scan, buffer, limit);
+  const int64_t parts = ceil_div(scan.n, kPerBlock), blocks = scan.n > kAlone ? ceil_div(parts, kParts) : parts;
+  scan_kernel<T><<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(scan, buffer, limit);
 }
 
 void launch_typed_scan(const Scan& scan, const TopkBuffer& buffer, cudaStream_t stream) {
