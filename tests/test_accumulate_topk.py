@@ -196,6 +196,18 @@ def test_nonfinite_entries_in_a_tensor_that_does_not_fit(device, broken):
 
 
 @pytest.mark.parametrize("device", ON_GPU, indirect=True)
+@pytest.mark.parametrize("k", [0, 100])
+def test_a_large_tensor_of_which_a_block_takes_several_parts(device, k, request, monkeypatch):
+    monkeypatch.setattr(triton_topk, "ALONE", BLOCK)
+    on_cuda = request.node.callspec.params["device"].startswith("cuda")
+    n = (1 << 20) + 3 * BLOCK + 7 if on_cuda else 6 * BLOCK + 7
+    grad = torch.randn(n, generator=torch.Generator().manual_seed(0)).to(device)
+    outcome = run([torch.zeros(n, device=device)], [grad], k=k, room=2 * n, scale=1.0)
+    assert torch.equal(outcome.accs[0], grad)
+    assert torch.equal(outcome.positions.cpu(), cat_of_best([grad], k))
+
+
+@pytest.mark.parametrize("device", ON_GPU, indirect=True)
 def test_a_refill_of_more_parts_than_blocks(device, request, monkeypatch):
     monkeypatch.setattr(triton_topk, "REFILL_PROGRAMS", 2)
     monkeypatch.setattr(triton_topk, "ALONE", BLOCK)

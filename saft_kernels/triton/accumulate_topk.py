@@ -36,6 +36,9 @@ SETTLES_IN_SCAN = torch.version.hip is None
 ALONE = 1 << 20
 REFILL_PROGRAMS = 512
 
+#: Parts of a tensor of more than ALONE elements that a program of a scan goes over.
+PARTS = 4
+
 COUNT = tl.constexpr(layout.COUNT)
 THRESHOLD = tl.constexpr(layout.THRESHOLD)
 TIE = tl.constexpr(layout.TIE)
@@ -265,11 +268,11 @@ def _is_last(state):
 
 
 @triton.jit
-def _offer(bits, position, finite, values, positions, state, capacity, BLOCK: tl.constexpr):
+def _offer(
+    bits, position, finite, threshold, tie, values, positions, state, capacity, BLOCK: tl.constexpr
+):
     """Appends what beats the bar, and counts it in the histogram."""
-    # Without a threshold its slot holds -1, which lies below the bits of every magnitude.
-    threshold = tl.load(state + THRESHOLD)
-    beats = (bits > threshold) | ((bits == threshold) & (position < tl.load(state + TIE)))
+    beats = (bits > threshold) | ((bits == threshold) & (position < tie))
     chosen = finite & beats
     if tl.max(chosen.to(tl.int32), 0) > 0:
         bins = bits >> BIN_SHIFT
@@ -292,23 +295,33 @@ def _scan_kernel(
     BLOCK: tl.constexpr, STEP: tl.constexpr,
     SELECT: tl.constexpr, SETTLE: tl.constexpr,
 ):  # fmt: skip
-    element = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    exists = element < n
-    a = tl.load(acc + element, exists, other=0.0)
-    if grad is not None:
-        g = tl.load(grad + element, exists, other=0.0).to(tl.float32)
-        g = tl.where(square != 0, g * g, g)
-        a = a + g * scale
-        tl.store(acc + element, a, exists)
-    bits = _magnitude_bits(a)
-    position = base + element
-    finite = bits < INFINITY
-    lowest = tl.min(tl.where(exists & ~finite, position, NO_POSITION), 0)
-    if lowest < NO_POSITION:
-        tl.atomic_min(state + NONFINITE, lowest, sem="relaxed")
+    # First: no load moves before a store. Without a threshold its slot holds -1, which lies below
+    # the bits of every magnitude.
+    threshold = tl.load(state + THRESHOLD).to(tl.int32)
+    tie = tl.load(state + TIE)
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    while start < n:
+        element = start + tl.arange(0, BLOCK)
+        exists = element < n
+        a = tl.load(acc + element, exists, other=0.0)
+        if grad is not None:
+            g = tl.load(grad + element, exists, other=0.0).to(tl.float32)
+            g = tl.where(square != 0, g * g, g)
+            a = a + g * scale
+            tl.store(acc + element, a, exists)
+        bits = _magnitude_bits(a)
+        position = base + element
+        finite = bits < INFINITY
+        lowest = tl.min(tl.where(exists & ~finite, position, NO_POSITION), 0)
+        if lowest < NO_POSITION:
+            tl.atomic_min(state + NONFINITE, lowest, sem="relaxed")
+        if SELECT:
+            _offer(
+                bits, position, exists & finite, threshold, tie, values, positions, state, capacity,
+                BLOCK,
+            )  # fmt: skip
+        start += tl.num_programs(0).to(tl.int64) * BLOCK
 
-    if SELECT:
-        _offer(bits, position, exists & finite, values, positions, state, capacity, BLOCK)
     if SELECT and SETTLE:  # noqa: SIM102 - the compiler would evaluate both sides of `and`
         if _is_last(state):
             _settle_and_refill(
@@ -369,8 +382,9 @@ def accumulate_topk_(
     base = (key << layout.POSITION_BITS) + offset
     limit = k + (capacity - k) // 2  # half of the room beyond the k best is for the next tensor
     blocks = ceil_div(n, BLOCK)
+    programs = ceil_div(blocks, PARTS) if n > ALONE else blocks
     launch.launch(
-        _scan_kernel, blocks, acc, grad, scale, int(square), n, base, *buffer, k, capacity, limit,
+        _scan_kernel, programs, acc, grad, scale, int(square), n, base, *buffer, k, capacity, limit,
         ALONE, BLOCK=BLOCK, STEP=STEP, SELECT=k > 0, SETTLE=SETTLES_IN_SCAN, num_warps=WARPS,
     )  # fmt: skip
     if n == 0 or k == 0:

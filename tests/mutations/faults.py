@@ -169,6 +169,13 @@ FAULTS = (
         _TOPK_TESTS,
     ),
     Fault(
+        "accumulate_topk: a block of a large tensor takes one part",
+        _TOPK_CU,
+        "start += gridDim.x * kPerBlock",
+        "start += scan.n",
+        _TOPK_TESTS,
+    ),
+    Fault(
         "accumulate_topk: the first block settles, not the last one",
         _TOPK_CU,
         "add(done, 1) == gridDim.x - 1",
@@ -255,8 +262,8 @@ FAULTS = (
     Fault(
         "accumulate_topk: lower positions lose ties",
         _TOPK_PY,
-        "position < tl.load(state + TIE)",
-        "position > tl.load(state + TIE)",
+        "position < tie)",
+        "position > tie)",
         _TOPK_TESTS,
     ),
     Fault(
@@ -299,6 +306,13 @@ FAULTS = (
         _TOPK_PY,
         "if overflow & (n <= alone):",
         "if n > alone:",
+        _TOPK_TESTS,
+    ),
+    Fault(
+        "accumulate_topk: a program of a large tensor takes one part",
+        _TOPK_PY,
+        "start += tl.num_programs(0).to(tl.int64) * BLOCK",
+        "start += n",
         _TOPK_TESTS,
     ),
     Fault(
