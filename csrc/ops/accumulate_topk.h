@@ -23,6 +23,7 @@
 //   and k candidates have been offered.
 // - NaN and infinite entries are never candidates; state[NONFINITE] keeps the lowest position of one.
 // - k = 0: accumulate and look for non-finite entries only; values and positions are not touched.
+// - A launch that fails on a GPU leaves buffer and state undefined.
 #pragma once
 
 #include <optional>
