@@ -114,6 +114,7 @@ class StreamingTopK:
             NonFiniteGradientError: if ``acc`` holds NaN or infinity; it may come a few updates
                 later, in :meth:`finish` at the latest.
             SelectionError: if ``keys`` were declared and this is not one of them.
+            RuntimeError: on a CPU, if an entry was offered more often than there is room for.
         """
         rank = self._rank(key)
         end = offset + acc.numel()

@@ -42,8 +42,9 @@ struct Sorted {
   Tensor order;
 };
 
-// torch's own sort, CUB's underneath: equal values keep their order.
-Sorted sort(const Tensor& vector) {
+// torch's own sort, CUB's underneath: equal values keep their order, which torch::stable::sort (torch 2.15) does not
+// promise. Not by that name, which a call would find as well.
+Sorted sort_in_order(const Tensor& vector) {
   using torch::stable::detail::from;
   using torch::stable::detail::to;
   constexpr int64_t kDim = 0;
@@ -58,7 +59,7 @@ Tensor sampled_embedding_grad(const Tensor& tokens, const Tensor& grad_output, c
   SampledEmbeddingGrad job = check_sampled_embedding_grad(tokens, grad_output, rows, offsets, columns, call.device());
   Tensor found = new_empty(tokens, {job.grad_output.tokens}, ScalarType::Int);
   check(launch_find_rows(job, found.mutable_data_ptr<int32_t>(), call.stream()));
-  const Sorted sorted = sort(found);
+  const Sorted sorted = sort_in_order(found);
   Tensor grad = new_empty(grad_output, {job.plan.n}, sum_type(job.grad_output.type));
   job.grad = grad.mutable_data_ptr();
   check(launch_sum_tokens(job, {sorted.values.const_data_ptr<int32_t>(), sorted.order.const_data_ptr<int64_t>()},

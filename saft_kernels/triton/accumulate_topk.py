@@ -22,7 +22,7 @@ from saft_kernels.triton import launch
 from saft_kernels.triton.launch import ceil_div
 
 # Elements of a program, and candidates or elements that one which works alone takes at a time. Its
-# registers let two programs share a processor, which then has 32 KB under way.
+# registers let two programs share a processor, which has 32 KB of fp32 under way while both load.
 BLOCK = 2048
 STEP = 1024
 STEP_ALONE = 2048
@@ -192,7 +192,7 @@ def _settle(
 ):  # fmt: skip
     """Takes in what a scan has found, raises the bar, and leaves at most ``limit`` candidates.
 
-    Returns whether the scan's did not fit, the bar, and how many candidates there are.
+    Returns whether the scan's did not fit, and the bar.
     """
     # An entry that was offered many times can have been counted into a buffer without room for it.
     before = tl.minimum(tl.load(state + COUNT), capacity)
