@@ -10,13 +10,14 @@ from typing import Annotated, Any
 
 import typer
 
-from bench import report as reports
-from bench.environment import NOTICEABLE_LOAD, environment
-from bench.harness import Effort
-from bench.models import SMOKE, Setting
-from bench.registry import CASES, run_case
 from saft_clip.console import output, say, warn
 from saft_kernels.errors import SaftError
+
+from . import report as reports
+from .environment import NOTICEABLE_LOAD, environment
+from .harness import Effort
+from .models import SMOKE, Setting
+from .registry import CASES, run_case
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -7,10 +7,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from bench.harness import require
-from bench.models import ADAMW
 from saft_kernels import CooMask, reference
 from saft_kernels.ops import end_to_end
+
+from .harness import require
+from .models import ADAMW
 
 #: How far one AdamW step may be from the specification's: a twentieth of the largest update, for
 #: roundings of the gradient, and three roundings of the weight itself.

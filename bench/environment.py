@@ -16,8 +16,9 @@ from pathlib import Path
 import torch
 
 import saft_kernels
-from bench.memory import MeasurementError
 from saft_kernels import backends
+
+from .memory import MeasurementError
 
 #: Above this share of the processors, other programs disturb what is measured.
 NOTICEABLE_LOAD = 0.1

@@ -21,8 +21,9 @@ from typing import Any, Protocol
 
 import torch
 
-from bench.display import progress
 from saft_kernels.errors import SaftError
+
+from .display import progress
 
 #: Size of the buffers that are copied and of what evicts the caches, by kind of device: several
 #: times any last-level cache.

@@ -47,7 +47,7 @@ def peak_memory(function: str, **arguments: Any) -> Memory:
     Raises:
         MeasurementError: if the process fails.
     """
-    command = [sys.executable, "-m", "bench.memory", function, json.dumps(arguments)]
+    command = [sys.executable, "-m", f"{__package__}.memory", function, json.dumps(arguments)]
     done = subprocess.run(
         command, cwd=_ROOT, env={**os.environ, **ALLOCATOR}, capture_output=True, text=True
     )

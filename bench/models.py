@@ -17,11 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bench.harness import Effort
 from saft_clip.methods.base import FROZEN, prompt_loss
 from saft_clip.models import load_model
 from saft_clip.prompts import class_prompts
 from saft_kernels import CooMask, select
+
+from .harness import Effort
 
 #: Of every AdamW here: the paper's.
 ADAMW: dict[str, Any] = {"lr": 5e-6, "weight_decay": 0.1}

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from bench.cases import (
+from .cases import (
     accumulate_topk,
     clip_step,
     delta,
@@ -20,9 +20,9 @@ from bench.cases import (
     sparse_adamw,
     step_account,
 )
-from bench.environment import watch_load
-from bench.harness import Outcome, WrongResultError
-from bench.models import Setting
+from .environment import watch_load
+from .harness import Outcome, WrongResultError
+from .models import Setting
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.environment import NOTICEABLE_LOAD
-from bench.harness import Figure, Timing, format_seconds
 from saft_kernels.errors import SaftError
 from saft_kernels.files import atomic_write
+
+from .environment import NOTICEABLE_LOAD
+from .harness import Figure, Timing, format_seconds
 
 FORMAT = "saft-bench"
 VERSION = 1

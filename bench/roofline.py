@@ -28,12 +28,13 @@ from typing import Annotated, Any
 
 import typer
 
-from bench import report as reports
-from bench.harness import Timing, format_seconds
 from saft_clip.console import say
 from saft_kernels import topk
 from saft_kernels.errors import SaftError
 from saft_kernels.machine import H100, LAUNCH, MATRIX, PLAIN, SCATTERED, STREAMED, Gpu
+
+from . import report as reports
+from .harness import Timing, format_seconds
 
 # Assumptions --------------------------------------------------------------------------------------
 # Those that the choice of kernels rests on too are in saft_kernels.machine.

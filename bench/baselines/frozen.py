@@ -15,8 +15,9 @@ from unittest.mock import patch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bench.baselines import Loss, Step
 from saft_kernels import CooMask
+
+from . import Loss, Step
 
 _linear = F.linear
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from bench.baselines import Loss, Step, step_of
-from bench.models import ADAMW, candidates
 from saft_kernels import CooMask
+
+from ..models import ADAMW, candidates
+from . import Loss, Step, step_of
 
 
 def full_adamw(model: nn.Module, mask: CooMask, loss: Loss) -> Step:

@@ -7,9 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from bench.baselines import Loss, Step
-from bench.models import ADAMW
 from saft_kernels import CooMask
+
+from ..models import ADAMW
+from . import Loss, Step
 
 
 def index_and_hook(model: nn.Module, mask: CooMask, loss: Loss) -> Step:

@@ -20,11 +20,12 @@ import torch
 from open_clip.transformer import ResidualAttentionBlock
 from torch import Tensor, nn
 
-from bench.baselines import Loss, Step, step_of
-from bench.harness import require
-from bench.memory import MeasurementError
-from bench.models import ADAMW
 from saft_kernels import CooMask
+
+from ..harness import require
+from ..memory import MeasurementError
+from ..models import ADAMW
+from . import Loss, Step, step_of
 
 #: What ``peft.LoraConfig`` is given.
 OPTIONS: dict[str, Any] = {

@@ -7,8 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from bench.models import ADAMW, candidates
 from saft_kernels import CooMask
+
+from ..models import ADAMW, candidates
 
 
 def masked_adamw(model: nn.Module, mask: CooMask) -> Callable[[], None]:

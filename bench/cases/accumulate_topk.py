@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.baselines.topk import concatenated, split, topk
-from bench.checks import require_same_indices
-from bench.harness import (
+from saft_kernels import StreamingTopK
+
+from ..baselines.topk import concatenated, split, topk
+from ..checks import require_same_indices
+from ..harness import (
     Contender,
     Figure,
     Outcome,
@@ -19,9 +21,8 @@ from bench.harness import (
     times_as_long,
     times_faster,
 )
-from bench.memory import peak_memory
-from bench.models import Setting, candidates, make_task, workload
-from saft_kernels import StreamingTopK
+from ..memory import peak_memory
+from ..models import Setting, candidates, make_task, workload
 
 #: Example counts scale the gradients of batches.
 SCALE = 16.0
@@ -102,7 +103,7 @@ def _accumulation(
 
 def _temporaries(numel: int, setting: Setting) -> Outcome:
     arguments = {"model": setting.model, "density": setting.density}
-    memory = peak_memory("bench.cases.accumulate_topk:fused_pass", **arguments)
+    memory = peak_memory(f"{__name__}:fused_pass", **arguments)
     share = (memory.peak - memory.before) / (4 * numel)
     what = "all memory that the fused pass adds, in percent of D fp32 numbers"
     return Outcome(figures=[Figure(what, 100 * share, "%", bar=1.0, at_least=False)])

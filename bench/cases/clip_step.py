@@ -17,15 +17,17 @@ from typing import Any
 
 from torch import nn
 
-from bench.baselines import Loss, Method, Step, step_of
-from bench.baselines.frozen import frozen
-from bench.baselines.full_adamw import full_adamw
-from bench.baselines.index_and_hook import index_and_hook
-from bench.baselines.lora import lora, pretrained, require_trained
-from bench.checks import reference_step, require_loss, require_stepped, require_untouched
-from bench.harness import Contender, Figure, Outcome, Timing, measure, times_as_long
-from bench.memory import Memory, peak_memory
-from bench.models import (
+from saft_kernels import CooMask, SparseAdamW
+
+from ..baselines import Loss, Method, Step, step_of
+from ..baselines.frozen import frozen
+from ..baselines.full_adamw import full_adamw
+from ..baselines.index_and_hook import index_and_hook
+from ..baselines.lora import lora, pretrained, require_trained
+from ..checks import reference_step, require_loss, require_stepped, require_untouched
+from ..harness import Contender, Figure, Outcome, Timing, measure, times_as_long
+from ..memory import Memory, peak_memory
+from ..models import (
     ADAMW,
     Setting,
     Task,
@@ -35,7 +37,6 @@ from bench.models import (
     with_concentrated_mask,
     workload,
 )
-from saft_kernels import CooMask, SparseAdamW
 
 FULL = "full fine-tuning, fused AdamW"
 INDEX_AND_HOOK = "index and hook in plain torch, uniform mask"
@@ -191,7 +192,7 @@ def _memories(work: Workload, setting: Setting) -> dict[str, Memory]:
             mask.save(files[kind])
         return {
             name: peak_memory(
-                "bench.cases.clip_step:steps",
+                f"{__name__}:steps",
                 name=name,
                 mask=files[way.mask],
                 model=setting.model,

@@ -12,9 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from bench.harness import Contender, Figure, Outcome, measure, require, times_faster
-from bench.models import ADAMW, Setting, workload
 from saft_kernels import CooMask, SparseDelta, ops
+
+from ..harness import Contender, Figure, Outcome, measure, require, times_faster
+from ..models import ADAMW, Setting, workload
 
 
 def run(setting: Setting) -> Outcome:

@@ -14,12 +14,13 @@ import open_clip
 import torch
 from torch import Tensor, nn
 
-from bench.checks import require_same_gradients
-from bench.harness import Contender, Effort, Outcome, measure, require, times_faster
-from bench.models import Setting
 from saft_clip.models import load_model
 from saft_clip.prompts import class_prompts
 from saft_clip.text_tower import Packing, encode_packed, ends_of_text
+
+from ..checks import require_same_gradients
+from ..harness import Contender, Effort, Outcome, measure, require, times_faster
+from ..models import Setting
 
 PADDED_BATCH = 100
 BAR = 12

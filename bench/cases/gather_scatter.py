@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.harness import Contender, Outcome, evict_caches, measure, require, times_faster
-from bench.models import CACHE_LINE, Setting, Workload, cache_lines, workload
 from saft_kernels import CooMask, ops
+
+from ..harness import Contender, Outcome, evict_caches, measure, require, times_faster
+from ..models import CACHE_LINE, Setting, Workload, cache_lines, workload
 
 
 def run(setting: Setting) -> Outcome:

@@ -18,19 +18,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench import roofline
-from bench.baselines import Loss, Step, step_of
-from bench.baselines.topk import concatenated, split, topk
-from bench.cases import accumulate_topk, clip_step, sampled_grad, sparse_adamw
-from bench.checks import (
+from saft_kernels import CooMask, SparseAdamW, StreamingTopK, backends, ops, reference
+from saft_kernels.plan import EmbeddingPlan, LinearPlan
+
+from .. import roofline
+from ..baselines import Loss, Step, step_of
+from ..baselines.topk import concatenated, split, topk
+from ..checks import (
     reference_step,
     require_loss,
     require_same_indices,
     require_stepped,
     require_untouched,
 )
-from bench.environment import current_gpu
-from bench.harness import (
+from ..environment import current_gpu
+from ..harness import (
     CPU,
     Contender,
     CudaTimer,
@@ -43,7 +45,7 @@ from bench.harness import (
     times_as_long,
     times_faster,
 )
-from bench.models import (
+from ..models import (
     ADAMW,
     Setting,
     Task,
@@ -55,8 +57,7 @@ from bench.models import (
     with_concentrated_mask,
     workload,
 )
-from saft_kernels import CooMask, SparseAdamW, StreamingTopK, backends, ops, reference
-from saft_kernels.plan import EmbeddingPlan, LinearPlan
+from . import accumulate_topk, clip_step, sampled_grad, sparse_adamw
 
 #: Bytes that an access to a GPU's memory moves at least.
 SECTOR = 32

@@ -28,17 +28,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from bench.cases.clip_step import sampled
-from bench.checks import (
+from saft_clip.evaluate import embed_classes
+from saft_kernels import CooMask
+
+from ..checks import (
     reference_step,
     require_same_gradients,
     require_stepped,
     require_untouched,
 )
-from bench.harness import Contender, Effort, Figure, Outcome, Timing, measure, require, times_faster
-from bench.models import ADAMW, Setting, Task, candidates, make_task, selected_mask, uniform_mask
-from saft_clip.evaluate import embed_classes
-from saft_kernels import CooMask
+from ..harness import Contender, Effort, Figure, Outcome, Timing, measure, require, times_faster
+from ..models import ADAMW, Setting, Task, candidates, make_task, selected_mask, uniform_mask
+from .clip_step import sampled
 
 IMAGES, PROMPTS = 32, 1000
 

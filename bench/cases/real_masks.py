@@ -34,7 +34,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bench.harness import (
+from saft_clip.data import few_shot, load_dataset
+from saft_clip.domains import MissingExtraError
+from saft_clip.methods.base import FROZEN, prompt_loss
+from saft_clip.models import load_model
+from saft_clip.prompts import class_prompts
+from saft_kernels import CooMask, ops, select
+from saft_kernels.errors import SaftError
+from saft_kernels.plan import LinearPlan
+
+from ..harness import (
     Contender,
     Effort,
     Figure,
@@ -45,15 +54,7 @@ from bench.harness import (
     require,
     times_faster,
 )
-from bench.models import COLUMNS, ROWS, Setting, concentrated_entries
-from saft_clip.data import few_shot, load_dataset
-from saft_clip.domains import MissingExtraError
-from saft_clip.methods.base import FROZEN, prompt_loss
-from saft_clip.models import load_model
-from saft_clip.prompts import class_prompts
-from saft_kernels import CooMask, ops, select
-from saft_kernels.errors import SaftError
-from saft_kernels.plan import LinearPlan
+from ..models import COLUMNS, ROWS, Setting, concentrated_entries
 
 DTYPES = (torch.float32, torch.bfloat16)
 

@@ -17,7 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.harness import (
+from saft_kernels import ops
+from saft_kernels.cost_model import CROWDED
+from saft_kernels.plan import LinearPlan
+
+from ..harness import (
     Contender,
     Figure,
     Outcome,
@@ -29,10 +33,7 @@ from bench.harness import (
     times_as_long,
     times_faster,
 )
-from bench.models import Setting, concentrated_entries, uniform_entries
-from saft_kernels import ops
-from saft_kernels.cost_model import CROWDED
-from saft_kernels.plan import LinearPlan
+from ..models import Setting, concentrated_entries, uniform_entries
 
 DENSE = "dense product"
 

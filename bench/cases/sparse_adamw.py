@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.baselines.masked_adamw import masked_adamw
-from bench.checks import reference_step, require_stepped, require_untouched
-from bench.harness import (
+from saft_kernels import CooMask, SparseAdamW, ops, sparse_adamw_
+
+from ..baselines.masked_adamw import masked_adamw
+from ..checks import reference_step, require_stepped, require_untouched
+from ..harness import (
     Contender,
     Figure,
     Outcome,
@@ -24,7 +26,7 @@ from bench.harness import (
     require,
     times_faster,
 )
-from bench.models import (
+from ..models import (
     ADAMW,
     CACHE_LINE,
     Setting,
@@ -34,7 +36,6 @@ from bench.models import (
     lines_touched,
     workload,
 )
-from saft_kernels import CooMask, SparseAdamW, ops, sparse_adamw_
 
 DENSE = "torch.optim.AdamW(fused=True)"
 

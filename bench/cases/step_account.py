@@ -27,11 +27,12 @@ from torch.utils.flop_counter import (
     sdpa_flop_count,
 )
 
-from bench.checks import require_loss
-from bench.display import progress
-from bench.harness import Figure, Outcome, Timing
-from bench.models import ADAMW, Setting, Task, Workload, with_concentrated_mask, workload
 from saft_kernels import SparseAdamW
+
+from ..checks import require_loss
+from ..display import progress
+from ..harness import Figure, Outcome, Timing
+from ..models import ADAMW, Setting, Task, Workload, with_concentrated_mask, workload
 
 PHASES = ("forward", "backward", "optimizer")
 
