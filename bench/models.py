@@ -1,28 +1,33 @@
-"""What the cases work on: a CLIP model, a batch, its gradients, and two masks.
+"""What the cases work on: a model of open_clip or timm, a batch, its gradients, and two masks.
 
-The weights are random, as no trained ones can be had everywhere; the shapes are open_clip's, and
-the gradients come from a genuine backward pass of the fine-tuning loss.
+The weights are random unless a tag or file is named, as no trained ones can be had everywhere; the
+gradients come from a genuine backward pass of the fine-tuning loss.
 """
 
 from __future__ import annotations
 
 import copy
+import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
 import open_clip
+import timm
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from saft_clip.methods.base import FROZEN, prompt_loss
-from saft_clip.models import load_model
+from saft_clip.models import RANDOM, autocast, load_model
 from saft_clip.prompts import class_prompts
+from saft_clip.tiny import TINY_NAME
 from saft_kernels import CooMask, select
+from saft_kernels.errors import SaftError
 
 from .harness import Effort
+from .memory import MeasurementError
 
 #: Of every AdamW here: the paper's.
 ADAMW: dict[str, Any] = {"lr": 5e-6, "weight_decay": 0.1}
@@ -36,30 +41,62 @@ COLUMNS, ROWS = 0.08, 0.32
 _SEED = 0
 
 
+#: Of weights and gradients: name on the command line -> dtype.
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class SettingError(SaftError, ValueError):
+    """What is asked for cannot be measured; the message says why."""
+
+
 @dataclass(frozen=True)
 class Setting:
     """What to measure on, and how long.
 
     Attributes:
-        model: an open_clip name, or ``saft-tiny``; always with random weights.
+        model: a name of open_clip or timm, or ``saft-tiny``.
+        pretrained: tag or file of its weights; ``random``: only its shapes matter.
         images: in a batch.
         prompts: in a batch, one per class.
         density: share of the parameters that is selected.
+        dtype: of weights and gradients, a name in ``DTYPES``.
+        backend: of the kernels; None: the device's own.
+        threads: of a CPU; None: torch's choice.
         kernels: how often short work is timed.
         steps: how often training steps are timed.
     """
 
     model: str = "ViT-B-16"
+    pretrained: str = RANDOM
     images: int = 16
     prompts: int = 16
     density: float = 1e-3
+    dtype: str = "fp32"
+    backend: str | None = None
+    threads: int | None = None
     kernels: Effort = field(default_factory=Effort)
     steps: Effort = field(default_factory=lambda: Effort(300, 5, 10, warm_up=0))
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """Of weights and gradients."""
+        return DTYPES[self.dtype]
+
+    @property
+    def has_bars(self) -> bool:
+        """Whether it is what the bars were set for."""
+        usual = Setting(kernels=self.kernels, steps=self.steps, threads=self.threads)
+        return replace(self, backend=None) == usual
+
+    @property
+    def small(self) -> bool:
+        """Whether sizes that are not the model's are to be tiny ones, too."""
+        return self.model == TINY_NAME
 
 
 #: Shows in seconds whether every case runs; what it measures means nothing.
 SMOKE = Setting(
-    model="saft-tiny",
+    model=TINY_NAME,
     images=4,
     prompts=4,
     density=1e-2,
@@ -73,32 +110,40 @@ class Task:
     """A model in training mode and one batch for it.
 
     Attributes:
-        model: an open_clip model, fp32.
+        model: of open_clip or timm.
         images: float32 [B, 3, H, W].
         labels: int64 [B].
-        tokens: int64 [C, 1, L], one prompt for each of C classes.
-        precision: of the encoders, as ``saft finetune --precision`` has it.
+        tokens: int64 [C, 1, L], one prompt for each of C classes; None for an image classifier.
+        precision: of the forward pass, as ``saft finetune --precision`` has it.
     """
 
     model: nn.Module
     images: Tensor
     labels: Tensor
-    tokens: Tensor
+    tokens: Tensor | None
     precision: str = "fp32"
 
     def loss(self, model: nn.Module) -> Tensor:
         """The fine-tuning loss of a copy of the model on the batch (SAFT, Eq. 1)."""
-        return prompt_loss(model, self.images, self.labels, self.tokens, self.precision)
+        if self.tokens is not None:
+            return prompt_loss(model, self.images, self.labels, self.tokens, self.precision)
+        with autocast(self.precision, self.images.device):
+            logits = model(self.images)
+        return F.cross_entropy(logits.float(), self.labels)
 
     def to(self, device: torch.device) -> Task:
         """A copy of it on a device."""
-        tensors = {name: getattr(self, name).to(device) for name in ("images", "labels", "tokens")}
-        return replace(self, model=copy.deepcopy(self.model).to(device), **tensors)
+        tensors = {name: getattr(self, name) for name in ("images", "labels", "tokens")}
+        moved = {name: None if each is None else each.to(device) for name, each in tensors.items()}
+        return replace(self, model=copy.deepcopy(self.model).to(device), **moved)
 
     def part(self, size: int) -> Task:
         """The same model with the first images and prompts only."""
-        images, labels, tokens = self.images[:size], self.labels[:size], self.tokens[:size]
-        return replace(self, images=images, labels=labels, tokens=tokens)
+        tokens = None if self.tokens is None else self.tokens[:size]
+        labels = self.labels[:size]
+        if tokens is not None:
+            labels = labels % len(tokens)
+        return replace(self, images=self.images[:size], labels=labels, tokens=tokens)
 
 
 def candidates(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -106,10 +151,38 @@ def candidates(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: param for name, param in model.named_parameters() if name not in FROZEN}
 
 
-def make_task(model: str, images: int, prompts: int) -> Task:
-    """Build the model and a batch of smooth random images and prompts for real class names."""
+def make_task(model: str, images: int, prompts: int, pretrained: str = RANDOM) -> Task:
+    """Build the model, and a batch of smooth random images and prompts for real class names.
+
+    Raises:
+        SettingError: if neither open_clip nor timm has a model of this name.
+        ModelError: if its weights cannot be had.
+    """
     torch.manual_seed(_SEED)
-    clip = load_model(model, "random")
+    if model == TINY_NAME or model in open_clip.list_models():
+        return _clip_task(model, images, prompts, pretrained)
+    if timm.is_model(model):
+        return _classifier_task(model, images, pretrained)
+    near = difflib.get_close_matches(model, [*open_clip.list_models(), *timm.list_models()], n=3)
+    hint = f"; did you mean {', '.join(near)}?" if near else ""
+    raise SettingError(f"neither open_clip nor timm has a model {model!r}{hint}")
+
+
+def require_clip(setting: Setting) -> None:
+    """Make sure that the model has a text tower.
+
+    Raises:
+        MeasurementError: if it has none.
+    """
+    if setting.model != TINY_NAME and setting.model not in open_clip.list_models():
+        raise MeasurementError(
+            f"it needs a model with a text tower, one of open_clip's, and {setting.model} is none"
+        )
+
+
+def _clip_task(model: str, images: int, prompts: int, pretrained: str) -> Task:
+    """An open_clip model; what the paper does not train is frozen."""
+    clip = load_model(model, pretrained)
     clip.model.train()
     for name in FROZEN:
         param = dict(clip.model.named_parameters()).get(name)
@@ -119,6 +192,8 @@ def make_task(model: str, images: int, prompts: int) -> Task:
     size = visual.image_size
     height, width = size if isinstance(size, tuple) else (size, size)
     names = open_clip.IMAGENET_CLASSNAMES
+    if not 1 <= prompts <= len(names):
+        raise SettingError(f"between 1 and {len(names)} prompts can be had, not {prompts}")
     return Task(
         clip.model,
         _smooth_images(images, height, width),
@@ -127,6 +202,21 @@ def make_task(model: str, images: int, prompts: int) -> Task:
             names[:: len(names) // prompts][:prompts], ["a photo of a {}."], clip.tokenizer
         ),
     )
+
+
+def _classifier_task(model: str, images: int, pretrained: str) -> Task:
+    """A timm model with its classifier; dropout is off, so that a step can be checked."""
+    options: dict[str, Any] = {"drop_rate": 0.0}
+    if pretrained == RANDOM:
+        options["pretrained"] = False
+    elif pretrained.endswith((".safetensors", ".pth", ".bin")):
+        options |= {"pretrained": True, "pretrained_cfg_overlay": {"file": pretrained}}
+    else:
+        model, options["pretrained"] = f"{model.partition('.')[0]}.{pretrained}", True
+    classifier = timm.create_model(model, **options).train()
+    _, height, width = timm.data.resolve_model_data_config(classifier)["input_size"]
+    labels = torch.arange(images) % classifier.num_classes
+    return Task(classifier, _smooth_images(images, height, width), labels, None)
 
 
 def _smooth_images(count: int, height: int, width: int) -> Tensor:
@@ -141,8 +231,8 @@ class Workload:
 
     Attributes:
         task: model and batch.
-        loss: of the batch.
-        gradients: by parameter name, contiguous.
+        loss: of the batch, in fp32.
+        gradients: by parameter name, contiguous, in the weights' dtype.
         masks: ``uniform``, the worst case: nearly every entry on a page of its own; ``selected``,
             what :func:`saft_kernels.select` chose on the batch.
     """
@@ -160,13 +250,15 @@ class Workload:
 
 @cache
 def workload(setting: Setting) -> Workload:
-    """Everything that the cases share, made once."""
-    own = make_task(setting.model, setting.images, setting.prompts)
+    """Everything that the cases share, made once; loss and mask are those of fp32 weights."""
+    own = make_task(setting.model, setting.images, setting.prompts, setting.pretrained)
     selected = selected_mask(own, setting.density)
     loss = own.loss(own.model)
     loss.backward()
-    gradients = {name: _take_gradient(param) for name, param in candidates(own.model).items()}
+    dtype = setting.torch_dtype
+    gradients = {n: _take_gradient(param).to(dtype) for n, param in candidates(own.model).items()}
     masks = {"uniform": uniform_mask(own.model, setting.density), "selected": selected}
+    own.model.to(dtype)
     return Workload(own, loss.item(), gradients, masks)
 
 

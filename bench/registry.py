@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+
+from saft_kernels import backends
+
+from .bars import without_bar
 from .cases import (
     accumulate_topk,
     clip_step,
@@ -21,8 +27,11 @@ from .cases import (
     step_account,
 )
 from .environment import watch_load
-from .harness import Outcome, WrongResultError
+from .harness import WrongResultError
+from .memory import MeasurementError
 from .models import Setting
+from .outcome import Outcome
+from .result_file import outcome_record
 
 
 @dataclass(frozen=True)
@@ -63,20 +72,45 @@ CASES = {
 }
 
 
+@contextmanager
+def applied(setting: Setting) -> Iterator[None]:
+    """The setting's backend and threads, within a block.
+
+    Raises:
+        BackendUnavailableError: if that backend cannot run here.
+    """
+    threads = torch.get_num_threads()
+    chosen = backends.use_backend(setting.backend) if setting.backend else nullcontext()
+    with chosen:
+        torch.set_num_threads(setting.threads or threads)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
+
+
 def run_case(case: Case, setting: Setting) -> dict[str, Any]:
-    """Run one case. A wrong result is recorded as ``refused`` in place of times."""
+    """Run one case.
+
+    In place of times, a wrong result is recorded as ``refused``, and why something cannot be
+    measured here as ``left_out``.
+    """
     start = time.perf_counter()
-    outcome, refused = Outcome(), None
-    with watch_load() as load:
+    outcome, refused, left_out = Outcome(), None, None
+    with watch_load() as load, applied(setting):
         try:
             outcome = case.run(setting)
+            if not setting.has_bars:
+                outcome.figures = [without_bar(figure) for figure in outcome.figures]
         except WrongResultError as error:
             refused = str(error)
+        except MeasurementError as error:
+            left_out = str(error)
     return {
         "summary": case.summary,
         "seconds": time.perf_counter() - start,
         "load": asdict(load),
         "refused": refused,
-        "figures": [{**asdict(figure), "verdict": figure.verdict} for figure in outcome.figures],
-        "timings": [asdict(timing) for timing in outcome.timings],
+        "left_out": left_out,
+        **outcome_record(outcome),
     }

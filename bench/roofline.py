@@ -33,8 +33,11 @@ from saft_kernels import topk
 from saft_kernels.errors import SaftError
 from saft_kernels.machine import H100, LAUNCH, MATRIX, PLAIN, SCATTERED, STREAMED, Gpu
 
-from . import report as reports
-from .harness import Timing, format_seconds
+from . import result_file
+from .outcome import Timing
+from .ratios import format_seconds
+from .result_file import outcome_of
+from .tables import table
 
 # Assumptions --------------------------------------------------------------------------------------
 # Those that the choice of kernels rests on too are in saft_kernels.machine.
@@ -434,7 +437,7 @@ def measured_gpu(result: Mapping[str, Any]) -> Gpu:
     """
     setting = result["setting"]
     if (setting["model"], setting["density"]) != (MODEL, DENSITY):
-        raise reports.ResultError(
+        raise result_file.ResultError(
             f"the model is of {MODEL} at density {DENSITY:g}, and this result is of "
             f"{setting['model']} at {setting['density']:g}; measure without --model and --smoke"
         )
@@ -442,7 +445,7 @@ def measured_gpu(result: Mapping[str, Any]) -> Gpu:
     for gpu in GPUS:
         if gpu.known_as in name:
             return gpu
-    raise reports.ResultError(
+    raise result_file.ResultError(
         f"the model knows no {name}; it knows {', '.join(gpu.known_as for gpu in GPUS)}"
     )
 
@@ -451,7 +454,7 @@ def measured_times(result: Mapping[str, Any]) -> list[tuple[Operation, str, Timi
     """(operation, backend or nothing, its timing) of all that the model knows."""
     found = []
     for case in result["cases"].values():
-        for timing in reports.timings_of(case):
+        for timing in outcome_of(case).timings:
             name, backend = timing.name, ""
             if (match := _WITH_BACKEND.fullmatch(name)) and match[1] in OPERATIONS:
                 name, backend = match[1], match[2]
@@ -512,7 +515,7 @@ def _times_table() -> str:
                 format_seconds(work.host_seconds),
             ]
         )
-    return reports.table(header, rows)
+    return table(header, rows)
 
 
 def _ratio_table() -> str:
@@ -522,7 +525,7 @@ def _ratio_table() -> str:
         for operation in OPERATIONS.values()
         if operation.baseline is not None
     ]
-    return reports.table(header, rows)
+    return table(header, rows)
 
 
 def speed_up(operation: Operation, gpu: Gpu) -> float:
@@ -551,7 +554,7 @@ def _measured_table(result: Mapping[str, Any], gpu: Gpu) -> str:
                 f"{timing.median / predicted:.2f}",
             ]
         )
-    return reports.table(header, rows)
+    return table(header, rows)
 
 
 def _engineering(number: float, unit: str) -> str:
@@ -578,11 +581,11 @@ def command(
     ] = None,
 ) -> None:
     """Print what a model predicts for GPUs, as Markdown."""
-    text = markdown(None if measured is None else reports.read_result(measured))
+    text = markdown(None if measured is None else result_file.read_result(measured))
     if update is None:
         print(text, end="")
     else:
-        reports.update_block(update, text, MARKERS)
+        result_file.update_block(update, text, MARKERS)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

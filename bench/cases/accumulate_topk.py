@@ -10,22 +10,23 @@ from torch import Tensor
 
 from saft_kernels import StreamingTopK
 
+from ..bars import held_to
 from ..baselines.topk import concatenated, split, topk
-from ..checks import require_same_indices
-from ..harness import (
-    Contender,
-    Figure,
-    Outcome,
-    measure,
-    require,
-    times_as_long,
-    times_faster,
-)
+from ..correctness import require_same_indices
+from ..harness import Contender, Effort, measure, require
+from ..limits import Needs
 from ..memory import peak_memory
 from ..models import Setting, candidates, make_task, workload
+from ..outcome import Figure, Outcome
+from ..ratios import times_as_long, times_faster
+from ..sweeps import growth, over_threads
 
 #: Example counts scale the gradients of batches.
 SCALE = 16.0
+
+
+#: Parts of the model's entries that the growth is measured over.
+SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1)
 
 
 def run(setting: Setting) -> Outcome:
@@ -34,41 +35,38 @@ def run(setting: Setting) -> Outcome:
     k = work.masks["selected"].nnz
     torch.manual_seed(0)
     distributions = {
-        "gradients": {n: SCALE * gradient for n, gradient in work.gradients.items()},
-        "normal numbers": {n: torch.randn_like(g) for n, g in work.gradients.items()},
+        "gradients": {n: SCALE * gradient.float() for n, gradient in work.gradients.items()},
+        "normal numbers": {n: torch.randn_like(g).float() for n, g in work.gradients.items()},
     }
     outcome = Outcome()
     for data, sums in distributions.items():
-        outcome += _selection(data, sums, k, setting)
-        outcome += _accumulation(data, sums, work.gradients, k, setting)
+        outcome += _selection(data, sums, k, setting.kernels)
+        outcome += _accumulation(data, sums, work.gradients, k, setting.kernels)
+    outcome += _growth(distributions["normal numbers"], setting)
     outcome += _temporaries(work.numel, setting)
     return outcome
 
 
-def _selection(data: str, mean: dict[str, Tensor], k: int, setting: Setting) -> Outcome:
+def selection(mean: dict[str, Tensor], k: int) -> list[Contender]:
     """Selecting from sums that are there already: every entry has to be read once."""
-    expected = selected(mean, k)
-    bytes_read = 4 * numel_of(mean)
+    check = same_selection(selected(mean, k))
+    needs = Needs(4 * numel_of(mean))
     magnitude = concatenated(mean)
-    contenders = [
-        Contender("torch.topk", lambda: topk(magnitude, mean, k), same_selection(expected)),
-        Contender(
-            "StreamingTopK", lambda: _stream(mean, k), same_selection(expected), moves=bytes_read
-        ),
+    return [
+        Contender("torch.topk", lambda: topk(magnitude, mean, k), check, needs=needs),
+        Contender("StreamingTopK", lambda: _stream(mean, k), check, needs=needs),
     ]
-    timings = measure(f"select from {data}", contenders, setting.kernels)
+
+
+def _selection(data: str, mean: dict[str, Tensor], k: int, effort: Effort) -> Outcome:
+    timings = measure(f"select from {data}", selection(mean, k), effort)
     what = f"streaming selection from {data} against torch.topk on the concatenated magnitudes"
     plain, ours = timings.values()
-    return Outcome([plain, ours], [times_faster(what, plain, ours, bar=30)])
+    bar = f"selection/{data.replace(' ', '-')}"
+    return Outcome([plain, ours], [held_to(bar, times_faster(what, plain, ours))])
 
 
-def _accumulation(
-    data: str,
-    sums: dict[str, Tensor],
-    gradients: dict[str, Tensor],
-    k: int,
-    setting: Setting,
-) -> Outcome:
+def accumulation(sums: dict[str, Tensor], gradients: dict[str, Tensor], k: int) -> list[Contender]:
     """The last batch of a selection: add its gradient, and find the k largest sums."""
 
     def add() -> None:
@@ -85,20 +83,47 @@ def _accumulation(
         result = check_sums(run)
         require_same_indices(result, selected(sums, k))
 
-    moves = 12 * numel_of(sums)
-    contenders = [
-        Contender("acc.add_(grad)", add, check_sums, moves=moves),
-        Contender(
-            "StreamingTopK.update(acc, grad)",
-            lambda: _stream(sums, k, gradients, SCALE),
-            check_both,
-            moves=moves,
-        ),
+    def fused() -> dict[Any, Tensor]:
+        return _stream(sums, k, gradients, SCALE)
+
+    element = next(iter(gradients.values())).element_size()
+    entries = numel_of(sums)
+    needs = Needs((8 + element) * entries, 2 * entries)
+    return [
+        Contender("acc.add_(grad)", add, check_sums, needs=needs),
+        Contender("StreamingTopK.update(acc, grad)", fused, check_both, needs=needs),
     ]
-    timings = measure(f"accumulate a gradient, sums of {data}", contenders, setting.kernels)
+
+
+def _accumulation(
+    data: str, sums: dict[str, Tensor], gradients: dict[str, Tensor], k: int, effort: Effort
+) -> Outcome:
+    contenders = accumulation(sums, gradients, k)
+    timings = measure(f"accumulate a gradient, sums of {data}", contenders, effort)
     plain, fused = timings.values()
     what = f"accumulation fused with selection from {data} against acc.add_(grad) alone"
-    return Outcome([plain, fused], [times_as_long(what, fused, plain, bar=1.3)])
+    figure = held_to(f"accumulation/{data.replace(' ', '-')}", times_as_long(what, fused, plain))
+    return Outcome([plain, fused], [figure])
+
+
+def _growth(sums: dict[str, Tensor], setting: Setting) -> Outcome:
+    """Selection over the entries it goes through, the same share of them, and over threads."""
+    flat = torch.cat([tensor.view(-1) for tensor in sums.values()])
+    sizes = [int(share * flat.numel()) for share in SHARES]
+    contenders = [_select_from(flat[:size], setting.density) for size in sizes]
+    timings = list(measure("select over D", contenders, setting.kernels).values())
+    figure, line = growth("StreamingTopK", "D", sizes, timings)
+    outcome = Outcome(timings, [figure], [line])
+    outcome += over_threads("StreamingTopK", contenders[-1], setting.kernels)
+    return outcome
+
+
+def _select_from(flat: Tensor, density: float) -> Contender:
+    k = max(int(density * flat.numel()), 1)
+    mean = {"all": flat}
+    name = f"StreamingTopK, D = {flat.numel():,}"
+    check = same_selection(selected(mean, k))
+    return Contender(name, lambda: _stream(mean, k), check, needs=Needs(flat.nbytes))
 
 
 def _temporaries(numel: int, setting: Setting) -> Outcome:
@@ -106,7 +131,7 @@ def _temporaries(numel: int, setting: Setting) -> Outcome:
     memory = peak_memory(f"{__name__}:fused_pass", **arguments)
     share = (memory.peak - memory.before) / (4 * numel)
     what = "all memory that the fused pass adds, in percent of D fp32 numbers"
-    return Outcome(figures=[Figure(what, 100 * share, "%", bar=1.0, at_least=False)])
+    return Outcome(figures=[held_to("accumulation/memory", Figure(what, 100 * share, "%"))])
 
 
 def fused_pass(model: str, density: float) -> Callable[[], object]:

@@ -15,20 +15,25 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from torch import nn
 
 from saft_kernels import CooMask, SparseAdamW
 
+from ..bars import held_to
 from ..baselines import Loss, Method, Step, step_of
 from ..baselines.frozen import frozen
 from ..baselines.full_adamw import full_adamw
 from ..baselines.index_and_hook import index_and_hook
 from ..baselines.lora import lora, pretrained, require_trained
-from ..checks import reference_step, require_loss, require_stepped, require_untouched
-from ..harness import Contender, Figure, Outcome, Timing, measure, times_as_long
+from ..correctness import reference_step, require_loss, require_stepped, require_untouched
+from ..flops import Flops
+from ..harness import Contender, measure
+from ..limits import Needs
 from ..memory import Memory, peak_memory
 from ..models import (
     ADAMW,
+    DTYPES,
     Setting,
     Task,
     Workload,
@@ -37,6 +42,8 @@ from ..models import (
     with_concentrated_mask,
     workload,
 )
+from ..outcome import Figure, MemoryUse, Outcome, Timing
+from ..ratios import times_as_long
 
 FULL = "full fine-tuning, fused AdamW"
 INDEX_AND_HOOK = "index and hook in plain torch, uniform mask"
@@ -50,9 +57,11 @@ FLOOR = "floor: every weight frozen"
 
 ALL_SAMPLED = (SAMPLED, SAMPLED_CONCENTRATED, SAMPLED_SELECTED)
 
-#: Largest time of a step with sampled gradients over the floor's and over full fine-tuning's.
-OVER_FLOOR = {"fp32": 1.05, "amp_bf16": 1.06}
-OVER_FULL = {"fp32": 0.66, "amp_bf16": 0.72}
+#: Whose matrix products set the rate of a step, by precision.
+PRODUCTS = {"fp32": torch.float32, "amp_bf16": torch.bfloat16}
+
+#: What the sampled steps are held to: name in the bars -> contender.
+OTHERS = {"floor": FLOOR, "full": FULL, "index-and-hook": INDEX_AND_HOOK, "lora": LORA}
 
 
 def streamed(model: nn.Module, mask: CooMask, loss: Loss) -> Step:
@@ -67,10 +76,11 @@ def sampled(model: nn.Module, mask: CooMask, loss: Loss) -> Step:
 
 @dataclass(frozen=True)
 class Way:
-    """A method, and the mask it trains: ``uniform``, ``concentrated`` or ``selected``."""
+    """A method, the mask it trains, and what it covers if that is not this mask."""
 
     method: Method
     mask: str = "uniform"
+    covers: str = ""
 
 
 WAYS: dict[str, Way] = {
@@ -89,68 +99,92 @@ WAYS: dict[str, Way] = {
 def run(setting: Setting) -> Outcome:
     """Every method on its own copy of the model, in fp32 and bf16; then each one's memory."""
     work = with_concentrated_mask(workload(setting), setting.density)
-    fp32 = _times(work, "fp32", list(WAYS), setting)
-    bf16 = _times(work, "amp_bf16", [n for n in WAYS if n != STREAMED_SELECTED], setting)
-    memory = _memories(work, setting)
-    timings = [replace(timing, peak=memory[name].peak) for name, timing in fp32.items()]
-    figures = [
-        *_streamed_figures(fp32),
-        *_sampled_figures(fp32, "fp32"),
-        *_sampled_figures(bf16, "amp_bf16"),
-        *_memory_figures(memory, work.numel),
-    ]
-    return Outcome([*timings, *bf16.values()], figures)
+    outcome = Outcome()
+    if setting.dtype == "fp32":
+        outcome += _in_fp32(work, setting)
+    outcome += _in_bf16(work, setting)
+    outcome += _memories(work, setting)
+    return outcome
+
+
+def _in_fp32(work: Workload, setting: Setting) -> Outcome:
+    times = _times(work, "fp32", list(WAYS), setting)
+    figures = [*_streamed_figures(times), *_sampled_figures(times, "fp32")]
+    return Outcome(list(times.values()), figures)
+
+
+def _in_bf16(work: Workload, setting: Setting) -> Outcome:
+    times = _times(work, "amp_bf16", [n for n in WAYS if n != STREAMED_SELECTED], setting)
+    return Outcome(list(times.values()), _sampled_figures(times, "amp_bf16"))
+
+
+def _group(precision: str, setting: Setting) -> str:
+    return f"training step in {precision}, {setting.images} images and {setting.prompts} prompts"
 
 
 def _times(work: Workload, precision: str, names: list[str], setting: Setting) -> dict[str, Timing]:
-    group = f"training step in {precision}, {setting.images} images and {setting.prompts} prompts"
     task = replace(work.task, precision=precision)
     effort = replace(setting.steps, warm_up=1)  # a first round is up to a tenth slower
     # Their copies of the model are freed before others, and other processes, need the memory.
-    return measure(group, [_contender(name, work, task) for name in names], effort)
+    contenders = [_contender(name, work, task) for name in names]
+    return measure(_group(precision, setting), contenders, effort)
 
 
 def _streamed_figures(times: dict[str, Timing]) -> list[Figure]:
-    return [
-        times_as_long(
-            f"training step against full fine-tuning's: {name}", times[name], times[FULL], bar
-        )
-        for name, bar in ((STREAMED, 1.0), (STREAMED_SELECTED, 1.0), (FLOOR, None))
-    ]
+    figures = []
+    for name, bar in (
+        (STREAMED, "streamed/uniform/time"),
+        (STREAMED_SELECTED, "streamed/selected/time"),
+    ):
+        what = f"training step against full fine-tuning's: {name}"
+        figures.append(held_to(bar, times_as_long(what, times[name], times[FULL])))
+    what = f"training step against full fine-tuning's: {FLOOR}"
+    return [*figures, times_as_long(what, times[FLOOR], times[FULL])]
 
 
 def _sampled_figures(times: dict[str, Timing], precision: str) -> list[Figure]:
-    figures = []
-    for name in ALL_SAMPLED:
-        for other, bar in (
-            (FLOOR, OVER_FLOOR[precision]),
-            (FULL, OVER_FULL[precision]),
-            (INDEX_AND_HOOK, 1.0),
-            (LORA, 1.0),
-        ):
-            what = f"training step in {precision}: {name} against {other}"
-            figures.append(times_as_long(what, times[name], times[other], bar))
-    return figures
+    return [
+        held_to(
+            f"step/{precision}/{WAYS[name].mask}/{key}",
+            times_as_long(
+                f"training step in {precision}: {name} against {other}", times[name], times[other]
+            ),
+        )
+        for name in ALL_SAMPLED
+        for key, other in OTHERS.items()
+    ]
 
 
 def _memory_figures(memory: dict[str, Memory], numel: int) -> list[Figure]:
     full, floor = memory[FULL].peak, memory[FLOOR].peak
-    figures = []
-    for name, bar in ((STREAMED, 7.5), (STREAMED_SELECTED, 7.5), (FLOOR, None)):
+
+    def below_full(name: str) -> Figure:
         what = f"peak memory below full fine-tuning's, per parameter: {name}"
-        figures.append(Figure(what, (full - memory[name].peak) / numel, "bytes", bar=bar))
-    for name, bar in ((SAMPLED, None), (SAMPLED_CONCENTRATED, 6), (SAMPLED_SELECTED, 6)):
+        return Figure(what, (full - memory[name].peak) / numel, "bytes")
+
+    def above_floor(name: str) -> Figure:
         what = f"peak memory above the floor's, in percent of what full fine-tuning adds: {name}"
-        share = 100 * (memory[name].peak - floor) / max(full - floor, 1)
-        figures.append(Figure(what, share, "%", bar=bar, at_least=False))
-    return figures
+        return Figure(what, 100 * (memory[name].peak - floor) / max(full - floor, 1), "%")
+
+    return [
+        held_to("streamed/uniform/memory", below_full(STREAMED)),
+        held_to("streamed/selected/memory", below_full(STREAMED_SELECTED)),
+        below_full(FLOOR),
+        above_floor(SAMPLED),
+        held_to("step/memory/concentrated", above_floor(SAMPLED_CONCENTRATED)),
+        held_to("step/memory/selected", above_floor(SAMPLED_SELECTED)),
+    ]
 
 
 def _contender(name: str, work: Workload, task: Task) -> Contender:
+    """A step reads every weight forward and backward, and does at least what is counted."""
     model = copy.deepcopy(task.model)
     way = WAYS[name]
     step = way.method(model, work.masks[way.mask], task.loss)
-    return Contender(name, step, _check(name, model, work, task.precision))
+    flops, weights = Flops(), sum(param.nbytes for param in candidates(task.model).values())
+    needs = lambda: Needs(2 * weights, flops.total, PRODUCTS[task.precision])  # noqa: E731
+    check = flops.checked(_check(name, model, work, task.precision))
+    return Contender(name, step, check, needs=needs, covers=way.covers)
 
 
 def _check(
@@ -185,12 +219,14 @@ def _check_weights(
         require_untouched(params, base, None if name == FLOOR else mask)
 
 
-def _memories(work: Workload, setting: Setting) -> dict[str, Memory]:
+def _memories(work: Workload, setting: Setting) -> Outcome:
+    """Of every method, at the precision that its weights have."""
+    precision = "fp32" if setting.dtype == "fp32" else "amp_bf16"
     with TemporaryDirectory() as folder:
         files = {kind: str(Path(folder, f"{kind}.safetensors")) for kind in work.masks}
         for kind, mask in work.masks.items():
             mask.save(files[kind])
-        return {
+        memory = {
             name: peak_memory(
                 f"{__name__}:steps",
                 name=name,
@@ -198,14 +234,22 @@ def _memories(work: Workload, setting: Setting) -> dict[str, Memory]:
                 model=setting.model,
                 images=setting.images,
                 prompts=setting.prompts,
+                dtype=setting.dtype,
+                precision=precision,
             )
             for name, way in WAYS.items()
         }
+    group = _group(precision, setting)
+    uses = [MemoryUse(group, n, each.peak, covers=WAYS[n].covers) for n, each in memory.items()]
+    return Outcome(figures=_memory_figures(memory, work.numel), memory=uses)
 
 
-def steps(name: str, mask: str, model: str, images: int, prompts: int) -> Callable[[], object]:
+def steps(
+    name: str, mask: str, model: str, images: int, prompts: int, dtype: str, precision: str
+) -> Callable[[], object]:
     """The work whose memory is measured: a small step, which makes the state, and a whole one."""
-    own = make_task(model, images, prompts)
+    own = replace(make_task(model, images, prompts), precision=precision)
+    own.model.to(DTYPES[dtype])
     batches = iter([own.part(1), own])
     step = WAYS[name].method(own.model, CooMask.load(mask), lambda model: next(batches).loss(model))
     return lambda: [step(), step()]

@@ -14,8 +14,15 @@ from torch import Tensor, nn
 
 from saft_kernels import CooMask, SparseDelta, ops
 
-from ..harness import Contender, Figure, Outcome, measure, require, times_faster
-from ..models import ADAMW, Setting, workload
+from ..bars import held_to
+from ..harness import Contender, measure, require
+from ..limits import Needs
+from ..models import ADAMW, CACHE_LINE, Setting, cache_lines, workload
+from ..outcome import Figure, Outcome
+from ..ratios import times_faster
+
+LOAD_WHOLE = "load_file and load_state_dict of the whole model"
+APPLY_VERIFIED = "SparseDelta.apply_, base verified"
 
 
 def run(setting: Setting) -> Outcome:
@@ -54,47 +61,64 @@ def _with_files(
             (loaded.apply_ if wanted else loaded.revert_)(patched, verify=verify)
         applied = wanted
 
+    lines, weights = CACHE_LINE * cache_lines(mask, _tensors(base)), whole.stat().st_size
+    file = small.stat().st_size
     contenders = [
         Contender(
-            "load_file and load_state_dict of the whole model",
+            LOAD_WHOLE,
             lambda: reloaded.load_state_dict(load_file(whole)),
             _becomes(reloaded, tuned),
+            needs=Needs(2 * weights),
         ),
         Contender(
-            "SparseDelta.capture", lambda: SparseDelta.capture(tuned, mask, base), _equal(delta)
+            "SparseDelta.capture",  # the base's fingerprints, and the entries of both
+            lambda: SparseDelta.capture(tuned, mask, base),
+            _equal(delta),
+            needs=Needs(weights + lines + file),
         ),
-        Contender("SparseDelta.save", lambda: delta.save(small), _file_as_before(small)),
-        Contender("SparseDelta.load", lambda: SparseDelta.load(small), _equal(delta)),
         Contender(
-            "SparseDelta.apply_, base verified",
+            "SparseDelta.save",
+            lambda: delta.save(small),
+            _file_as_before(small),
+            needs=Needs(2 * file),
+        ),
+        Contender(
+            "SparseDelta.load",
+            lambda: SparseDelta.load(small),
+            _equal(delta),
+            needs=Needs(2 * file),
+        ),
+        Contender(
+            APPLY_VERIFIED,
             lambda: switch(True, verify=True),
             _becomes(patched, tuned),
             lambda: switch(False),
+            Needs(weights + 2 * lines + file),
         ),
         Contender(
             "SparseDelta.apply_, verify=False",
             lambda: switch(True),
             _becomes(patched, tuned),
             lambda: switch(False),
+            Needs(2 * lines + file),
         ),
         Contender(
             "SparseDelta.revert_, verify=False",
             lambda: switch(False),
             _becomes(patched, base),
             lambda: switch(True),
+            Needs(2 * lines + file),
         ),
     ]
     timings = measure("delta", contenders, setting.kernels)
     share = 100 * small.stat().st_size / whole.stat().st_size
     figures = [
-        Figure(
-            "delta file, in percent of the fp32 model's file", share, "%", bar=0.25, at_least=False
-        ),
+        held_to("delta/size", Figure("delta file, in percent of the model's file", share, "%")),
         Figure("delta file per selected entry", small.stat().st_size / mask.nnz, "bytes"),
         times_faster(
             "switching to a tuned model by a delta (base verified) against loading it whole",
-            timings["load_file and load_state_dict of the whole model"],
-            timings["SparseDelta.apply_, base verified"],
+            timings[LOAD_WHOLE],
+            timings[APPLY_VERIFIED],
         ),
     ]
     return Outcome(list(timings.values()), figures)

@@ -18,20 +18,25 @@ from saft_clip.models import load_model
 from saft_clip.prompts import class_prompts
 from saft_clip.text_tower import Packing, encode_packed, ends_of_text
 
-from ..checks import require_same_gradients
-from ..harness import Contender, Effort, Outcome, measure, require, times_faster
-from ..models import Setting
+from ..bars import held_to
+from ..correctness import require_same_gradients
+from ..flops import Flops
+from ..harness import Contender, Effort, measure, require
+from ..limits import Needs
+from ..models import Setting, require_clip
+from ..outcome import Outcome
+from ..ratios import times_faster
 
 PADDED_BATCH = 100
-BAR = 12
 
 
 def run(setting: Setting) -> Outcome:
     """All weights trained, so that both compute every gradient."""
+    require_clip(setting)
     torch.manual_seed(0)
     clip = load_model(setting.model, "random")
     names = open_clip.IMAGENET_CLASSNAMES
-    if setting.model == "saft-tiny":
+    if setting.small:
         names = names[:20]
     tokens = class_prompts(names, ["a photo of a {}."], clip.tokenizer).flatten(0, 1)
     model = clip.model.train()
@@ -54,16 +59,27 @@ def run(setting: Setting) -> Outcome:
         finite = all(gradient.isfinite().all() for gradient in expected.values())
         require(finite, "a gradient is not finite")
 
-    contenders = [
-        Contender("encode_text, padded", padded, check_padded),
-        Contender("packed, shared prefix", packed, _check(model, expected)),
-    ]
+    ways = (
+        ("encode_text, padded", padded, check_padded),
+        ("packed, shared prefix", packed, _check(model, expected)),
+    )
+    contenders = [_contender(*way, model) for way in ways]
     group = f"{len(tokens):,} class prompts, forward and backward"
     effort = Effort(60.0, 2, 7, warm_up=0) if setting.kernels.seconds else setting.kernels
     timings = measure(group, contenders, effort)
     slow, fast = timings.values()
     what = f"text tower on {len(tokens):,} class prompts, packed against padded"
-    return Outcome([slow, fast], [times_faster(what, slow, fast, BAR)])
+    return Outcome([slow, fast], [held_to("prompts/packed", times_faster(what, slow, fast))])
+
+
+def _contender(
+    name: str, run: Callable[[], Any], check: Callable[[Callable[[], Any]], None], model: nn.Module
+) -> Contender:
+    """It reads the text tower's weights forward and backward, and writes their gradients."""
+    flops = Flops()
+    text = sum(p.nbytes for n, p in model.named_parameters() if not n.startswith("visual."))
+    needs = lambda: Needs(3 * text, flops.total)  # noqa: E731
+    return Contender(name, run, flops.checked(check), needs=needs)
 
 
 def _features(model: Any, tokens: Tensor) -> Tensor:

@@ -10,20 +10,31 @@ from torch import Tensor
 
 from saft_kernels import CooMask, ops
 
-from ..harness import Contender, Outcome, evict_caches, measure, require, times_faster
+from ..harness import Contender, measure, require
+from ..limits import Needs, evict_caches
 from ..models import CACHE_LINE, Setting, Workload, cache_lines, workload
+from ..outcome import Outcome
+from ..ratios import times_faster
+from ..sweeps import over_threads
 
 
 def run(setting: Setting) -> Outcome:
-    """Both directions against indexing in plain torch, for both masks."""
+    """Both directions against indexing in plain torch, for both masks; then over threads."""
     work = workload(setting)
     outcome = Outcome()
     for kind, mask in work.masks.items():
-        outcome += _one_mask(kind, mask, work, setting)
+        for what, contenders in gather_scatter(mask, work).items():
+            timings = measure(f"{what}, {kind} mask", contenders, setting.kernels)
+            slow, fast = timings.values()
+            figure = times_faster(f"{what} against torch indexing, {kind} mask", slow, fast)
+            outcome += Outcome(list(timings.values()), [figure])
+    for what, (_, ours) in gather_scatter(work.masks["uniform"], work).items():
+        outcome += over_threads(f"{what}, uniform mask", ours, setting.kernels)
     return outcome
 
 
-def _one_mask(kind: str, mask: CooMask, work: Workload, setting: Setting) -> Outcome:
+def gather_scatter(mask: CooMask, work: Workload) -> dict[str, list[Contender]]:
+    """torch's way and ours, in both directions."""
     weights = {name: gradient.clone() for name, gradient in work.gradients.items() if name in mask}
     indices = dict(mask.items())
     long_indices = {name: index.long() for name, index in indices.items()}
@@ -54,18 +65,17 @@ def _one_mask(kind: str, mask: CooMask, work: Workload, setting: Setting) -> Out
         for name, weight in weights.items():
             require(torch.equal(weight, work.gradients[name]), f"{name!r} holds other values")
 
-    lines, nnz = cache_lines(mask, weights) * CACHE_LINE, mask.nnz
-    outcome = Outcome()
-    for what, check, plain, ours, moves in (
-        ("gather", check_gathered, torch_gather, our_gather, lines + 8 * nnz),
-        ("scatter_", check_scattered, torch_scatter, our_scatter, 2 * lines + 8 * nnz),
-    ):
-        contenders = [
-            Contender("torch indexing", plain, check, evict_caches),
-            Contender(what, ours, check, evict_caches, moves),
+    lines = cache_lines(mask, weights) * CACHE_LINE
+    element = next(iter(weights.values())).element_size()
+    compact = (4 + element) * mask.nnz
+    ways = {
+        "gather": (check_gathered, torch_gather, our_gather, Needs(lines + compact)),
+        "scatter_": (check_scattered, torch_scatter, our_scatter, Needs(2 * lines + compact)),
+    }
+    return {
+        what: [
+            Contender("torch indexing", plain, check, evict_caches, needs),
+            Contender(what, ours, check, evict_caches, needs),
         ]
-        timings = measure(f"{what}, {kind} mask", contenders, setting.kernels)
-        slow, fast = timings.values()
-        figure = times_faster(f"{what} against torch indexing, {kind} mask", slow, fast)
-        outcome += Outcome(list(timings.values()), [figure])
-    return outcome
+        for what, (check, plain, ours, needs) in ways.items()
+    }

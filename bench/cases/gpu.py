@@ -24,7 +24,7 @@ from saft_kernels.plan import EmbeddingPlan, LinearPlan
 from .. import roofline
 from ..baselines import Loss, Step, step_of
 from ..baselines.topk import concatenated, split, topk
-from ..checks import (
+from ..correctness import (
     reference_step,
     require_loss,
     require_same_indices,
@@ -32,21 +32,12 @@ from ..checks import (
     require_untouched,
 )
 from ..environment import current_gpu
-from ..harness import (
-    CPU,
-    Contender,
-    CudaTimer,
-    Figure,
-    Outcome,
-    Timer,
-    evict_caches,
-    measure,
-    require,
-    times_as_long,
-    times_faster,
-)
+from ..flops import Flops
+from ..harness import Contender, measure, require
+from ..limits import Needs, evict_caches
 from ..models import (
     ADAMW,
+    DTYPES,
     Setting,
     Task,
     Workload,
@@ -57,12 +48,15 @@ from ..models import (
     with_concentrated_mask,
     workload,
 )
+from ..outcome import Figure, MemoryUse, Outcome
+from ..ratios import times_as_long, times_faster
+from ..timers import CPU, CudaTimer, Timer
 from . import accumulate_topk, clip_step, sampled_grad, sparse_adamw
 
 #: Bytes that an access to a GPU's memory moves at least.
 SECTOR = 32
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+PRECISIONS = ("fp32", "bf16")
 
 FULL = clip_step.FULL
 DENSE = "SparseAdamW, dense gradients, uniform mask"
@@ -194,12 +188,12 @@ def run_at(place: Place, setting: Setting) -> Outcome:
     work = with_concentrated_mask(workload(setting), setting.density)
     outcome = Outcome()
     with full_precision():
-        for dtype in DTYPES:
+        for dtype in PRECISIONS:
             outcome += _accumulation(place, work, dtype, setting)
         outcome += _selection(place, work, setting)
         outcome += _gather(place, work, setting)
         outcome += _scatter(place, work, setting)
-        for dtype in DTYPES:
+        for dtype in PRECISIONS:
             outcome += _optimizer(place, work, dtype, setting)
         outcome += _weight_gradients(place, setting)
         outcome += _embedding(place, setting)
@@ -321,13 +315,13 @@ def _accumulation(place: Place, work: Workload, dtype: str, setting: Setting) ->
         check_sums(run)
         require_same_indices(stream.finish(), accumulate_topk.selected(sums, k))
 
-    moves = (8 + DTYPES[dtype].itemsize) * work.numel
-    contenders = [Contender(f"acc.add_(grad), {dtype} gradients", add, check_sums, moves=moves)]
+    needs = Needs((8 + DTYPES[dtype].itemsize) * work.numel, 2 * work.numel)
+    contenders = [Contender(f"acc.add_(grad), {dtype} gradients", add, check_sums, needs=needs)]
     for backend in place.backends:
         name = named(f"accumulate_topk, {dtype} gradients", backend)
         update, start = (place.under(backend, f) for f in (stream.update, stream.start))
         check = _under(place, backend, check_both)
-        contenders.append(Contender(name, update, check, start, moves))
+        contenders.append(Contender(name, update, check, start, needs))
     return _measured(place, f"accumulate and select, {dtype} gradients", contenders, setting)
 
 
@@ -353,16 +347,17 @@ def _selection(place: Place, work: Workload, setting: Setting) -> Outcome:
     def plain_whole() -> dict[str, Tensor]:
         return topk(concatenated(sums), sums, k)
 
+    needs = Needs(4 * work.numel)
     contenders = [
-        Contender(roofline.TOPK, plain, check_topk),
-        Contender(roofline.WITH_CONCATENATION, plain_whole, check),
+        Contender(roofline.TOPK, plain, check_topk, needs=needs),
+        Contender(roofline.WITH_CONCATENATION, plain_whole, check, needs=needs),
     ]
     for backend in place.backends:
         whole, finish, before = (
             place.under(backend, f) for f in (stream.whole, stream.finish, stream.start_and_update)
         )
         name = named("selection from sums, finish included", backend)
-        contenders.append(Contender(name, whole, check, moves=4 * work.numel))
+        contenders.append(Contender(name, whole, check, needs=needs))
         contenders.append(Contender(named("finish", backend), finish, check, before))
     return _measured(place, "select from sums", contenders, setting)
 
@@ -393,12 +388,12 @@ def _gather(place: Place, work: Workload, setting: Setting) -> Outcome:
         run()
         require(torch.equal(flat, expected), "other values than those at the indices")
 
-    moves = SECTOR * _sectors(indices, tensors) + (4 + 12) * mask.nnz
-    contenders = [Contender("index_select, streamed, fp32", theirs, check, place.cold)]
+    needs = Needs(SECTOR * _sectors(indices, tensors) + (4 + 12) * mask.nnz)
+    contenders = [Contender("index_select, streamed, fp32", theirs, check, place.cold, needs)]
     for backend in place.backends:
         name = named("gather, streamed, fp32", backend)
         run = place.under(backend, ours)
-        contenders.append(Contender(name, run, check, place.cold, moves))
+        contenders.append(Contender(name, run, check, place.cold, needs))
     return _measured(place, "gather, uniform mask", contenders, setting)
 
 
@@ -426,12 +421,12 @@ def _scatter(place: Place, work: Workload, setting: Setting) -> Outcome:
         right = all(torch.equal(tensors[name], tensor) for name, tensor in expected.items())
         require(right, "other values than were to be written")
 
-    moves = 2 * SECTOR * _sectors(indices, tensors) + 8 * mask.nnz
-    contenders = [Contender("index_copy_, fp32", theirs, check, place.cold)]
+    needs = Needs(2 * SECTOR * _sectors(indices, tensors) + 8 * mask.nnz)
+    contenders = [Contender("index_copy_, fp32", theirs, check, place.cold, needs)]
     for backend in place.backends:
         run = place.under(backend, ours)
         contenders.append(
-            Contender(named("scatter_, fp32", backend), run, check, place.cold, moves)
+            Contender(named("scatter_, fp32", backend), run, check, place.cold, needs)
         )
     return _measured(place, "scatter, uniform mask", contenders, setting)
 
@@ -459,7 +454,8 @@ def _optimizer(place: Place, work: Workload, dtype: str, setting: Setting) -> Ou
             full.step,
             _check_step(params, gradients, mask, None),
             place.cold,
-            7 * element * work.numel,
+            Needs(7 * element * work.numel, sparse_adamw.FLOPS * work.numel),
+            covers="every parameter",
         )
     ]
     for backend in place.backends:
@@ -469,16 +465,16 @@ def _optimizer(place: Place, work: Workload, dtype: str, setting: Setting) -> Ou
                 step = _sparse_step(params, gradients, mask, source)
                 check = _check_step(params, gradients, mask, step)
                 run = place.under(backend, step)
-                moves = step.moves(SECTOR)
-                contenders.append(Contender(named(name, backend), run, check, place.cold, moves))
+                needs = step.needs(SECTOR)
+                contenders.append(Contender(named(name, backend), run, check, place.cold, needs))
             if place.capture is not None:
                 name = named(f"sparse_adamw_, compact gradients, {dtype}, CUDA graph", backend)
                 step = _sparse_step(params, gradients, mask, "compact")
                 replay = place.capture(place.under(backend, step))
                 step.restart()
                 check = _check_step(params, gradients, mask, step)
-                moves = step.moves(SECTOR)
-                contenders.append(Contender(name, replay, check, place.cold, moves))
+                needs = step.needs(SECTOR)
+                contenders.append(Contender(name, replay, check, place.cold, needs))
     return _measured(place, f"optimizer step, {dtype}", contenders, setting)
 
 
@@ -557,11 +553,11 @@ def _require_near(
 
 def _weight_gradients(place: Place, setting: Setting) -> Outcome:
     """A layer, at two numbers of tokens, in both dtypes, with both masks."""
-    small = setting.model == "saft-tiny"
+    small = setting.small
     height, width = SMALL_LAYER if small else (roofline.HEIGHT, roofline.WIDTH)
     outcome = Outcome()
     for tokens in SMALL_TOKENS if small else roofline.TOKENS:
-        for dtype in DTYPES:
+        for dtype in PRECISIONS:
             outcome += _layer(place, dtype, (tokens, height, width), setting)
     return outcome
 
@@ -573,7 +569,8 @@ def _layer(place: Place, dtype: str, sizes: tuple[int, int, int], setting: Setti
     size = f"{tokens:,} tokens, {dtype}"
     check = sampled_grad.check_gradient(exact)
     moves = x.element_size() * (x.numel() + dy.numel() + exact.numel())
-    product = Contender(f"dense product, {size}", lambda: dy.t() @ x, check, place.cold, moves)
+    needs = Needs(moves, 2 * tokens * exact.numel(), x.dtype)
+    product = Contender(f"dense product, {size}", lambda: dy.t() @ x, check, place.cold, needs)
     contenders = [product]
     count = max(1, int(setting.density * height * width))
     for kind, draw in (("uniform", uniform_entries), ("concentrated", concentrated_entries)):
@@ -595,6 +592,7 @@ def _sampled(
     packed = reference.pack_columns(x, columns)
     rows = rest[0].numel()
     moves = packed.nbytes + x.element_size() * len(x) * rows + 12 * flat.numel()
+    needs = Needs(moves, 2 * len(x) * flat.numel(), x.dtype)
 
     def check_packed(run: Callable[[], Any]) -> None:
         require(torch.equal(run(), packed), "other columns")
@@ -604,17 +602,17 @@ def _sampled(
 
     check = sampled_grad.check_gradient(exact.view(-1)[flat])
     contenders = [
-        Contender(named(f"{way}, {what}", backend), summed(product), check, place.cold, moves)
+        Contender(named(f"{way}, {what}", backend), summed(product), check, place.cold, needs)
         for way, product in WAYS_TO_SUM.items()
     ]
     pack = place.under(backend, lambda: ops.pack_columns(x, columns))
     name = named(f"pack_columns, {what}", backend)
-    return [*contenders, Contender(name, pack, check_packed, place.cold, 2 * packed.nbytes)]
+    return [*contenders, Contender(name, pack, check_packed, place.cold, Needs(2 * packed.nbytes))]
 
 
 def _embedding(place: Place, setting: Setting) -> Outcome:
     """The token embedding, against its dense gradient."""
-    small = setting.model == "saft-tiny"
+    small = setting.small
     real = roofline.VOCABULARY, roofline.EMBEDDING
     vocabulary, width = SMALL_EMBEDDING if small else real
     generator = torch.Generator().manual_seed(0)
@@ -636,10 +634,11 @@ def _embedding(place: Place, setting: Setting) -> Outcome:
     baseline, name = "embedding_dense_backward, fp32", "sampled_embedding_grad, fp32"
     check = sampled_grad.check_gradient(exact)
     check_ours = sampled_grad.check_gradient(exact.view(-1)[flat])
-    contenders = [Contender(baseline, theirs, check, place.cold)]
+    dense, sampled = Needs(dy.nbytes + 4 * exact.numel()), Needs(dy.nbytes + 12 * entries)
+    contenders = [Contender(baseline, theirs, check, place.cold, dense)]
     for backend in place.backends:
         run = place.under(backend, ours)
-        contenders.append(Contender(named(name, backend), run, check_ours, place.cold))
+        contenders.append(Contender(named(name, backend), run, check_ours, place.cold, sampled))
     return _measured(place, "gradient of the token embedding", contenders, setting)
 
 
@@ -659,7 +658,7 @@ def _steps(place: Place, work: Workload, precision: str, setting: Setting) -> Ou
         own = task.to(place.device)
         step = _step(place, way, work, own, backend)
         check = _check_training(kind, own.model, work, way.mask, precision)
-        contenders.append(Contender(name, step, check))
+        contenders.append(_counted(name, step, check, precision, work, way.covers))
     timings = measure(group, contenders, setting.steps, timer=place.steps)
     figures = [
         times_as_long(f"{group}: {name} against {other}", timings[name], timings[other])
@@ -668,7 +667,23 @@ def _steps(place: Place, work: Workload, precision: str, setting: Setting) -> Ou
         for other in THEIRS
     ]
     figures += _memory_figures(precision, peaks, work.numel)
-    return Outcome([replace(t, peak=peaks[name]) for name, t in timings.items()], figures)
+    memory = [MemoryUse(group, n, peak) for n, peak in peaks.items() if peak is not None]
+    return Outcome(list(timings.values()), figures, memory=memory)
+
+
+def _counted(
+    name: str,
+    step: Callable[[], Tensor],
+    check: Callable[[Callable[[], Any]], None],
+    precision: str,
+    work: Workload,
+    covers: str,
+) -> Contender:
+    """A training step, its operations counted while it is checked."""
+    flops = Flops()
+    dtype = clip_step.PRODUCTS[precision]
+    needs = lambda: Needs(2 * 4 * work.numel, flops.total, dtype)  # noqa: E731
+    return Contender(name, step, flops.checked(check), needs=needs, covers=covers)
 
 
 def _step(

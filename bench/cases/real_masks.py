@@ -43,18 +43,11 @@ from saft_kernels import CooMask, ops, select
 from saft_kernels.errors import SaftError
 from saft_kernels.plan import LinearPlan
 
-from ..harness import (
-    Contender,
-    Effort,
-    Figure,
-    Outcome,
-    Timing,
-    evict_caches,
-    measure,
-    require,
-    times_faster,
-)
+from ..harness import Contender, Effort, measure, require
+from ..limits import Needs, evict_caches
 from ..models import COLUMNS, ROWS, Setting, concentrated_entries
+from ..outcome import Figure, Outcome, Timing
+from ..ratios import times_faster
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -265,7 +258,25 @@ def _contender(
         for actual, expected in zip(run(), exact, strict=True):
             _require_gradient(actual, expected)
 
-    return Contender(name, lambda: [compute(each) for each in work], check, **options)
+    needs = needs_of(work, strategy)
+    return Contender(name, lambda: [compute(each) for each in work], check, needs=needs, **options)
+
+
+def needs_of(work: Sequence[Work], strategy: str) -> Needs:
+    """Operands and results once; two operations per token and product."""
+    moves = flops = 0
+    for each in work:
+        layer, tokens, element = each.layer, len(each.x), each.x.element_size()
+        entries = {
+            "sampled": layer.flat.numel(),
+            "compact": layer.rows * layer.columns,
+            "dense": layer.height * layer.width,
+        }[strategy]
+        whole = strategy == "dense"
+        columns, rows = (layer.width, layer.height) if whole else (layer.columns, layer.rows)
+        moves += element * tokens * (columns + rows) + 12 * layer.flat.numel()
+        flops += 2 * tokens * entries
+    return Needs(moves, flops, work[0].x.dtype)
 
 
 def _require_gradient(actual: Tensor, expected: Tensor) -> None:
@@ -281,8 +292,7 @@ def _require_gradient(actual: Tensor, expected: Tensor) -> None:
 
 def run(setting: Setting) -> Outcome:
     """The masks that can be had here, then blocks of which more and more is selected."""
-    small = setting.model == "saft-tiny"
-    tokens, height, width = (100, 300, 200) if small else (6304, 3072, 768)
+    tokens, height, width = (100, 300, 200) if setting.small else (6304, 3072, 768)
     outcome = Outcome()
     for name, make in SOURCES.items():
         try:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -21,24 +22,21 @@ from saft_kernels import ops
 from saft_kernels.cost_model import CROWDED
 from saft_kernels.plan import LinearPlan
 
-from ..harness import (
-    Contender,
-    Figure,
-    Outcome,
-    Timing,
-    evict_caches,
-    fitted_exponent,
-    measure,
-    require,
-    times_as_long,
-    times_faster,
-)
+from ..bars import held_to
+from ..harness import Contender, measure, require
+from ..limits import Needs, evict_caches
 from ..models import Setting, concentrated_entries, uniform_entries
+from ..outcome import Figure, Outcome, Timing
+from ..ratios import ratio, times_faster
+from ..sweeps import growth, over_threads
 
 DENSE = "dense product"
 
-#: Least speed-ups over the dense product, both masks, at a density of 0.1%.
-BARS = {torch.float32: 12, torch.bfloat16: 7}
+#: Lines of plots, all in fp32.
+SAMPLED = "sampled_grad, uniform mask"
+
+#: Both have a bar; ``--dtype fp16`` adds a third.
+DTYPES = (torch.float32, torch.bfloat16)
 
 SWEEP = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 3e-1)
 
@@ -49,30 +47,45 @@ TOKENS = (1 / 8, 1 / 4, 1 / 2, 1, 2)
 #: and above, nobody samples.
 FITTED = (1e-4, 1e-1)
 
-#: The largest exponent of the time over tokens and over entries.
-GROWTH = 1.1
+#: T, O and I of the layer: 32 images of a ViT-B/16, and its first MLP matrix.
+SIZES, SMALL_SIZES = (6304, 3072, 768), (100, 48, 32)
 
 
 def run(setting: Setting) -> Outcome:
-    """Both dtypes at the setting's density, then sweeps of densities and of tokens in fp32."""
-    small = setting.model == "saft-tiny"
-    tokens, height, width = (100, 48, 32) if small else (6304, 3072, 768)
+    """All dtypes at the setting's density, then sweeps of densities, tokens, threads in fp32."""
+    sizes = SMALL_SIZES if setting.small else SIZES
     outcome = Outcome()
-    for dtype, bar in BARS.items():
-        outcome += _one_dtype(dtype, bar, (tokens, height, width), setting)
-    outcome += _density_sweep((tokens, height, width), setting)
-    outcome += _token_sweep((tokens, height, width), setting)
+    for dtype in dict.fromkeys((*DTYPES, setting.torch_dtype)):
+        outcome += _one_dtype(dtype, sizes, setting)
+    outcome += _density_sweep(sizes, setting)
+    outcome += _token_sweep(sizes, setting)
+    outcome += _thread_sweep(sizes, setting)
     return outcome
 
 
-def _one_dtype(
-    dtype: torch.dtype, bar: float, sizes: tuple[int, int, int], setting: Setting
-) -> Outcome:
-    x, dy = operands(dtype, sizes)
+def _one_dtype(dtype: torch.dtype, sizes: tuple[int, int, int], setting: Setting) -> Outcome:
     name = str(dtype).removeprefix("torch.")
+    contenders = weight_gradient(dtype, sizes, setting.density)
+    timings = measure(f"weight gradient, {name}", contenders, setting.kernels)
+    figures = []
+    for kind in ("uniform", "concentrated"):
+        figure = times_faster(
+            f"sampled gradient against the dense product, {name}, {kind} mask",
+            timings[DENSE],
+            timings[f"sampled_grad, {kind} mask"],
+        )
+        figures.append(held_to(f"sampled/{name}/{kind}", figure) if dtype in DTYPES else figure)
+    return Outcome(list(timings.values()), figures)
+
+
+def weight_gradient(
+    dtype: torch.dtype, sizes: tuple[int, int, int], density: float
+) -> list[Contender]:
+    """The dense product, the sampled one for both masks, and torch's own."""
+    x, dy = operands(dtype, sizes)
     masks = {
-        "uniform": uniform_entries(*_entries(sizes, setting.density)),
-        "concentrated": concentrated_entries(*_entries(sizes, setting.density)),
+        "uniform": uniform_entries(*_entries(sizes, density)),
+        "concentrated": concentrated_entries(*_entries(sizes, density)),
     }
     exact = exact_gradient(x, dy)
     contenders = [_dense(x, dy, exact)]
@@ -80,17 +93,7 @@ def _one_dtype(
         contenders += _sampled(kind, flat, x, dy, exact)
     if dtype == torch.float32:  # torch has none in bf16
         contenders.append(_oracle(masks["uniform"], x, dy, exact))
-    timings = measure(f"weight gradient, {name}", contenders, setting.kernels)
-    figures = [
-        times_faster(
-            f"sampled gradient against the dense product, {name}, {kind} mask",
-            timings[DENSE],
-            timings[f"sampled_grad, {kind} mask"],
-            bar,
-        )
-        for kind in masks
-    ]
-    return Outcome(list(timings.values()), figures)
+    return contenders
 
 
 def operands(dtype: torch.dtype, sizes: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
@@ -118,7 +121,7 @@ def check_gradient(expected: Tensor) -> Callable[[Callable[[], Any]], None]:
 
     def check(run: Callable[[], Any]) -> None:
         actual = run()
-        tolerance = 2**-7 if actual.dtype == torch.bfloat16 else 1e-5
+        tolerance = max(1e-5, torch.finfo(actual.dtype).eps)
         scale = expected.square().mean().sqrt()
         error = (actual.double() - expected).abs() - tolerance * expected.abs()
         require(bool((error <= 10 * tolerance * scale).all()), "it is not the gradient")
@@ -128,7 +131,8 @@ def check_gradient(expected: Tensor) -> Callable[[Callable[[], Any]], None]:
 
 def _dense(x: Tensor, dy: Tensor, exact: Tensor) -> Contender:
     moves = x.nbytes + dy.nbytes + x.element_size() * exact.numel()
-    return Contender(DENSE, lambda: dy.t() @ x, check_gradient(exact), evict_caches, moves)
+    needs = Needs(moves, 2 * len(x) * exact.numel(), x.dtype)
+    return Contender(DENSE, lambda: dy.t() @ x, check_gradient(exact), evict_caches, needs)
 
 
 def _sampled(kind: str, flat: Tensor, x: Tensor, dy: Tensor, exact: Tensor) -> list[Contender]:
@@ -138,6 +142,7 @@ def _sampled(kind: str, flat: Tensor, x: Tensor, dy: Tensor, exact: Tensor) -> l
     packed = ops.pack_columns(x, columns)
     element, tokens = x.element_size(), len(x)
     moves = packed.nbytes + element * tokens * plan.rows.numel() + 12 * flat.numel()
+    needs = Needs(moves, 2 * tokens * flat.numel(), x.dtype)
 
     def check_packed(run: Callable[[], Any]) -> None:
         require(torch.equal(run(), packed), "other columns")
@@ -148,14 +153,14 @@ def _sampled(kind: str, flat: Tensor, x: Tensor, dy: Tensor, exact: Tensor) -> l
             lambda: ops.sampled_grad(packed, dy, *rest),
             check_gradient(exact.view(-1)[flat]),
             evict_caches,
-            moves,
+            needs,
         ),
         Contender(
             f"pack_columns, {kind} mask",
             lambda: ops.pack_columns(x, columns),
             check_packed,
             evict_caches,
-            2 * packed.nbytes,
+            Needs(2 * packed.nbytes),
         ),
     ]
 
@@ -178,6 +183,7 @@ def _oracle(flat: Tensor, x: Tensor, dy: Tensor, exact: Tensor) -> Contender:
         run,
         check_gradient(exact.view(-1)[flat]),
         evict_caches,
+        Needs(x.nbytes + dy.nbytes + 12 * flat.numel(), 2 * len(x) * flat.numel()),
     )
 
 
@@ -203,20 +209,14 @@ def _density_sweep(sizes: tuple[int, int, int], setting: Setting) -> Outcome:
         for d, timing in zip(SWEEP, sampled, strict=True)
     ]
     ratios = [speed.value for speed in speeds]
-    figures = [*speeds, _entries_exponent(sampled), crossover(SWEEP, ratios)]
-    return Outcome(list(timings.values()), [*figures, automatic_choice(SWEEP, sampled, dense)])
-
-
-def _entries_exponent(sampled: Sequence[Timing]) -> Figure:
-    low, high = FITTED
-    fitted = [(d, t) for d, t in zip(SWEEP, sampled, strict=True) if low <= d <= high]
-    what = "growth of the sampled gradient's time with entries (uniform mask of 1e-4 to 1e-1)"
-    return _exponent(what, *zip(*fitted, strict=True))
-
-
-def _exponent(what: str, sizes: Sequence[float], timings: Sequence[Timing]) -> Figure:
-    exponent = fitted_exponent(sizes, timings)
-    return Figure(f"{what}: exponent", exponent, "", bar=GROWTH, at_least=False)
+    figure, line = growth(SAMPLED, "density", SWEEP, sampled, FITTED)
+    figures = [
+        *speeds,
+        held_to("sampled/growth/entries", figure),
+        crossover(SWEEP, ratios),
+        automatic_choice(SWEEP, sampled, dense),
+    ]
+    return Outcome(list(timings.values()), figures, [line])
 
 
 def crossover(densities: Sequence[float], speeds: Sequence[float]) -> Figure:
@@ -245,11 +245,13 @@ def automatic_choice(
     right = 0
     for density, timing in zip(densities, sampled, strict=True):
         chosen, other = (dense, timing) if density > CROWDED else (timing, dense)
-        right += times_as_long("chosen", chosen, other, 1.0).verdict != "MISS"
+        _, low, _ = ratio(chosen, other)
+        right += low <= 1
     what = (
         f"densities at which the automatic choice, dense above {CROWDED:g}, is not the slower way"
     )
-    return Figure(what, right, f"of {len(densities)}", bar=len(densities))
+    figure = held_to("sampled/choice", Figure(what, right, f"of {len(densities)}"))
+    return replace(figure, bar=len(densities))
 
 
 def _token_sweep(sizes: tuple[int, int, int], setting: Setting) -> Outcome:
@@ -265,6 +267,13 @@ def _token_sweep(sizes: tuple[int, int, int], setting: Setting) -> Outcome:
             _sampled(f"{count:,} tokens, uniform", flat, *some, exact_gradient(*some))[0]
         )
     timings = measure("weight gradient over tokens, uniform mask", contenders, setting.kernels)
-    what = f"growth of the sampled gradient's time with tokens ({counts[0]:,} to {counts[-1]:,})"
-    figure = _exponent(what, counts, list(timings.values()))
-    return Outcome(list(timings.values()), [figure])
+    figure, line = growth(SAMPLED, "tokens", counts, list(timings.values()))
+    return Outcome(list(timings.values()), [held_to("sampled/growth/tokens", figure)], [line])
+
+
+def _thread_sweep(sizes: tuple[int, int, int], setting: Setting) -> Outcome:
+    """Growth with the threads of the machine."""
+    x, dy = operands(torch.float32, sizes)
+    flat = uniform_entries(*_entries(sizes, setting.density))
+    ours, _ = _sampled("uniform", flat, x, dy, exact_gradient(x, dy))
+    return over_threads(SAMPLED, ours, setting.kernels)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any
 
 import torch
@@ -13,19 +13,11 @@ from torch import Tensor, nn
 
 from saft_kernels import CooMask, SparseAdamW, ops, sparse_adamw_
 
+from ..bars import held_to
 from ..baselines.masked_adamw import masked_adamw
-from ..checks import reference_step, require_stepped, require_untouched
-from ..harness import (
-    Contender,
-    Figure,
-    Outcome,
-    Timing,
-    evict_caches,
-    fitted_exponent,
-    measure,
-    require,
-    times_faster,
-)
+from ..correctness import reference_step, require_stepped, require_untouched
+from ..harness import Contender, measure, require
+from ..limits import Needs, evict_caches
 from ..models import (
     ADAMW,
     CACHE_LINE,
@@ -36,20 +28,20 @@ from ..models import (
     lines_touched,
     workload,
 )
+from ..outcome import Figure, Outcome, Timing
+from ..ratios import times_faster
+from ..sweeps import growth, over_threads
 
 DENSE = "torch.optim.AdamW(fused=True)"
+COMPACT_UNIFORM = "sparse_adamw_, compact gradients, uniform mask"
 
-#: Least speed-ups over the dense step, by source of the gradients and mask.
-BARS = {
-    ("dense", "uniform"): 30,
-    ("dense", "selected"): 60,
-    ("compact", "uniform"): 50,
-    ("compact", "selected"): 100,
-}
+#: Operations of one AdamW update of one entry: decay 2, moments 3 + 4, corrections 2, root, sum,
+#: quotient, product and difference (Loshchilov & Hutter 2019, Algorithm 2).
+FLOPS = 16
 
 
 def run(setting: Setting) -> Outcome:
-    """Speed on the whole model, bytes of state, growth with nnz and D."""
+    """Speed on the whole model, bytes of state, growth with nnz, D and threads."""
     work = workload(setting)
     outcome = _speed(work, setting)
     outcome += _state(work)
@@ -80,13 +72,18 @@ class Step:
         """With a state of zeros; weights of less than fp32 get exact values."""
         flat, bounds = ops.end_to_end(indices)
         exp_avg, step = (torch.zeros(len(each), device=flat.device) for each in (flat, params))
-        master = None
-        if params[0].dtype != torch.float32:
-            pairs = zip(params, indices, strict=True)
-            master = torch.cat(
-                [ops.gather(param.detach(), index) for param, index in pairs]
-            ).float()
-        return cls(params, grads, flat, bounds, exp_avg, exp_avg.clone(), step, master)
+        low = params[0].dtype != torch.float32
+        master = torch.empty(len(flat), device=flat.device) if low else None
+        made = cls(params, grads, flat, bounds, exp_avg, exp_avg.clone(), step, master)
+        made.take_values()
+        return made
+
+    def take_values(self) -> None:
+        """Let the exact values of low-precision weights be what the weights are now."""
+        if self.master is None:
+            return
+        for param, (begin, end) in zip(self.params, pairwise(self.bounds), strict=True):
+            self.master[begin:end] = ops.gather(param.detach(), self.indices[begin:end]).float()
 
     def restart(self) -> None:
         """Go back to a state of zeros."""
@@ -100,37 +97,67 @@ class Step:
             bounds=self.bounds, master=self.master, **ADAMW,
         )  # fmt: skip
 
-    def moves(self, line: int = CACHE_LINE) -> int:
-        """Bytes it must move: lines of weights twice and of dense gradients, indices, state."""
+    def needs(self, line: int = CACHE_LINE) -> Needs:
+        """Lines of weights twice and of dense gradients once, indices, state twice."""
         pieces = [self.indices[begin:end] for begin, end in pairwise(self.bounds)]
         pairs = zip(self.params, pieces, strict=True)
         lines = line * sum(lines_touched(index, param, line) for param, index in pairs)
         nnz = self.exp_avg.numel()
-        gradients = 4 * nnz if isinstance(self.grads, Tensor) else lines
+        compact = isinstance(self.grads, Tensor)
+        gradients = self.grads.nbytes if compact else lines
         state = 16 if self.master is None else 24
-        return 2 * lines + gradients + (4 + state) * nnz
+        return Needs(2 * lines + gradients + (4 + state) * nnz, FLOPS * nnz)
 
 
 def _speed(work: Workload, setting: Setting) -> Outcome:
-    """Contenders change one copy of the model, each from caches that a dense step has filled."""
+    contenders = steps(work)
+    timings = measure("optimizer step", contenders, setting.kernels)
+    figures = _speed_figures(timings, work.masks, work.gradients)
+    outcome = Outcome(list(timings.values()), figures)
+    (ours,) = (each for each in contenders if each.name == COMPACT_UNIFORM)
+    outcome += over_threads(COMPACT_UNIFORM, ours, setting.kernels)
+    return outcome
+
+
+def steps(work: Workload) -> list[Contender]:
+    """They change one copy of the model, each from caches that a dense step has filled."""
     model = _copy_with_gradients(work, work.gradients)
     params = candidates(model)
     dense = torch.optim.AdamW(params.values(), fused=True, **ADAMW)
     checks = {kind: _sparse_check(params, mask, work) for kind, mask in work.masks.items()}
-
+    # Weight and two moments twice, gradient once.
+    element = next(iter(params.values())).element_size()
+    needs = Needs(7 * element * work.numel, FLOPS * work.numel)
     contenders = [
-        Contender(DENSE, dense.step, _dense_check(dense, params, work), moves=28 * work.numel)
-    ]
+        Contender(
+            DENSE, dense.step, _dense_check(dense, params, work), needs=needs,
+            covers="every parameter",
+        )
+    ]  # fmt: skip
     for kind, mask in work.masks.items():
         for source, step in _sparse_steps(params, mask, work).items():
             name = f"sparse_adamw_, {source} gradients, {kind} mask"
-            contenders.append(Contender(name, step, checks[kind], dense.step, step.moves()))
-    optimizer = SparseAdamW(model, work.masks["selected"], gradients="dense", **ADAMW)
+            check = checks[kind] if step.master is None else _restarting(step, checks[kind])
+            contenders.append(Contender(name, step, check, dense.step, step.needs()))
+    mask = work.masks["selected"]
+    optimizer = SparseAdamW(model, mask, gradients="dense", **ADAMW)
     name = "SparseAdamW.step(), dense gradients, selected mask"
-    contenders.append(Contender(name, optimizer.step, checks["selected"], dense.step))
+    needs = _sparse_steps(params, mask, work)["dense"].needs()
+    contenders.append(Contender(name, optimizer.step, checks["selected"], dense.step, needs))
     contenders.append(_algorithm1(work, dense))
-    timings = measure("optimizer step", contenders, setting.kernels)
-    return Outcome(list(timings.values()), _speed_figures(timings, work.masks, params))
+    return contenders
+
+
+def _restarting(
+    step: Step, check: Callable[[Callable[[], Any]], None]
+) -> Callable[[Callable[[], Any]], None]:
+    """The check from the exact values that low-precision weights have at that time."""
+
+    def restarted(run: Callable[[], Any]) -> None:
+        step.take_values()
+        check(run)
+
+    return restarted
 
 
 def _copy_with_gradients(work: Workload, gradients: Mapping[str, Tensor]) -> nn.Module:
@@ -160,18 +187,24 @@ def _algorithm1(work: Workload, dense: torch.optim.Optimizer) -> Contender:
     mask = work.masks["selected"]
     check = _sparse_check(candidates(model), mask, work)
     step = masked_adamw(model, mask)
-    return Contender("Algorithm 1 literally: mask, fused AdamW, reset", step, check, dense.step)
+    # AdamW's, the gradient masked in place, the weights reset: masks are bytes.
+    element = next(iter(work.gradients.values())).element_size()
+    needs = Needs(
+        (7 * element + 2 * element + 1 + 3 * element + 1) * work.numel, FLOPS * work.numel
+    )
+    name = "Algorithm 1 literally: mask, fused AdamW, reset"
+    return Contender(name, step, check, dense.step, needs)
 
 
 def _speed_figures(
-    timings: Mapping[str, Timing], masks: Mapping[str, CooMask], params: Mapping[str, nn.Parameter]
+    timings: Mapping[str, Timing], masks: Mapping[str, CooMask], params: Mapping[str, Tensor]
 ) -> list[Figure]:
     baseline = timings[DENSE]
     figures = []
-    for (source, kind), bar in BARS.items():
+    for source, kind in product(("dense", "compact"), masks):
         what = f"sparse_adamw_ from {source} gradients against fused AdamW, {kind} mask"
         ours = timings[f"sparse_adamw_, {source} gradients, {kind} mask"]
-        figures.append(times_faster(what, baseline, ours, bar))
+        figures.append(held_to(f"adamw/{source}/{kind}", times_faster(what, baseline, ours)))
     for kind, mask in masks.items():
         what = f"selected entries per cache line that holds any, {kind} mask"
         figures.append(Figure(what, mask.nnz / cache_lines(mask, params), "entries"))
@@ -218,27 +251,29 @@ def _state(work: Workload) -> Outcome:
     optimizer = SparseAdamW(model, mask, gradients="streamed", **ADAMW)
     total = sum(tensor.nbytes for state in optimizer.state.values() for tensor in state.values())
     what = "state of SparseAdamW per selected entry: indices, moments, fp32 values of bf16 weights"
-    return Outcome(figures=[Figure(what, total / mask.nnz, "bytes", bar=20, at_least=False)])
+    return Outcome(figures=[held_to("adamw/state", Figure(what, total / mask.nnz, "bytes"))])
 
 
 # Growth -------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Sweep:
+class Series:
     """A series of steps on one tensor.
 
     Attributes:
-        what: grows.
+        what: the entries are.
+        over: what grows.
         cases: (nnz, D, entries lie below) of every step.
         sizes: what grows, in each.
-        bar: the largest exponent; None where address translation, not this package, sets it.
+        bar: of the exponent; empty where address translation, not this package, sets it.
     """
 
     what: str
+    over: str
     cases: list[tuple[int, int, int]]
     sizes: list[int]
-    bar: float | None
+    bar: str
 
 
 def _growth(work: Workload, setting: Setting) -> Outcome:
@@ -251,18 +286,27 @@ def _growth(work: Workload, setting: Setting) -> Outcome:
     counts = [nnz // 16, nnz // 4, nnz, 4 * nnz]
     sizes = [numel // 16, numel // 8, numel // 4, numel // 2, numel]
     few = counts[0]
-    weights, gradients = torch.randn(numel), torch.randn(numel)
+    weights, gradients = (torch.randn(numel).to(setting.torch_dtype) for _ in range(2))
     outcome = Outcome()
-    for sweep in (
-        Sweep("nnz", [(count, numel, numel) for count in counts], counts, 1.1),
-        Sweep("D, the same entries", [(few, size, sizes[0]) for size in sizes], sizes, 0.1),
-        Sweep("D, entries spread over it", [(few, size, size) for size in sizes], sizes, None),
-    ):
-        contenders = [_step(weights[:d], gradients[:d], n, below) for n, d, below in sweep.cases]
-        timings = list(measure(f"step over {sweep.what}", contenders, setting.kernels).values())
-        exponent = fitted_exponent(sweep.sizes, timings)
-        what = f"exponent of time over {sweep.what}"
-        outcome += Outcome(timings, [Figure(what, exponent, "", bar=sweep.bar, at_least=False)])
+    for series in (
+        Series(
+            "entries anywhere", "nnz", [(n, numel, numel) for n in counts], counts,
+            "adamw/growth/nnz",
+        ),
+        Series(
+            "the same entries", "D", [(few, size, sizes[0]) for size in sizes], sizes,
+            "adamw/growth/D",
+        ),
+        Series("entries spread over it", "D", [(few, size, size) for size in sizes], sizes, ""),
+    ):  # fmt: skip
+        group = f"optimizer step over {series.over}, {series.what}"
+        contenders = [_step(weights[:d], gradients[:d], n, below) for n, d, below in series.cases]
+        timings = list(measure(group, contenders, setting.kernels).values())
+        label = f"sparse_adamw_, {series.what}"
+        figure, line = growth(label, series.over, series.sizes, timings)
+        if series.bar:
+            figure = held_to(series.bar, figure)
+        outcome += Outcome(timings, [figure], [line])
     return outcome
 
 
@@ -277,10 +321,11 @@ def _step(weights: Tensor, gradients: Tensor, nnz: int, below: int) -> Contender
 
     def check(run: Callable[[], Any]) -> None:
         before = weights.clone()
+        step.take_values()
         expected = reference_step({"weights": weights}, {"weights": gradients}, mask)
         run()
         require_stepped({"weights": weights}, expected, mask)
         require_untouched({"weights": weights}, {"weights": before}, mask)
 
     name = f"sparse_adamw_, nnz = {indices.numel():,}, D = {weights.numel():,}"
-    return Contender(name, step, check, evict_caches, step.moves())
+    return Contender(name, step, check, evict_caches, step.needs())

@@ -20,19 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.profiler import profile
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import (
-    FlopCounterMode,
-    sdpa_backward_flop_count,
-    sdpa_flop_count,
-)
 
 from saft_kernels import SparseAdamW
 
-from ..checks import require_loss
+from ..correctness import require_loss
 from ..display import progress
-from ..harness import Figure, Outcome, Timing
+from ..flops import Flops
 from ..models import ADAMW, Setting, Task, Workload, with_concentrated_mask, workload
+from ..outcome import Figure, Outcome, Timing
 
 PHASES = ("forward", "backward", "optimizer")
 
@@ -71,7 +66,7 @@ def run(setting: Setting) -> Outcome:
 def _one(work: Workload, precision: str, kind: str, rate: float, setting: Setting) -> Outcome:
     task = replace(work.task, precision=precision, model=copy.deepcopy(work.task.model))
     optimizer = SparseAdamW(task.model, work.masks[kind], gradients="sampled", **ADAMW)
-    loss, flops, products = _count(task, optimizer)
+    loss, flops = _count(task, optimizer)
     require_loss(loss, work.loss, precision)
     group = f"one step in {precision}, sampled gradients, {kind} mask"
     rounds = setting.steps.least
@@ -86,53 +81,22 @@ def _one(work: Workload, precision: str, kind: str, rate: float, setting: Settin
         for phase in PHASES
     ]
     figures = _shares(group, accounts)
-    figures += _counted(group, accounts, flops, products, rate)
+    figures += _counted(group, accounts, flops, rate)
     return Outcome(timings, figures)
 
 
 # Counting -----------------------------------------------------------------------------------------
 
 
-def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    return int(sdpa_flop_count(query, key, value))
-
-
-def _attention_backward(grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    return int(sdpa_backward_flop_count(grad, query, key, value))
-
-
-#: torch counts no operations for attention on a CPU by itself.
-ATTENTION = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
-}
-
-
-class _SampledProducts(TorchDispatchMode):
-    """Counts the operations of sampled gradients: two per token and entry."""
-
-    total = 0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is torch.ops.saft_kernels.sampled_grad.default:
-            _, dy, _, _, entry_columns, _ = args
-            self.total += 2 * len(dy) * entry_columns.numel()
-        return func(*args, **kwargs or {})
-
-
-def _count(task: Task, optimizer: SparseAdamW) -> tuple[float, dict[str, int], int]:
-    """The loss of a step, its floating point operations by phase, and those of sampled products."""
-    flops = {}
-    with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
+def _count(task: Task, optimizer: SparseAdamW) -> tuple[float, dict[str, Flops]]:
+    """The loss of a step, and its floating point operations by phase."""
+    flops = {phase: Flops() for phase in ("forward", "backward")}
+    with flops["forward"].counting():
         loss = task.loss(task.model)
-    flops["forward"] = counter.get_total_flops()
-    with counter, _SampledProducts() as sampled:
+    with flops["backward"].counting():
         loss.backward()
-    flops["backward"] = counter.get_total_flops()
     optimizer.zero_grad()
-    return loss.item(), flops, sampled.total
+    return loss.item(), flops
 
 
 def _rate(dtype: torch.dtype, setting: Setting) -> float:
@@ -223,18 +187,19 @@ def _shares(group: str, accounts: list[Account]) -> list[Figure]:
 
 
 def _counted(
-    group: str, accounts: list[Account], flops: dict[str, int], sampled: int, rate: float
+    group: str, accounts: list[Account], flops: dict[str, Flops], rate: float
 ) -> list[Figure]:
     """The step against its products at the machine's rate; sampled products against a dense one."""
     total = statistics.median(sum(a.phases.values()) for a in accounts)
-    dense = sum(flops.values())
+    dense = sum(each.dense for each in flops.values())
+    sampled = flops["backward"].sampled
     kernel = statistics.median(a.kinds["backward", "sampled products"] for a in accounts)
     figures = [
         Figure(
             f"{group}: time over that of its matrix products at the machine's rate",
             total / (dense / rate),
             "times",
-            note=f"{flops['forward'] / 1e9:.4g} + {flops['backward'] / 1e9:.4g} GFLOP "
+            note=f"{flops['forward'].dense / 1e9:.4g} + {flops['backward'].dense / 1e9:.4g} GFLOP "
             f"at {rate / 1e9:.3g} GFLOP/s",
         )
     ]

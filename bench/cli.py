@@ -1,0 +1,196 @@
+"""The commands of ``python -m bench`` and ``saft bench``."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from saft_clip.console import output, say, warn
+from saft_kernels.errors import SaftError
+
+from .environment import NOTICEABLE_LOAD, environment
+from .harness import Effort
+from .models import DTYPES, SMOKE, Setting
+from .registry import CASES, applied, run_case
+from .result_file import (
+    FORMAT,
+    VERSION,
+    ResultError,
+    comparable_cases,
+    read_result,
+    update_block,
+    write_result,
+)
+from .tables import markdown
+
+RESULTS = Path(__file__).parent / "results"
+
+#: What a GPU is measured on: batches that keep it busy, and more rounds, since they are short.
+GPU_SETTING = Setting(
+    images=128, prompts=100, kernels=Effort(6, 15, 100, 2), steps=Effort(60, 7, 40, 2)
+)
+
+app = typer.Typer(
+    help="Measure kernels, memory and training steps against their baselines.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Model = Annotated[str, typer.Option(help="A model of open_clip or timm, or saft-tiny.")]
+Pretrained = Annotated[
+    str, typer.Option(help="Tag or file of its weights; random: only its shapes matter.")
+]
+Images = Annotated[int, typer.Option("--batch", min=1, help="Images in a batch.")]
+Prompts = Annotated[int, typer.Option(min=1, help="Class prompts in a batch.")]
+Density = Annotated[float, typer.Option(min=0, max=1, help="Share of the parameters selected.")]
+Dtype = Annotated[str, typer.Option(help=f"Of the weights: {', '.join(DTYPES)}.")]
+Backend = Annotated[
+    str | None, typer.Option(help="Of the kernels.", show_default="the device's own")
+]
+Threads = Annotated[int | None, typer.Option(min=1, help="Of the CPU.", show_default="all cores")]
+Smoke = Annotated[
+    bool, typer.Option("--smoke", help="A tiny model, two rounds: shows that everything runs.")
+]
+
+
+def _file_name(where: dict[str, Any]) -> str:
+    """One file per kind of machine, or of GPU if that is what was measured, and release."""
+    machine = str(where.get("gpu") or f"{where['processor']} {where['cores']} cores").lower()
+    return f"{re.sub(r'[^a-z0-9]+', '-', machine).strip('-')}-{where['saft_kernels']}.json"
+
+
+@app.command("list")
+def list_cases() -> None:
+    """Name the cases."""
+    for case in CASES.values():
+        output.print(f"{case.name:16} {case.summary}")
+
+
+@app.command()
+def run(
+    cases: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[CASE]...", help="Which ones; all of the CPU if none is named."),
+    ] = None,
+    output_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", help="Keep the result in this JSON file, beside what it holds of others."
+        ),
+    ] = None,
+    keep: Annotated[bool, typer.Option("--keep", help="Keep the result in bench/results.")] = False,
+    model: Model = Setting.model,
+    pretrained: Pretrained = Setting.pretrained,
+    batch: Images = Setting.images,
+    prompts: Prompts = Setting.prompts,
+    density: Density = Setting.density,
+    dtype: Dtype = Setting.dtype,
+    backend: Backend = None,
+    threads: Threads = None,
+    smoke: Smoke = False,
+) -> None:
+    """Run cases and print the tables."""
+    chosen = _choose(cases)
+    setting = Setting(model, pretrained, batch, prompts, density, _dtype(dtype), backend, threads)
+    if smoke:
+        setting = replace(SMOKE, dtype=setting.dtype, backend=backend, threads=threads)
+    if keep:
+        output_file = RESULTS / _file_name(environment())
+    result = measure_cases(chosen, setting, output_file)
+    print(markdown(result), end="")
+    _exit_if_refused(result, chosen)
+
+
+def _dtype(name: str) -> str:
+    if name not in DTYPES:
+        raise ResultError(f"there is no dtype {name!r} here; choose among {', '.join(DTYPES)}")
+    return name
+
+
+def _choose(names: Sequence[str] | None) -> list[str]:
+    for name in names or ():
+        if name not in CASES:
+            raise ResultError(f"there is no case {name!r}; choose among {', '.join(CASES)}")
+    return list(names or [case.name for case in CASES.values() if not case.on_gpu])
+
+
+def _exit_if_refused(result: dict[str, Any], names: Sequence[str]) -> None:
+    if any(result["cases"][name]["refused"] for name in names):
+        raise typer.Exit(1)
+
+
+@app.command()
+def gpu() -> None:
+    """Measure the GPU and keep the result in bench/results, in a file with its name."""
+    file = RESULTS / _file_name(environment(gpu=True))
+    result = measure_cases(["gpu"], GPU_SETTING, file)
+    print(markdown(result), end="")
+    _exit_if_refused(result, ["gpu"])
+
+
+def measure_cases(names: Sequence[str], setting: Setting, file: Path | None) -> dict[str, Any]:
+    """Run the named cases; the result so far is in the file, if one is named, after each.
+
+    What the file holds of other cases stays, if it was measured on this machine with this setting.
+    """
+    with applied(setting):
+        where = environment(gpu=any(CASES[name].on_gpu for name in names))
+    result: dict[str, Any] = {
+        "format": FORMAT,
+        "version": VERSION,
+        "environment": where,
+        "setting": asdict(setting),
+        "cases": {},
+    }
+    known = {} if file is None else comparable_cases(file, result)
+    when = {key: where[key] for key in ("date", "commit")}
+    for name in names:
+        known[name] = record = {**when, **run_case(CASES[name], setting)}
+        result["cases"] = {name: known[name] for name in CASES if name in known}
+        if file is not None:
+            write_result(file, result)
+        say(f"{name}: {record['seconds']:.0f} s" + (f", kept in {file}" if file else ""))
+        _warn(record)
+    return result
+
+
+def _warn(record: dict[str, Any]) -> None:
+    for key in ("refused", "left_out"):
+        if record[key]:
+            warn(record[key])
+    others = record["load"]["others"]
+    if others is not None and others > NOTICEABLE_LOAD:
+        warn(f"other programs used {others:.0%} of the processors; run it again on an idle machine")
+
+
+@app.command()
+def report(
+    result: Annotated[Path, typer.Argument(help="A file that `run` wrote.")],
+    update: Annotated[
+        Path | None,
+        typer.Option(help="Rewrite the block between the markers of this Markdown file."),
+    ] = None,
+    brief: Annotated[bool, typer.Option("--brief", help="Only figures that have a bar.")] = False,
+) -> None:
+    """Print a result as Markdown, or put it into a file."""
+    text = markdown(read_result(result), brief=brief)
+    if update is None:
+        print(text, end="")
+    else:
+        update_block(update, text)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line; an error is one sentence."""
+    try:
+        app(arguments)
+    except SaftError as error:
+        say(f"error: {error}")
+        sys.exit(1)

@@ -1,0 +1,179 @@
+"""A result as Markdown: what the README includes, and what a terminal shows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from .environment import NOTICEABLE_LOAD
+from .outcome import Figure, MemoryUse, Outcome, Timing
+from .ratios import format_seconds
+from .result_file import outcome_of
+
+MARK = "†"
+
+FIGURES = ("what", "measured (95 % interval)", "from", "bar", "")
+TIMES = (
+    "work",
+    "by",
+    "covers",
+    "time",
+    "quartiles",
+    "processor time",
+    "bytes",
+    "operations",
+    "limit",
+    "reached",
+)
+MEMORY = (
+    "work",
+    "by",
+    "covers",
+    "peak",
+    "weights",
+    "optimizer state",
+    "gradients",
+    "activations",
+    "the rest",
+)
+
+
+def markdown(result: dict[str, Any], *, brief: bool = False) -> str:
+    """What a result was measured on, figures beside their bars, times beside their limits.
+
+    Args:
+        result: of a run.
+        brief: only the figures that have a bar, and neither times nor memory.
+    """
+    cases = result["cases"].items()
+    parts = [conditions(result)]
+    if any(mark(case) for _, case in cases):
+        parts.append(DISTURBED)
+    parts += [f"**{n} was refused:** {case['refused']}" for n, case in cases if case["refused"]]
+    parts += [f"{n} was left out: {case['left_out']}." for n, case in cases if case["left_out"]]
+    outcomes = [(outcome_of(case), mark(case)) for _, case in cases]
+    parts += _tables(outcomes, brief)
+    return "\n\n".join(parts) + "\n"
+
+
+def _tables(outcomes: Sequence[tuple[Outcome, str]], brief: bool) -> list[str]:
+    parts = []
+    figures = [
+        figure_row(figure, mark)
+        for outcome, mark in outcomes
+        for figure in outcome.figures
+        if figure.bar is not None or not brief
+    ]
+    if figures:
+        parts.append(table(FIGURES, figures))
+    if brief:
+        return parts
+    timings = [timing_row(timing, mark) for outcome, mark in outcomes for timing in outcome.timings]
+    if timings:
+        parts += [ABOUT_TIMES, table(TIMES, timings)]
+    memory = [memory_row(use) for outcome, _ in outcomes for use in outcome.memory]
+    if memory:
+        parts += [ABOUT_MEMORY, table(MEMORY, memory)]
+    return parts
+
+
+DISTURBED = (
+    f"{MARK} Measured while other programs used more than {NOTICEABLE_LOAD:.0%} of the processors, "
+    "so that times and their ratios mean little."
+)
+ABOUT_TIMES = (
+    "Median times and their quartiles, and the processor time of all threads. The limit is what "
+    "this machine needs at least: for the bytes that the work must move at the speed of a copy, or "
+    "for its operations at the speed of a large matrix product, whichever takes longer; both ran "
+    "alongside. Weights and gradients that are selected entry by entry count as whole cache lines "
+    "(on a GPU: sectors). Work that reads more than it writes can beat a copy."
+)
+ABOUT_MEMORY = (
+    "Peak memory of a training step, each in a process of its own. How it divides is counted over "
+    "all tensors alive at the peak; activations are all that are none of the others. The rest is "
+    "no tensor's: libraries, the allocator's slack, temporaries inside operations."
+)
+
+
+def mark(case: dict[str, Any]) -> str:
+    """What marks the rows of a case that was disturbed."""
+    others = case["load"]["others"]
+    return f" {MARK}" if others is not None and others > NOTICEABLE_LOAD else ""
+
+
+def hardware(where: dict[str, Any]) -> str:
+    """The machine in a few words."""
+    host = f"{where['processor']}, {where['threads']} threads, {where['instruction_set']}"
+    if "gpu" not in where:
+        return host
+    return f"{where['gpu']} (driver {where['driver']}, {where['toolkit']}; host {host})"
+
+
+def conditions(result: dict[str, Any]) -> str:
+    """When, where and on what a result was measured."""
+    where, setting = result["environment"], result["setting"]
+    cases = [{**where, **case} for case in result["cases"].values()]
+    dates = " and ".join(dict.fromkeys(case["date"][:10] for case in cases))
+    commits = " and ".join(dict.fromkeys(case["commit"][:12] for case in cases))
+    text = (
+        f"Measured {dates} on {hardware(where)}, torch {where['torch']}, "
+        f"with {setting['model']} ({setting['pretrained']} weights, {setting['dtype']}, "
+        f"{setting['images']} images, {setting['prompts']} prompts, "
+        f"density {setting['density']:g}); "
+        f"saft-kernels {where['saft_kernels']} at commit {commits}."
+    )
+    loads = [case["load"]["others"] for case in result["cases"].values()]
+    known = [load for load in loads if load is not None]
+    if known:
+        text += f" Other programs used up to {max(known):.0%} of the processors meanwhile."
+    return text
+
+
+def figure_row(figure: Figure, mark: str = "") -> list[str]:
+    """Its cells, in the order of ``FIGURES``."""
+    return [figure.what + mark, value(figure), figure.note, bar(figure), figure.verdict]
+
+
+def value(figure: Figure) -> str:
+    """The value with its interval; of a ratio inside the noise only the interval."""
+    interval = "" if figure.low is None else f" ({figure.low:.3g} to {figure.high:.3g})"
+    if figure.inside_noise:
+        return f"no difference beyond the noise{interval}"
+    return f"{figure.value:.3g}{interval} {figure.unit}".strip()
+
+
+def bar(figure: Figure) -> str:
+    """What the figure must reach."""
+    if figure.bar is None:
+        return ""
+    return f"{'≥' if figure.at_least else '≤'} {figure.bar:g}"
+
+
+def timing_row(timing: Timing, mark: str = "") -> list[str]:
+    """Its cells, in the order of ``TIMES``."""
+    return [
+        timing.group + mark,
+        timing.name,
+        timing.covers,
+        format_seconds(timing.median),
+        " to ".join(map(format_seconds, timing.spread)),
+        format_seconds(timing.cpu_median),
+        "" if timing.moves is None else f"{timing.moves / 1e6:,.3g} MB",
+        f"{timing.flops / 1e9:,.3g} G" if timing.flops else "",
+        "" if timing.floor is None else format_seconds(timing.floor),
+        "" if timing.reached is None else f"{timing.reached:.0%}",
+    ]
+
+
+def memory_row(use: MemoryUse) -> list[str]:
+    """Its cells, in the order of ``MEMORY``."""
+    parts = (use.peak, use.weights, use.state, use.gradients, use.activations, use.rest)
+    cells = ["" if part is None else f"{part / 2**20:,.0f} MiB" for part in parts]
+    return [use.group, use.name, use.covers, *cells]
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; columns in which every row is empty are left out."""
+    used = [i for i in range(len(header)) if any(row[i] for row in rows)]
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line[i] for i in used)} |" for line in lines)
