@@ -15,6 +15,8 @@ from saft_kernels import backends
 from .bars import without_bar
 from .cases import (
     accumulate_topk,
+    clip_finetune,
+    clip_select,
     clip_step,
     delta,
     encode_prompts,
@@ -64,9 +66,11 @@ CASES = {
         Case("real_masks", "where real masks' entries lie, and what suits them", real_masks.run),
         Case("delta", "the delta file: size, writing, applying, reverting", delta.run),
         Case("encode_prompts", "the text tower without padding", encode_prompts.run),
+        Case("clip_select", "a whole selection, from batches to mask", clip_select.run),
         Case("clip_step", "a whole training step: time and peak memory", clip_step.run),
         Case("step_account", "where the time of a training step goes", step_account.run),
         Case("prompt_step", "a whole training step on ImageNet's 1,000 classes", prompt_step.run),
+        Case("clip_finetune", "whole runs of saft finetune on the tiny CLIP", clip_finetune.run),
         Case("gpu", "every operation and whole training steps on a GPU", gpu.run, on_gpu=True),
     )
 }

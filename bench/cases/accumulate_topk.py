@@ -35,8 +35,8 @@ def run(setting: Setting) -> Outcome:
     k = work.masks["selected"].nnz
     torch.manual_seed(0)
     distributions = {
-        "gradients": {n: SCALE * gradient.float() for n, gradient in work.gradients.items()},
-        "normal numbers": {n: torch.randn_like(g).float() for n, g in work.gradients.items()},
+        "gradients": {n: _sum_like(gradient) for n, gradient in work.gradients.items()},
+        "normal numbers": {n: torch.randn(g.shape) for n, g in work.gradients.items()},
     }
     outcome = Outcome()
     for data, sums in distributions.items():
@@ -45,6 +45,12 @@ def run(setting: Setting) -> Outcome:
     outcome += _growth(distributions["normal numbers"], setting)
     outcome += _temporaries(work.numel, setting)
     return outcome
+
+
+def _sum_like(gradient: Tensor) -> Tensor:
+    """A sum of gradients; of those in 16 bits many are the same, which no sum is."""
+    total = SCALE * gradient.float()
+    return total if gradient.dtype == torch.float32 else total * (1 + 1e-3 * torch.rand_like(total))
 
 
 def selection(mean: dict[str, Tensor], k: int) -> list[Contender]:

@@ -174,7 +174,7 @@ def _sparse_steps(
     names, indices = zip(*mask.items(), strict=True)
     chosen = [params[name] for name in names]
     grads = [work.gradients[name] for name in names]
-    compact = torch.cat([ops.gather(g, i) for g, i in zip(grads, indices, strict=True)])
+    compact = torch.cat([ops.gather(g, i) for g, i in zip(grads, indices, strict=True)]).float()
     return {
         source: Step.of(chosen, gradients, list(indices))
         for source, gradients in (("dense", grads), ("compact", compact))

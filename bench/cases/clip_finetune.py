@@ -1,0 +1,148 @@
+"""Whole runs of ``saft finetune`` on the built-in tiny CLIP: select, train, evaluate, write.
+
+Everything a user waits for is in these times: reading the data, selecting, training, evaluating
+before and after, the delta or model file, and the report page. The tiny model's layers are so small
+that full fine-tuning has little to save here; what a step of a real model takes is ``clip_step``'s.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory, mkdtemp
+from typing import Any
+
+from saft_clip.config import FinetuneConfig
+from saft_clip.console import console
+from saft_clip.domains import MissingExtraError
+from saft_clip.models import load_model
+from saft_clip.tiny import TINY_NAME
+from saft_clip.train import FinetuneResult, finetune
+from saft_kernels import SparseDelta
+
+from ..flops import Flops
+from ..harness import Contender, measure, require
+from ..limits import Needs
+from ..memory import MeasurementError, peak_memory
+from ..models import Setting
+from ..outcome import Figure, MemoryUse, Outcome, Timing
+from ..ratios import times_as_long
+
+DATA = "builtin:mnist"
+FULL = "full fine-tuning"
+
+#: Options of every method: name -> what differs from the defaults, and what it covers.
+METHODS: dict[str, dict[str, Any]] = {
+    FULL: {"method": "full"},
+    "SAFT, sampled gradients": {"gradients": "sampled"},
+    "SAFT, streamed gradients": {"gradients": "streamed"},
+    "SAFT, dense gradients": {"gradients": "dense"},
+}
+COVERS = {FULL: "every parameter"}
+
+#: Points of accuracy that a run may lose; the tiny model knows these digits before.
+MAY_LOSE = 0.03
+
+
+def run(setting: Setting) -> Outcome:
+    """Every method, in time and in memory."""
+    shots = 1 if setting.small else 16
+    group = f"saft finetune of {TINY_NAME}, {shots} images per class, one epoch"
+    with TemporaryDirectory() as folder, _quiet():
+        runs = {name: Run(name, Path(folder), shots) for name in METHODS}
+        try:
+            timings = measure(group, [each.contender() for each in runs.values()], setting.steps)
+        except MissingExtraError as error:
+            raise MeasurementError(str(error)) from error
+    memory = [
+        MemoryUse(group, name, _peak(name, shots), covers=COVERS.get(name, "")) for name in METHODS
+    ]
+    figures = [*_figures(timings), *(each.size() for each in runs.values())]
+    return Outcome(list(timings.values()), figures, memory=memory)
+
+
+def _figures(timings: dict[str, Timing]) -> list[Figure]:
+    return [
+        times_as_long(f"whole run of saft finetune: {name} against {FULL}", timing, timings[FULL])
+        for name, timing in timings.items()
+        if name != FULL
+    ]
+
+
+class Run:
+    """``saft finetune`` by one method, again and again.
+
+    Args:
+        name: of the method.
+        folder: for the folders of its runs.
+        shots: training images per class.
+    """
+
+    def __init__(self, name: str, folder: Path, shots: int) -> None:
+        self.name = name
+        self.config = FinetuneConfig(
+            train_data=DATA, model=TINY_NAME, shots=shots, epochs=1, **METHODS[name]
+        )
+        self.folder = folder
+        self.last: FinetuneResult | None = None
+
+    def __call__(self) -> FinetuneResult:
+        """Run it into a new folder."""
+        if self.last is not None:
+            shutil.rmtree(self.last.output)
+        output = mkdtemp(dir=self.folder)
+        self.last = finetune(self.config.changed(output=output))
+        return self.last
+
+    def contender(self) -> Contender:
+        """It reads the weights forward and backward in every step."""
+        flops = Flops()
+
+        def needs() -> Needs:
+            assert self.last is not None
+            steps = -(-10 * self.config.shots // self.config.batch_size)
+            return Needs(2 * steps * self.last.results["model_bytes"], flops.total)
+
+        covers = COVERS.get(self.name, "")
+        return Contender(self.name, self, flops.checked(self._check), needs=needs, covers=covers)
+
+    def size(self) -> Figure:
+        """Of the file that the run is for."""
+        assert self.last is not None
+        bytes_ = self.last.results["artefact_bytes"]
+        return Figure(f"file of a run of saft finetune: {self.name}", bytes_ / 1e6, "MB")
+
+    def _check(self, run: Callable[[], Any]) -> None:
+        """It has not unlearnt what it knew, and its delta fits the model it started from."""
+        result: FinetuneResult = run()
+        accuracy = {line["when"]: line["top1"] for line in result.results["evaluations"]}
+        kept = accuracy["after"] >= accuracy["before"] - MAY_LOSE
+        require(kept, f"its accuracy fell from {accuracy['before']} to {accuracy['after']}")
+        if self.name != FULL:
+            SparseDelta.load(result.artefact).apply_(load_model(TINY_NAME).model)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No messages of the runs: they would come between those of the benchmark."""
+    before, console.quiet = console.quiet, True
+    try:
+        yield
+    finally:
+        console.quiet = before
+
+
+def _peak(name: str, shots: int) -> int:
+    return peak_memory(f"{__name__}:finetuning", name=name, shots=shots).peak
+
+
+def finetuning(name: str, shots: int) -> Callable[[], object]:
+    """The work whose memory is measured."""
+
+    def work() -> object:
+        with TemporaryDirectory() as folder, _quiet():
+            return Run(name, Path(folder), shots)()
+
+    return work
