@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from saft_kernels import CooMask, SparseAdamW, ops, sparse_adamw_
 
-from ..baselines.masked_adamw import masked_adamw
+from ..baselines.masked_adamw import masked_step
 from ..checks import reference_step, require_stepped, require_untouched
 from ..harness import (
     Contender,
@@ -159,7 +159,7 @@ def _algorithm1(work: Workload, dense: torch.optim.Optimizer) -> Contender:
     model = _copy_with_gradients(work, {name: g.clone() for name, g in work.gradients.items()})
     mask = work.masks["selected"]
     check = _sparse_check(candidates(model), mask, work)
-    step = masked_adamw(model, mask)
+    step = masked_step(model, mask)
     return Contender("Algorithm 1 literally: mask, fused AdamW, reset", step, check, dense.step)
 
 
