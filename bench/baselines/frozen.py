@@ -19,6 +19,8 @@ from saft_kernels import CooMask
 
 from . import Loss, Step
 
+COVERS = "nothing"
+
 _linear = F.linear
 
 

@@ -1,4 +1,8 @@
-"""Ten lines of plain torch: compact values, and a hook that gathers their gradients."""
+"""Ten lines of plain torch: compact values, and a hook that gathers their gradients.
+
+It trains the mask's entries by the rule of this package. State and values are compact; the dense
+gradient of each parameter exists until its hook has run.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,8 @@ from saft_kernels import CooMask
 
 from ..models import ADAMW
 from . import Loss, Step
+
+COVERS = ""
 
 
 def index_and_hook(model: nn.Module, mask: CooMask, loss: Loss) -> Step:

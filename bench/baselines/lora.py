@@ -16,16 +16,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from open_clip.transformer import ResidualAttentionBlock
 from torch import Tensor, nn
 
 from saft_kernels import CooMask
 
-from ..harness import require
-from ..memory import MeasurementError
-from ..models import ADAMW
 from . import Loss, Step, step_of
+from .peft_adapters import adapt
+
+COVERS = "adapters of rank 8, not the mask"
 
 #: What ``peft.LoraConfig`` is given.
 OPTIONS: dict[str, Any] = {
@@ -42,10 +41,7 @@ def lora(model: nn.Module, mask: CooMask, loss: Loss) -> Step:
     Raises:
         MeasurementError: if peft is not installed.
     """
-    peft = _load_peft()
-    peft.inject_adapter_in_model(peft.LoraConfig(**OPTIONS), model)
-    adapters = [param for param in model.parameters() if param.requires_grad]
-    optimizer = torch.optim.AdamW(adapters, fused=True, **ADAMW)
+    optimizer = adapt(model, "LoraConfig", **OPTIONS)
     blocks = text_blocks(model)
 
     def merged_loss(model: nn.Module) -> Tensor:
@@ -53,18 +49,6 @@ def lora(model: nn.Module, mask: CooMask, loss: Loss) -> Step:
             return loss(model)
 
     return step_of(optimizer, model, merged_loss)
-
-
-def _load_peft() -> Any:
-    """Imported when it is needed only: it takes seconds and brings much with it."""
-    try:
-        import peft
-    except ImportError as error:
-        raise MeasurementError(
-            f"the LoRA baseline needs peft, which cannot be imported ({error}); "
-            "run `pip install -r requirements.txt`"
-        ) from error
-    return peft
 
 
 def text_blocks(model: nn.Module) -> list[Any]:
@@ -89,18 +73,3 @@ def merged(blocks: Sequence[Any]) -> Iterator[None]:
         for block, attention in zip(blocks, wrapped, strict=True):
             block.attn = attention
             attention.unmerge()
-
-
-def require_trained(model: nn.Module) -> None:
-    """An adapter has moved: the second of its two matrices is zero before the first step."""
-    second = [param for name, param in model.named_parameters() if "lora_B" in name]
-    require(any(bool(param.count_nonzero()) for param in second), "no adapter was trained")
-
-
-def pretrained(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The model's own parameters, by the names they had before peft wrapped their layers."""
-    return {
-        name.replace(".base_layer", ""): param
-        for name, param in model.named_parameters()
-        if "lora_" not in name
-    }

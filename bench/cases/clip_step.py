@@ -4,12 +4,15 @@ The uniform mask is the worst case: it has entries in nearly every row and colum
 The concentrated one has them in every tensor too, but in few rows and columns, as masks of trained
 models do. The selected one, chosen with random weights, leaves nearly all of the image tower out.
 Memory is that of the whole process: some of LoRA's are libraries that ``peft`` loads.
+
+A method that trains anything else than the mask's entries by AdamW says so in its row. One whose
+library is missing is left out, with the reason in a row of its own.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,16 +24,27 @@ from torch import nn
 from saft_kernels import CooMask, SparseAdamW
 
 from ..bars import held_to
-from ..baselines import Loss, Method, Step, step_of
-from ..baselines.frozen import frozen
-from ..baselines.full_adamw import full_adamw
-from ..baselines.index_and_hook import index_and_hook
-from ..baselines.lora import lora, pretrained, require_trained
+from ..baselines import (
+    Loss,
+    Method,
+    Step,
+    adamw8bit,
+    frozen,
+    full_adamw,
+    index_and_hook,
+    lora,
+    masked_adamw,
+    shira,
+    sparse_adam,
+    step_of,
+    super_tuning,
+)
+from ..baselines.peft_adapters import pretrained, require_trained
 from ..correctness import reference_step, require_loss, require_stepped, require_untouched
 from ..flops import Flops
 from ..harness import Contender, measure
 from ..limits import Needs
-from ..memory import Memory, peak_memory
+from ..memory import MeasurementError, Memory, peak_memory
 from ..models import (
     ADAMW,
     DTYPES,
@@ -53,6 +67,11 @@ SAMPLED = "SparseAdamW, sampled gradients, uniform mask"
 SAMPLED_CONCENTRATED = "SparseAdamW, sampled gradients, concentrated mask"
 SAMPLED_SELECTED = "SparseAdamW, sampled gradients, selected mask"
 LORA = "PEFT LoRA r=8 on c_fc, c_proj and attn"
+MASKED = "Algorithm 1 literally: mask, fused AdamW, reset, uniform mask"
+SPARSE_ADAM = "torch.optim.SparseAdam with a COO hook, uniform mask"
+SHIRA = "PEFT SHiRA r=1 on c_fc and c_proj"
+SUPER_TUNING = "PEFT Super-Tuning on c_fc and c_proj"
+ADAMW_8BIT = "full fine-tuning, bitsandbytes' 8-bit AdamW"
 FLOOR = "floor: every weight frozen"
 
 ALL_SAMPLED = (SAMPLED, SAMPLED_CONCENTRATED, SAMPLED_SELECTED)
@@ -62,6 +81,25 @@ PRODUCTS = {"fp32": torch.float32, "amp_bf16": torch.bfloat16}
 
 #: What the sampled steps are held to: name in the bars -> contender.
 OTHERS = {"floor": FLOOR, "full": FULL, "index-and-hook": INDEX_AND_HOOK, "lora": LORA}
+
+#: They train adapters in the model, by peft.
+ADAPTERS = (LORA, SHIRA, SUPER_TUNING)
+
+#: What the bars are about.
+HELD = (
+    FULL,
+    INDEX_AND_HOOK,
+    STREAMED,
+    STREAMED_SELECTED,
+    SAMPLED,
+    SAMPLED_CONCENTRATED,
+    SAMPLED_SELECTED,
+    LORA,
+    FLOOR,
+)
+
+#: Measured in fp32 only: no bar is about these.
+PEERS = (MASKED, SPARSE_ADAM, SHIRA, SUPER_TUNING, ADAMW_8BIT)
 
 
 def streamed(model: nn.Module, mask: CooMask, loss: Loss) -> Step:
@@ -76,7 +114,13 @@ def sampled(model: nn.Module, mask: CooMask, loss: Loss) -> Step:
 
 @dataclass(frozen=True)
 class Way:
-    """A method, the mask it trains, and what it covers if that is not this mask."""
+    """A method, and what it trains.
+
+    Attributes:
+        method: of training.
+        mask: that it is given: ``uniform``, ``concentrated`` or ``selected``.
+        covers: what it trains if that is not the mask's entries by AdamW.
+    """
 
     method: Method
     mask: str = "uniform"
@@ -84,62 +128,85 @@ class Way:
 
 
 WAYS: dict[str, Way] = {
-    FULL: Way(full_adamw),
-    INDEX_AND_HOOK: Way(index_and_hook),
+    FULL: Way(full_adamw.full_adamw, covers=full_adamw.COVERS),
+    INDEX_AND_HOOK: Way(index_and_hook.index_and_hook, covers=index_and_hook.COVERS),
     STREAMED: Way(streamed),
     STREAMED_SELECTED: Way(streamed, "selected"),
     SAMPLED: Way(sampled),
     SAMPLED_CONCENTRATED: Way(sampled, "concentrated"),
     SAMPLED_SELECTED: Way(sampled, "selected"),
-    LORA: Way(lora),
-    FLOOR: Way(frozen),
+    LORA: Way(lora.lora, covers=lora.COVERS),
+    MASKED: Way(masked_adamw.masked_adamw, covers=masked_adamw.COVERS),
+    SPARSE_ADAM: Way(sparse_adam.sparse_adam, covers=sparse_adam.COVERS),
+    SHIRA: Way(shira.shira, covers=shira.COVERS),
+    SUPER_TUNING: Way(super_tuning.super_tuning, covers=super_tuning.COVERS),
+    ADAMW_8BIT: Way(adamw8bit.adamw8bit, covers=adamw8bit.COVERS),
+    FLOOR: Way(frozen.frozen, covers=frozen.COVERS),
 }
 
 
 def run(setting: Setting) -> Outcome:
-    """Every method on its own copy of the model, in fp32 and bf16; then each one's memory."""
+    """Every method on its own copy of the model, in fp32 and bf16; then each one's memory.
+
+    The copies of all of them at once would not fit into the memory of a small machine: peers that
+    no bar is about have a group of their own, beside full fine-tuning, the floor and ours.
+    """
     work = with_concentrated_mask(workload(setting), setting.density)
     outcome = Outcome()
     if setting.dtype == "fp32":
-        outcome += _in_fp32(work, setting)
-    outcome += _in_bf16(work, setting)
-    outcome += _memories(work, setting)
+        outcome += _times(work, "fp32", HELD, setting)
+        outcome += _times(work, "fp32", (FULL, *PEERS, SAMPLED, FLOOR), setting, " (peers)")
+    outcome += _times(work, "amp_bf16", HELD, setting)
+    names = dict.fromkeys(timing.name for timing in outcome.timings)
+    outcome += _memories(work, setting, list(names))
     return outcome
-
-
-def _in_fp32(work: Workload, setting: Setting) -> Outcome:
-    times = _times(work, "fp32", list(WAYS), setting)
-    figures = [*_streamed_figures(times), *_sampled_figures(times, "fp32")]
-    return Outcome(list(times.values()), figures)
-
-
-def _in_bf16(work: Workload, setting: Setting) -> Outcome:
-    times = _times(work, "amp_bf16", [n for n in WAYS if n != STREAMED_SELECTED], setting)
-    return Outcome(list(times.values()), _sampled_figures(times, "amp_bf16"))
 
 
 def _group(precision: str, setting: Setting) -> str:
     return f"training step in {precision}, {setting.images} images and {setting.prompts} prompts"
 
 
-def _times(work: Workload, precision: str, names: list[str], setting: Setting) -> dict[str, Timing]:
+def _times(
+    work: Workload, precision: str, names: Sequence[str], setting: Setting, which: str = ""
+) -> Outcome:
+    """Times of what can be measured here, and a figure for each method that cannot."""
     task = replace(work.task, precision=precision)
     effort = replace(setting.steps, warm_up=1)  # a first round is up to a tenth slower
+    contenders, left_out = [], []
+    for name in names:
+        try:
+            contenders.append(_contender(name, work, task))
+        except MeasurementError as reason:
+            left_out.append(Figure(f"{name} measured", 0, "", note=str(reason)))
     # Their copies of the model are freed before others, and other processes, need the memory.
-    contenders = [_contender(name, work, task) for name in names]
-    return measure(_group(precision, setting), contenders, effort)
+    times = measure(_group(precision, setting) + which, contenders, effort)
+    figures = _peer_figures(times) if which else _held_figures(times, precision)
+    return Outcome(list(times.values()), [*figures, *left_out])
+
+
+def _held_figures(times: dict[str, Timing], precision: str) -> list[Figure]:
+    streamed = _streamed_figures(times) if precision == "fp32" else []
+    return [*streamed, *_sampled_figures(times, precision)]
+
+
+def _peer_figures(times: dict[str, Timing]) -> list[Figure]:
+    return [
+        times_as_long(f"training step in fp32: {SAMPLED} against {name}", times[SAMPLED], timing)
+        for name, timing in times.items()
+        if name in PEERS
+    ]
 
 
 def _streamed_figures(times: dict[str, Timing]) -> list[Figure]:
-    figures = []
-    for name, bar in (
-        (STREAMED, "streamed/uniform/time"),
-        (STREAMED_SELECTED, "streamed/selected/time"),
-    ):
+    def as_long(name: str) -> Figure:
         what = f"training step against full fine-tuning's: {name}"
-        figures.append(held_to(bar, times_as_long(what, times[name], times[FULL])))
-    what = f"training step against full fine-tuning's: {FLOOR}"
-    return [*figures, times_as_long(what, times[FLOOR], times[FULL])]
+        return times_as_long(what, times[name], times[FULL])
+
+    return [
+        held_to("streamed/uniform/time", as_long(STREAMED)),
+        held_to("streamed/selected/time", as_long(STREAMED_SELECTED)),
+        as_long(FLOOR),
+    ]
 
 
 def _sampled_figures(times: dict[str, Timing], precision: str) -> list[Figure]:
@@ -152,6 +219,7 @@ def _sampled_figures(times: dict[str, Timing], precision: str) -> list[Figure]:
         )
         for name in ALL_SAMPLED
         for key, other in OTHERS.items()
+        if other in times  # else it was left out
     ]
 
 
@@ -194,7 +262,7 @@ def _check(
 
     def check(run: Callable[[], Any]) -> None:
         require_loss(run().item(), work.loss, precision)
-        if name == LORA:
+        if name in ADAPTERS:
             require_trained(model)
             require_untouched(pretrained(model), candidates(work.task.model), None)
         else:
@@ -209,17 +277,20 @@ def _check_weights(
     """The first step against the specification at the mask, and the bits of what must stay.
 
     In bf16 the gradients differ from the fp32 ones that the specification has, and the first AdamW
-    step is little more than their sign: there only the bits are checked.
+    step is little more than their sign: there only the bits are checked. The 8-bit AdamW is held to
+    the specification as the others are, since its first step has no rounded moments yet.
     """
     base, mask = candidates(work.task.model), work.masks[WAYS[name].mask]
-    if name != FLOOR and precision == "fp32":
+    if name == SPARSE_ADAM:
+        require_stepped(params, sparse_adam.first_step(base, work.gradients, mask), mask)
+    elif name != FLOOR and precision == "fp32":
         sums = work.gradients if name in ALL_SAMPLED else None
         require_stepped(params, reference_step(base, work.gradients, mask), mask, sums)
-    if name != FULL:
+    if name not in (FULL, ADAMW_8BIT):
         require_untouched(params, base, None if name == FLOOR else mask)
 
 
-def _memories(work: Workload, setting: Setting) -> Outcome:
+def _memories(work: Workload, setting: Setting, names: Sequence[str]) -> Outcome:
     """Of every method, at the precision that its weights have."""
     precision = "fp32" if setting.dtype == "fp32" else "amp_bf16"
     with TemporaryDirectory() as folder:
@@ -230,14 +301,14 @@ def _memories(work: Workload, setting: Setting) -> Outcome:
             name: peak_memory(
                 f"{__name__}:steps",
                 name=name,
-                mask=files[way.mask],
+                mask=files[WAYS[name].mask],
                 model=setting.model,
                 images=setting.images,
                 prompts=setting.prompts,
                 dtype=setting.dtype,
                 precision=precision,
             )
-            for name, way in WAYS.items()
+            for name in names
         }
     group = _group(precision, setting)
     uses = [MemoryUse(group, n, each.peak, covers=WAYS[n].covers) for n, each in memory.items()]

@@ -9,7 +9,6 @@ sentence encoder touched, MiniLM with a sentiment loss).
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -23,6 +22,7 @@ from saft_kernels.cost_model import CROWDED
 from saft_kernels.plan import LinearPlan
 
 from ..bars import held_to
+from ..baselines.sampled_addmm import pattern, sampled_addmm
 from ..harness import Contender, measure, require
 from ..limits import Needs, evict_caches
 from ..models import Setting, concentrated_entries, uniform_entries
@@ -167,20 +167,10 @@ def _sampled(kind: str, flat: Tensor, x: Tensor, dy: Tensor, exact: Tensor) -> l
 
 def _oracle(flat: Tensor, x: Tensor, dy: Tensor, exact: Tensor) -> Contender:
     """torch's own sampled product."""
-    height, width = exact.shape
-    where = torch.stack([flat // width, flat % width])
-    ones = torch.ones(flat.numel())
-    with warnings.catch_warnings():  # CSR is in beta, torch says
-        warnings.simplefilter("ignore")
-        coo = torch.sparse_coo_tensor(where, ones, (height, width), check_invariants=True)
-        pattern = coo.coalesce().to_sparse_csr()
-
-    def run() -> Tensor:
-        return torch.sparse.sampled_addmm(pattern, dy.t(), x, beta=0).values()
-
+    entries = pattern(flat, *exact.shape)
     return Contender(
         "torch.sparse.sampled_addmm, uniform mask",
-        run,
+        lambda: sampled_addmm(entries, dy, x),
         check_gradient(exact.view(-1)[flat]),
         evict_caches,
         Needs(x.nbytes + dy.nbytes + 12 * flat.numel(), 2 * len(x) * flat.numel()),
