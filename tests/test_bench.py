@@ -50,7 +50,7 @@ from bench.harness import (
     require,
     times_faster,
 )
-from bench.memory import MeasurementError, Memory, load_work, peak_memory
+from bench.memory import MeasurementError, Memory, load_work
 from bench.models import (
     COLUMNS,
     ROWS,
@@ -251,25 +251,6 @@ def test_load_of_other_programs_is_a_share() -> None:
         sum(range(10**6))
     assert load.others is None or 0 <= load.others <= 1
     assert load.average is not None
-
-
-# Memory -------------------------------------------------------------------------------------------
-
-
-def allocate(megabytes: int) -> Callable[[], object]:
-    """Work for :func:`peak_memory`: it fills and frees a tensor."""
-    return lambda: torch.ones(megabytes << 18).sum()
-
-
-def test_peak_memory_sees_what_is_freed_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
-    memory = peak_memory("test_bench:allocate", megabytes=64)
-    assert 64 << 20 <= memory.peak - memory.before < 80 << 20
-
-
-def test_failing_work_is_an_error() -> None:
-    with pytest.raises(MeasurementError, match=r"bench\.memory:nothing could not be measured"):
-        peak_memory("bench.memory:nothing")
 
 
 # Baselines ----------------------------------------------------------------------------------------

@@ -11,14 +11,17 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import chain, repeat
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from torch import nn
 
 from saft_kernels import CooMask, SparseAdamW
 
+from ..allocations import TrainingWork
 from ..baselines import Loss, Method, Step, step_of
 from ..baselines.frozen import frozen
 from ..baselines.full_adamw import full_adamw
@@ -203,9 +206,19 @@ def _memories(work: Workload, setting: Setting) -> dict[str, Memory]:
         }
 
 
-def steps(name: str, mask: str, model: str, images: int, prompts: int) -> Callable[[], object]:
-    """The work whose memory is measured: a small step, which makes the state, and a whole one."""
+def steps(
+    name: str, mask: str, model: str, images: int, prompts: int, device: str = "cpu"
+) -> TrainingWork:
+    """The work whose memory is measured: a small step, which makes the state, and whole ones."""
     own = make_task(model, images, prompts)
-    batches = iter([own.part(1), own])
+    if device != "cpu":  # it makes a copy
+        own = own.to(torch.device(device))
+    batches = chain([own.part(1)], repeat(own))
     step = WAYS[name].method(own.model, CooMask.load(mask), lambda model: next(batches).loss(model))
-    return lambda: [step(), step()]
+    return TrainingWork(
+        step,
+        own.model,
+        optimizer=getattr(step, "optimizer", None),
+        batch=(own.images, own.labels, own.tokens),
+        device=torch.device(device),
+    )
