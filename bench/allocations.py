@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._C import DisableTorchFunctionSubclass
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
@@ -52,7 +53,7 @@ class Kind(IntEnum):
 
 @dataclass(frozen=True)
 class Split:
-    """Bytes that tensors held at the peak of a step, and what the whole step allocated.
+    """Bytes that tensors held at the peak of a step.
 
     Attributes:
         weights: parameters and buffers.
@@ -60,22 +61,52 @@ class Split:
             parameters, plans.
         gradients: what is in the ``grad`` of parameters, or will be as it is; whole or compact.
         activations: the batch, what is saved for backward, and temporaries between operations.
-        allocated: bytes of all storages that were made in the step, also of those freed in it;
-            about a tenth too much for a transformer, see :class:`Allocations`.
-        allocations: their number.
     """
 
     weights: int
     state: int
     gradients: int
     activations: int
-    allocated: int
-    allocations: int
 
     @property
     def held(self) -> int:
         """Bytes of all tensors at the peak."""
         return self.weights + self.state + self.gradients + self.activations
+
+
+@dataclass(frozen=True)
+class Allocated:
+    """What a step allocated in all, also what it freed again, inside operations too.
+
+    Attributes:
+        allocated: bytes.
+        allocations: how many times.
+    """
+
+    allocated: int
+    allocations: int
+
+
+def count_allocations(step: Callable[[], object], device: torch.device) -> Allocated:
+    """Take a step and count what it allocates on a device; torch's allocator tells."""
+    return (_count_on_gpu if device.type == "cuda" else _count_on_cpu)(step)
+
+
+def _count_on_cpu(step: Callable[[], object]) -> Allocated:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    results: Any = profiler.profiler
+    events = results.kineto_results.events()
+    sizes = [e.nbytes() for e in events if e.name() == "[memory]" and e.nbytes() > 0]
+    return Allocated(sum(sizes), len(sizes))
+
+
+def _count_on_gpu(step: Callable[[], object]) -> Allocated:
+    keys = "allocated_bytes.all.allocated", "allocation.all.allocated"
+    before = torch.cuda.memory_stats()
+    step()
+    after = torch.cuda.memory_stats()
+    return Allocated(*(after[key] - before.get(key, 0) for key in keys))
 
 
 @dataclass
@@ -101,7 +132,8 @@ class Allocations(TorchDispatchMode):
     Backward passes are followed as well: autograd takes the mode along, to the threads of a GPU
     too. It computes a little differently then: where a tensor was used twice, the two gradients of
     it are summed in a third tensor and not in the first, and sparse gradients are copied. Dense
-    gradients of parameters are taken over as ever.
+    gradients of parameters are taken over as ever. So the peak is right to a tensor or so, but the
+    sum of all allocations, which :class:`Allocated` is, would not be.
 
     Args:
         device: whose memory is followed; others of its type too.
@@ -113,7 +145,6 @@ class Allocations(TorchDispatchMode):
         self._now = 0  # operations so far
         self._blocks: list[_Block] = []
         self._living: dict[int, tuple[_Block, weakref.ref[Any]]] = {}  # by id of the storage
-        self._made: list[int] = []  # bytes of each storage that was made
 
     def hold(self, kind: Kind, tensors: Iterable[Tensor]) -> None:
         """Say what some tensors are for; those not met yet were there before."""
@@ -140,8 +171,6 @@ class Allocations(TorchDispatchMode):
             state=sizes[Kind.STATE] + sizes[Kind.FOUND],
             gradients=sizes[Kind.GRADIENTS],
             activations=sizes[Kind.ACTIVATIONS],
-            allocated=sum(self._made),
-            allocations=len(self._made),
         )
 
     def __torch_dispatch__(
@@ -163,7 +192,6 @@ class Allocations(TorchDispatchMode):
                 self._mark(storage, kind)
             else:
                 self._follow(storage, kind, self._now)
-                self._made.append(storage.nbytes())
         return result
 
     def _mark(self, storage: torch.UntypedStorage, kind: Kind) -> None:
@@ -180,7 +208,6 @@ class Allocations(TorchDispatchMode):
 
     def _resized(self, block: _Block, storage: torch.UntypedStorage) -> _Block:
         block.died = self._now
-        self._made.append(storage.nbytes())
         self._blocks.append(_Block(storage.nbytes(), block.kind, self._now))
         return self._blocks[-1]
 
@@ -237,8 +264,8 @@ class TrainingWork:
     """Training steps whose memory is to be divided. As other work, it is called.
 
     Attributes:
-        step: takes one training step. It is called three times: the first call makes the state and
-            may be a smaller step; the next two must be alike.
+        step: takes one training step. It is called four times: the first call makes the state and
+            may be a smaller step; the others must be alike.
         model: its parameters and buffers are the weights.
         optimizer: what it says it holds is state; None where there is none, or it is not known.
             State that it does not tell of is noticed when a step uses it.
@@ -281,6 +308,10 @@ class TrainingWork:
             self.step()
         seen.hold(Kind.WEIGHTS, self.weights())  # it may have replaced some
         return seen.at_peak()
+
+    def allocated(self) -> Allocated:
+        """Take one more, and see what it allocates."""
+        return count_allocations(self.step, self.device)
 
 
 def _tensors(values: dict[str, Any]) -> list[Tensor]:

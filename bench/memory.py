@@ -3,7 +3,7 @@
 ``python -m bench.memory MODULE:FUNCTION ARGUMENTS`` is that process. glibc is told to give every
 block above 64 KiB back to the system as soon as it is freed, so that what is resident is what is in
 use. Whether a training step's tensors are weights, optimizer state, gradients or activations is
-found in one more step, so that looking (:mod:`bench.allocations`) does not disturb the peak.
+found in more steps, so that looking (:mod:`bench.allocations`) does not disturb the peak.
 """
 
 from __future__ import annotations
@@ -43,8 +43,9 @@ class Memory:
         before: when the work was set up.
         peak: the most after that.
         allocator: and its settings.
-        weights, state, gradients, activations, allocated, allocations: of one step, as
-            :class:`bench.allocations.Split` has them; None for other work.
+        weights, state, gradients, activations: what tensors held at the peak of one step, as
+            :class:`bench.allocations.Split` has it; None for other work.
+        allocated, allocations: bytes that a step allocated in all, and how many times; None too.
         reserved: the most that torch's allocator took of a GPU's memory; None on a CPU.
     """
 
@@ -103,7 +104,7 @@ def watch(work: Callable[[], object]) -> Memory:
     if not isinstance(work, TrainingWork):
         return _watch_process(work)
     memory = (_watch_gpu if work.device.type == "cuda" else _watch_process)(work)
-    return replace(memory, **asdict(work.split()))
+    return replace(memory, **asdict(work.split()), **asdict(work.allocated()))
 
 
 def _watch_process(work: Callable[[], object]) -> Memory:

@@ -16,8 +16,15 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.testing._internal.two_tensor import TwoTensor
 
-from bench.allocations import Allocations, Kind, Split, TrainingWork
-from bench.baselines import Method, Step
+from bench.allocations import (
+    Allocated,
+    Allocations,
+    Kind,
+    Split,
+    TrainingWork,
+    count_allocations,
+)
+from bench.baselines import Method, Step, step_of
 from bench.baselines.index_and_hook import index_and_hook
 from bench.cases import clip_step
 from bench.memory import ALLOCATOR, MeasurementError, Memory, peak_memory, watch
@@ -66,13 +73,13 @@ def trained(
 
 def full(model: nn.Module, mask: CooMask, loss: Callable[[nn.Module], Tensor]) -> Step:
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    return clip_step.step_of(optimizer, model, loss)
+    return step_of(optimizer, model, loss)
 
 
 def compact(model: nn.Module, mask: CooMask, loss: Callable[[nn.Module], Tensor]) -> Step:
     """Sampled gradients of leaves that torch's AdamW trains."""
     optimizer = torch.optim.AdamW(attach(model, mask).parameters())
-    return clip_step.step_of(optimizer, model, loss)
+    return step_of(optimizer, model, loss)
 
 
 # Following storages -------------------------------------------------------------------------------
@@ -90,7 +97,7 @@ def followed(work: Callable[[], Any], *held: Tensor, device: torch.device = CPU)
 def test_what_is_freed_counts_no_more() -> None:
     x = torch.ones(1000)
     split = followed(lambda: x.exp().exp().exp(), x)
-    assert split == Split(4000, 0, 0, 2 * 4000, allocated=3 * 4000, allocations=3)
+    assert split == Split(4000, 0, 0, 2 * 4000)
     assert split.held == 12000
 
 
@@ -111,7 +118,7 @@ def test_views_and_changes_in_place_are_no_memory() -> None:
         x.expand(7, 1000)
         torch.add(x, 1, out=x)
 
-    assert followed(work, x) == Split(4000, 0, 0, 0, allocated=0, allocations=0)
+    assert followed(work, x) == Split(4000, 0, 0, 0)
 
 
 def test_two_tensors_of_one_storage_count_once() -> None:
@@ -119,8 +126,8 @@ def test_two_tensors_of_one_storage_count_once() -> None:
     assert followed(lambda: None, x, x[:10], x.view(10, 100)).weights == 4000
 
 
-def test_empty_tensors_are_no_allocation() -> None:
-    assert followed(lambda: torch.empty(0)).allocations == 0
+def test_empty_tensors_are_no_memory() -> None:
+    assert followed(lambda: torch.empty(0)).held == 0
 
 
 def test_storage_that_grows_is_followed() -> None:
@@ -128,18 +135,17 @@ def test_storage_that_grows_is_followed() -> None:
     y.resize_(10)
     split = followed(lambda: torch.add(x, 1, out=y.resize_(0)), x, y)
     assert split.weights == 8000
-    assert (split.allocated, split.allocations) == (4000, 1)
 
 
 def test_what_was_there_unsaid_is_state() -> None:
     x, kept = torch.ones(1000), torch.ones(500)
     split = followed(lambda: x[:500].mul_(kept), x)
-    assert (split.weights, split.state, split.allocations) == (4000, 2000, 0)
+    assert (split.weights, split.state, split.activations) == (4000, 2000, 0)
 
 
-def test_new_tensors_of_numbers_are_allocations() -> None:
+def test_new_tensors_of_numbers_were_not_there_before() -> None:
     split = followed(lambda: torch.tensor([1.0, 2.0]) + 1)
-    assert split == Split(0, 0, 0, 16, allocated=16, allocations=2)
+    assert split == Split(0, 0, 0, 16)
 
 
 def test_memory_of_a_sparse_tensor_is_its_indices_and_values() -> None:
@@ -161,7 +167,7 @@ def test_memory_of_compressed_rows_is_in_three_parts(make: Callable[..., Tensor]
 def test_memory_of_a_wrapper_is_that_of_its_parts() -> None:
     pair = TwoTensor(torch.ones(1000), torch.ones(1000))
     split = followed(lambda: pair + 1, pair)
-    assert (split.weights, split.activations, split.allocations) == (8000, 8000, 2)
+    assert (split.weights, split.activations) == (8000, 8000)
 
 
 def test_only_the_device_counts() -> None:
@@ -180,6 +186,11 @@ def test_leaf_that_is_no_parameter_has_no_gradient_of_training() -> None:
     layer = nn.Linear(100, 10).requires_grad_(False)
     x = torch.ones(1, 100, requires_grad=True)
     assert followed(lambda: layer(x).sum().backward(), *layer.parameters()).gradients == 0
+
+
+def test_all_allocations_are_counted() -> None:
+    x = torch.ones(1000)
+    assert count_allocations(lambda: x.exp().exp().view(10, 100).neg_(), CPU) == Allocated(8000, 2)
 
 
 # Training steps -----------------------------------------------------------------------------------
@@ -443,8 +454,7 @@ def test_peak_of_training_is_divided(here: str) -> None:
     # The process grew by what came after the set-up, and there was a process before.
     assert -(1 << 20) < memory.peak - memory.before - 3 * size < 24 << 20
     assert 0 < memory.rest < memory.before
-    held = memory.weights + memory.state + memory.gradients + memory.activations
-    assert held + memory.rest == memory.peak
+    assert 4 * size + 4 + memory.activations + memory.rest == memory.peak
 
 
 def test_failing_work_is_an_error() -> None:
@@ -452,13 +462,13 @@ def test_failing_work_is_an_error() -> None:
         peak_memory("bench.memory:nothing")
 
 
-def test_three_steps_are_taken_and_the_last_is_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_four_steps_are_taken_and_the_third_is_followed(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ALLOCATOR:
         monkeypatch.delenv(name, raising=False)
     modes: list[int] = []
     step = lambda: modes.append(torch._C._len_torch_dispatch_stack())  # noqa: E731
     memory = watch(TrainingWork(step, chain_of_layers()))
-    assert modes == [0, 0, 1]
+    assert modes == [0, 0, 1, 0]
     assert memory.weights == LAYERS * MATRIX
     assert memory.allocator == "malloc"  # of this process, which was told nothing
     assert Memory(**json.loads(json.dumps(asdict(memory)))) == memory
@@ -474,10 +484,16 @@ def test_gpu_is_asked_for_its_peak(monkeypatch: pytest.MonkeyPatch) -> None:
         "max_memory_allocated": 5000,
         "max_memory_reserved": 8192,
         "get_allocator_backend": "native",
+        "memory_stats": None,
     }
+    stats = iter([{}, {"allocated_bytes.all.allocated": 700, "allocation.all.allocated": 7}])
 
     def fake(name: str, value: Any) -> Callable[[], Any]:
-        return lambda: (log.append(name), value)[1]
+        def function() -> Any:
+            log.append(name)
+            return next(stats) if name == "memory_stats" else value
+
+        return function
 
     for name, value in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake(name, value))
@@ -487,10 +503,12 @@ def test_gpu_is_asked_for_its_peak(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [entry for entry in log if entry != "get_allocator_backend"] == [
         "synchronize", "reset_peak_memory_stats", "memory_allocated", "step", "step", "synchronize",
         "max_memory_allocated", "max_memory_reserved", "step",
+        "memory_stats", "step", "memory_stats",
     ]  # fmt: skip
     assert (memory.before, memory.peak, memory.reserved) == (1000, 5000, 8192)
     assert memory.allocator == "torch.cuda native, expandable_segments:True"
     assert (memory.weights, memory.rest) == (0, 5000)
+    assert (memory.allocated, memory.allocations) == (700, 7)
 
 
 def test_steps_are_set_up_on_a_device(tmp_path: Path) -> None:
