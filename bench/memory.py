@@ -1,8 +1,9 @@
-"""Peak memory of one piece of work, in a process of its own.
+"""Peak memory of one piece of work, in a process of its own, and what a training step's is for.
 
 ``python -m bench.memory MODULE:FUNCTION ARGUMENTS`` is that process. glibc is told to give every
 block above 64 KiB back to the system as soon as it is freed, so that what is resident is what is in
-use.
+use. Whether a training step's tensors are weights, optimizer state, gradients or activations is
+found in more steps, so that looking (:mod:`bench.allocations`) does not disturb the peak.
 """
 
 from __future__ import annotations
@@ -13,11 +14,15 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from saft_kernels.errors import SaftError
+
+from .allocations import TrainingWork  # in this module, `-m` would make another class of it
 
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 
@@ -30,10 +35,40 @@ class MeasurementError(SaftError, RuntimeError):
 
 @dataclass(frozen=True)
 class Memory:
-    """Resident bytes of a process: when its work was set up, and at the peak after that."""
+    """Bytes that a process needs for a piece of work; those of tensors if it is a training step.
+
+    On a CPU all of the process counts, libraries too; on a GPU what torch has allocated there.
+
+    Attributes:
+        before: when the work was set up.
+        peak: the most after that.
+        allocator: and its settings.
+        weights, state, gradients, activations: what tensors held at the peak of one step, as
+            :class:`bench.allocations.Split` has it; None for other work.
+        allocated, allocations: bytes that a step allocated in all, and how many times; None too.
+        reserved: the most that torch's allocator took of a GPU's memory; None on a CPU.
+    """
 
     before: int
     peak: int
+    allocator: str = ""
+    weights: int | None = None
+    state: int | None = None
+    gradients: int | None = None
+    activations: int | None = None
+    allocated: int | None = None
+    allocations: int | None = None
+    reserved: int | None = None
+
+    @property
+    def rest(self) -> int | None:
+        """What no tensor held at its peak, bytes: libraries, the allocator's slack, temporaries.
+
+        With the four kinds of tensors it sums to the peak.
+        """
+        held = (self.weights, self.state, self.gradients, self.activations)
+        known = [size for size in held if size is not None]
+        return self.peak - sum(known) if known else None
 
 
 def peak_memory(function: str, **arguments: Any) -> Memory:
@@ -65,11 +100,34 @@ def load_work(function: str, arguments: dict[str, Any]) -> Callable[[], object]:
 
 
 def watch(work: Callable[[], object]) -> Memory:
-    """Run the work; the memory of this process before it and at its peak."""
+    """Run the work; the memory before it and at its peak, and what that of training is for."""
+    if not isinstance(work, TrainingWork):
+        return _watch_process(work)
+    memory = (_watch_gpu if work.device.type == "cuda" else _watch_process)(work)
+    return replace(memory, **asdict(work.split()), **asdict(work.allocated()))
+
+
+def _watch_process(work: Callable[[], object]) -> Memory:
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
     before = _status("VmRSS")
     work()
-    return Memory(before, _status("VmHWM"))
+    settings = [f"{name}={os.environ[name]}" for name in ALLOCATOR if name in os.environ]
+    return Memory(before, _status("VmHWM"), ", ".join(["malloc", *settings]))
+
+
+def _watch_gpu(work: Callable[[], object]) -> Memory:
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    work()
+    torch.cuda.synchronize()
+    settings = os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "default settings")
+    return Memory(
+        before,
+        torch.cuda.max_memory_allocated(),
+        f"torch.cuda {torch.cuda.get_allocator_backend()}, {settings}",
+        reserved=torch.cuda.max_memory_reserved(),
+    )
 
 
 def _status(key: str) -> int:

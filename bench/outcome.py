@@ -151,6 +151,9 @@ class MemoryUse:
         state: of the optimizer: moments, indices, exact values of low-precision weights.
         gradients: of weights or of selected entries.
         activations: all other tensors: saved for backward, or temporary.
+        allocated: what the step allocated in all, freed again or not.
+        allocations: in how many pieces.
+        allocator: and its settings.
         covers: what this contender trains, if it is not what the others do.
     """
 
@@ -161,6 +164,9 @@ class MemoryUse:
     state: int | None = None
     gradients: int | None = None
     activations: int | None = None
+    allocated: int | None = None
+    allocations: int | None = None
+    allocator: str = ""
     covers: str = ""
 
     @property

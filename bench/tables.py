@@ -35,6 +35,7 @@ MEMORY = (
     "gradients",
     "activations",
     "the rest",
+    "allocated in all",
 )
 
 
@@ -89,9 +90,11 @@ ABOUT_TIMES = (
     "(on a GPU: sectors). Work that reads more than it writes can beat a copy."
 )
 ABOUT_MEMORY = (
-    "Peak memory of a training step, each in a process of its own. How it divides is counted over "
-    "all tensors alive at the peak; activations are all that are none of the others. The rest is "
-    "no tensor's: libraries, the allocator's slack, temporaries inside operations."
+    "Peak memory, each in a process of its own: of a CPU all that is resident (glibc gives every "
+    "block of 64 KiB or more back as soon as it is freed, MALLOC_MMAP_THRESHOLD_=65536), of a GPU "
+    "what is allocated. How it divides is counted over all tensors alive at the peak; activations "
+    "are all that are none of the others. The rest is no tensor's: libraries, the allocator's "
+    "slack, temporaries inside operations."
 )
 
 
@@ -168,8 +171,19 @@ def timing_row(timing: Timing, mark: str = "") -> list[str]:
 def memory_row(use: MemoryUse) -> list[str]:
     """Its cells, in the order of ``MEMORY``."""
     parts = (use.peak, use.weights, use.state, use.gradients, use.activations, use.rest)
-    cells = ["" if part is None else f"{part / 2**20:,.0f} MiB" for part in parts]
-    return [use.group, use.name, use.covers, *cells]
+    cells = [mebibytes(part) for part in parts]
+    allocated = mebibytes(use.allocated)
+    if use.allocations is not None:
+        allocated += f" in {use.allocations:,}"
+    return [use.group, use.name, use.covers, *cells, allocated]
+
+
+def mebibytes(count: int | None) -> str:
+    """Bytes for people; nothing where they are not known."""
+    if count is None:
+        return ""
+    size = count / 2**20
+    return f"{size:,.0f} MiB" if size >= 10 else f"{size:.2g} MiB"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -15,35 +15,25 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
-from bench import checks, report
-from bench.__main__ import app, measure_cases
+from bench import correctness, tables
+from bench.bars import held_to
 from bench.cases import (
     accumulate_topk,
+    clip_finetune,
     clip_step,
     prompt_step,
     sampled_grad,
     sparse_adamw,
     step_account,
 )
+from bench.cli import app, measure_cases
 from bench.environment import watch_load
-from bench.harness import (
-    Contender,
-    Effort,
-    Figure,
-    Outcome,
-    Timing,
-    WrongResultError,
-    fitted_exponent,
-    format_seconds,
-    measure,
-    ratio,
-    require,
-    times_faster,
-)
-from bench.memory import MeasurementError, Memory, load_work, peak_memory
+from bench.flops import Flops
+from bench.harness import Contender, Effort, WrongResultError, measure, require
+from bench.limits import Needs
+from bench.memory import Memory, load_work
 from bench.models import (
     COLUMNS,
     ROWS,
@@ -55,7 +45,18 @@ from bench.models import (
     uniform_mask,
     workload,
 )
+from bench.outcome import Figure, MemoryUse, Outcome, Sweep, Timing
+from bench.ratios import fitted_exponent, format_seconds, ratio, times_faster
 from bench.registry import CASES, Case, run_case
+from bench.result_file import (
+    BEGIN,
+    END,
+    ResultError,
+    outcome_record,
+    read_result,
+    update_block,
+    write_result,
+)
 from saft_kernels import CooMask
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -140,8 +141,8 @@ def test_contenders_need_names_of_their_own() -> None:
 
 def test_floor_is_the_time_of_a_copy_of_as_many_bytes() -> None:
     contenders = [
-        Contender("light", lambda: None, accept, moves=10**6),
-        Contender("heavy", lambda: None, accept, moves=10**9),
+        Contender("light", lambda: None, accept, needs=Needs(10**6)),
+        Contender("heavy", lambda: None, accept, needs=lambda: Needs(10**9)),
         Contender("unknown", lambda: None, accept),
     ]
     light, heavy, unknown = measure("group", contenders, TWO_ROUNDS).values()
@@ -194,8 +195,10 @@ def test_ratio_resamples_rounds_so_that_common_disturbance_cancels() -> None:
 
 
 def test_figures_against_their_bars() -> None:
-    assert times_faster("it", timing(3, 3), timing(1, 1), bar=3).verdict == "PASS"
-    assert times_faster("it", timing(3, 3), timing(1, 1), bar=3.1).verdict == "MISS"
+    thirty = times_faster("it", timing(30, 30), timing(1, 1))
+    assert held_to("selection/gradients", thirty).verdict == "PASS"
+    assert held_to("adamw/dense/selected", thirty).verdict == "MISS"
+    assert held_to("adamw/state", Figure("it", 20.1, "bytes")).verdict == "MISS"
     assert Figure("it", 1.4, "", bar=1.3, at_least=False).verdict == "MISS"
     assert Figure("it", float("nan"), "", bar=1.3, at_least=False).verdict == "MISS"
     assert Figure("it", 1.4, "").verdict == ""
@@ -244,25 +247,6 @@ def test_load_of_other_programs_is_a_share() -> None:
     assert load.average is not None
 
 
-# Memory -------------------------------------------------------------------------------------------
-
-
-def allocate(megabytes: int) -> Callable[[], object]:
-    """Work for :func:`peak_memory`: it fills and frees a tensor."""
-    return lambda: torch.ones(megabytes << 18).sum()
-
-
-def test_peak_memory_sees_what_is_freed_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
-    memory = peak_memory("test_bench:allocate", megabytes=64)
-    assert 64 << 20 <= memory.peak - memory.before < 80 << 20
-
-
-def test_failing_work_is_an_error() -> None:
-    with pytest.raises(MeasurementError, match=r"bench\.memory:nothing could not be measured"):
-        peak_memory("bench.memory:nothing")
-
-
 # Cases --------------------------------------------------------------------------------------------
 
 
@@ -276,7 +260,7 @@ def memory_of_this_process(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         load_work(function, json.loads(json.dumps(arguments)))()
         return Memory(0, 1 << 20)
 
-    for case in (accumulate_topk, clip_step):
+    for case in (accumulate_topk, clip_finetune, clip_step):
         monkeypatch.setattr(case, "peak_memory", stand_in)
     return asked
 
@@ -391,7 +375,7 @@ def test_packed_step_with_another_loss_is_refused(
 
 def test_bar_of_the_prompt_step_is_for_the_lower_bound() -> None:
     figures = prompt_step.run(SMOKE).figures
-    assert [figure.bar for figure in figures] == [prompt_step.BAR, None] * 2
+    assert [figure.bar for figure in figures] == [4, None] * 2
     for bound, both in zip(figures[::2], figures[1::2], strict=True):
         assert "lower bound" in bound.what
         assert bound.value < both.value
@@ -434,21 +418,21 @@ def test_automatic_choice_is_wrong_where_it_is_surely_slower(
 
 def test_growth_of_the_sampled_gradient_is_held_to_its_bar() -> None:
     figures = sampled_grad.run(SMOKE).figures
-    growth = [figure for figure in figures if figure.what.endswith(": exponent")]
-    assert [figure.bar for figure in growth] == [sampled_grad.GROWTH] * 2
+    growth = [figure for figure in figures if figure.check.startswith("sampled/growth")]
+    assert [figure.bar for figure in growth] == [1.1] * 2
 
 
 def test_same_gradients_are_those_at_the_selected_entries() -> None:
     expected = {"a": torch.tensor([1.0, -2.0, 3.0]), "b": torch.tensor([1e-9, 0.0])}
     mask = CooMask({"a": torch.tensor([0, 2], dtype=torch.int32)}, {"a": torch.Size([3])})
     rounded = {name: gradient * (1 + 1e-5) for name, gradient in expected.items()}
-    checks.require_same_gradients(rounded, expected)
-    checks.require_same_gradients({"a": torch.tensor([1.0, 0.0, 3.0])}, expected, mask)
+    correctness.require_same_gradients(rounded, expected)
+    correctness.require_same_gradients({"a": torch.tensor([1.0, 0.0, 3.0])}, expected, mask)
     with pytest.raises(WrongResultError, match="other parameters"):
-        checks.require_same_gradients(rounded, expected, mask)
+        correctness.require_same_gradients(rounded, expected, mask)
     for wrong in ([1.1, 0.0, 3.0], [1.0, 0.0, float("nan")]):
         with pytest.raises(WrongResultError, match="'a' differs"):
-            checks.require_same_gradients({"a": torch.tensor(wrong)}, expected, mask)
+            correctness.require_same_gradients({"a": torch.tensor(wrong)}, expected, mask)
 
 
 def test_concentrated_mask_has_as_many_entries_in_few_rows_and_columns() -> None:
@@ -462,12 +446,13 @@ def test_concentrated_mask_has_as_many_entries_in_few_rows_and_columns() -> None
         assert len(rows.unique()) <= ROWS * len(model.get_parameter(name))
 
 
-def test_step_account_counts_attention() -> None:
+def test_operations_of_attention_are_counted() -> None:
     q = torch.randn(2, 4, 30, 8, requires_grad=True)
-    with FlopCounterMode(display=False, custom_mapping=step_account.ATTENTION) as counter:
+    flops = Flops()
+    with flops.counting():
         F.scaled_dot_product_attention(q, q, q).sum().backward()
     product = 2 * 2 * 4 * 30 * 30 * 8
-    assert counter.get_total_flops() == product * (2 + 5)
+    assert (flops.dense, flops.sampled) == (product * (2 + 5), 0)
 
 
 def test_step_account_leaves_no_kernel_out() -> None:
@@ -486,8 +471,10 @@ def test_step_account_leaves_no_kernel_out() -> None:
 def result(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """A result with one case that ran and one that was refused."""
     outcome = Outcome(
-        [timing(0.2, 0.4, floor=0.15, moves=100, peak=3 << 20)],
+        [timing(0.2, 0.4, moves=150, flops=10, bandwidth=1e3, rate=1e3, covers="half of it")],
         [Figure("speed", 31.5, "times faster", 30.2, 32.9, bar=30, note="3.15 s against 100 ms")],
+        [Sweep("group", "ours", "tokens", [1.0, 2.0], ["name", "name"], 1.0, (1.0, 2.0))],
+        [MemoryUse("group", "name", 30 << 20, 10 << 20, 2 << 20, 3 << 20, 5 << 20)],
     )
 
     def refuse(setting: Setting) -> Outcome:
@@ -502,22 +489,24 @@ def result(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 def test_report_shows_figures_bars_floors_and_refusals(result: dict[str, Any]) -> None:
-    lines = report.markdown(result).splitlines()
+    lines = tables.markdown(result).splitlines()
     assert (
         "| speed | 31.5 (30.2 to 32.9) times faster | 3.15 s against 100 ms | ≥ 30 | PASS |"
         in lines
     )
-    assert "| group | name | 300 ms | 250 ms to 350 ms | 150 ms | 50% | 3 MiB |" in lines
+    row = "| group | name | half of it | 300 ms | 250 ms to 350 ms | 300 ms |"
+    assert f"{row} 0.00015 MB | 1e-08 G | 150 ms | 50% |" in lines
+    assert "| group | name | 30 MiB | 10 MiB | 2 MiB | 3 MiB | 5 MiB | 10 MiB |" in lines
     assert "**two was refused:** group: other is not timed: it is wrong" in lines
     assert result["environment"]["commit"][:12] in lines[0]
-    assert "saft-tiny (4 images, 4 prompts" in lines[0]
+    assert "saft-tiny (random weights, fp32, 4 images, 4 prompts" in lines[0]
 
 
 def test_brief_report_holds_figures_with_a_bar_only(result: dict[str, Any]) -> None:
     bare = {**result["cases"]["one"]["figures"][0], "what": "size", "bar": None}
     result["cases"]["one"]["figures"].append(bare)
-    assert "| size |" in report.markdown(result)
-    text = report.markdown(result, brief=True)
+    assert "| size |" in tables.markdown(result)
+    text = tables.markdown(result, brief=True)
     assert "| speed |" in text
     assert "| size |" not in text
     assert "Median times" not in text
@@ -526,21 +515,21 @@ def test_brief_report_holds_figures_with_a_bar_only(result: dict[str, Any]) -> N
 
 def test_report_marks_what_was_measured_on_a_busy_machine(result: dict[str, Any]) -> None:
     result["cases"]["one"]["load"]["others"] = 0.5
-    text = report.markdown(result)
+    text = tables.markdown(result)
     assert "Other programs used up to 50% of the processors" in text
     assert "† Measured while other programs used more than 10%" in text
     assert "| speed † |" in text
     assert "| group † |" in text
     for case in result["cases"].values():
         case["load"]["others"] = 0.01
-    assert "†" not in report.markdown(result)
+    assert "†" not in tables.markdown(result)
 
 
 def test_result_file_round_trip(result: dict[str, Any], tmp_path: Path) -> None:
     file = tmp_path / "result.json"
-    report.write_result(file, result)
-    again = report.read_result(file)
-    assert report.markdown(again) == report.markdown(result)
+    write_result(file, result)
+    again = read_result(file)
+    assert tables.markdown(again) == tables.markdown(result)
     assert again["setting"] == json.loads(json.dumps(asdict(SMOKE)))
     for key in ("processor", "instruction_set", "threads", "torch", "commit", "load_average"):
         assert key in again["environment"]
@@ -549,38 +538,39 @@ def test_result_file_round_trip(result: dict[str, Any], tmp_path: Path) -> None:
 def test_a_case_is_measured_again_among_the_others(result: dict[str, Any], tmp_path: Path) -> None:
     file = tmp_path / "result.json"
     result["environment"] |= {"date": "2001-02-03T04:05", "commit": "old"}
-    result["cases"] = {name: {"figures": [], "timings": [], "refused": None, "load": case["load"]}
+    nothing: dict[str, Any] = outcome_record(Outcome()) | {"refused": None, "left_out": None}
+    result["cases"] = {name: {**nothing, "load": case["load"]}
                        for name, case in result["cases"].items()}  # fmt: skip
-    report.write_result(file, result)
+    write_result(file, result)
     again = measure_cases(["one"], SMOKE, file)
-    assert again == report.read_result(file)
+    assert again == read_result(file)
     assert list(again["cases"]) == ["one", "two"]
     assert len(again["cases"]["one"]["figures"]) == 1
     assert again["cases"]["two"]["commit"] == "old"
-    assert "2001-02-03" in report.markdown(again)
-    assert " and old" in report.markdown(again)
+    assert "2001-02-03" in tables.markdown(again)
+    assert " and old" in tables.markdown(again)
     result["setting"] = {"model": "another"}
-    report.write_result(file, result)
+    write_result(file, result)
     assert list(measure_cases(["one"], SMOKE, file)["cases"]) == ["one"]
 
 
 def test_update_rewrites_the_block_and_nothing_else(result: dict[str, Any], tmp_path: Path) -> None:
     file, readme = tmp_path / "result.json", tmp_path / "README.md"
-    report.write_result(file, result)
-    readme.write_text(f"before\n{report.BEGIN}\nold figures\n{report.END}\nafter\n")
+    write_result(file, result)
+    readme.write_text(f"before\n{BEGIN}\nold figures\n{END}\nafter\n")
     for _ in range(2):
         done = CliRunner().invoke(app, ["report", str(file), "--update", str(readme)])
         assert done.exit_code == 0, done.output
         text = readme.read_text()
-        assert text == f"before\n{report.BEGIN}\n{report.markdown(result)}{report.END}\nafter\n"
+        assert text == f"before\n{BEGIN}\n{tables.markdown(result)}{END}\nafter\n"
 
 
-@pytest.mark.parametrize("text", ["no markers", f"{report.END} {report.BEGIN}", report.BEGIN])
+@pytest.mark.parametrize("text", ["no markers", f"{END} {BEGIN}", BEGIN])
 def test_update_needs_both_markers(text: str, tmp_path: Path) -> None:
     readme = tmp_path / "README.md"
     readme.write_text(text)
-    with pytest.raises(report.ResultError, match="no place for the report"):
-        report.update_block(readme, "new")
+    with pytest.raises(ResultError, match="no place for the report"):
+        update_block(readme, "new")
     assert readme.read_text() == text
 
 
@@ -588,8 +578,8 @@ def test_update_needs_both_markers(text: str, tmp_path: Path) -> None:
 def test_other_files_are_no_results(text: str, tmp_path: Path) -> None:
     file = tmp_path / "result.json"
     file.write_text(text)
-    with pytest.raises(report.ResultError, match=r"result\.json"):
-        report.read_result(file)
+    with pytest.raises(ResultError, match=r"result\.json"):
+        read_result(file)
 
 
 # Command line -------------------------------------------------------------------------------------
@@ -608,11 +598,11 @@ def test_run_prints_the_report_keeps_the_result_and_fails_on_a_refusal(
     done = CliRunner().invoke(app, ["run", "one", "--smoke", "--output", str(file)])
     assert done.exit_code == 0, done.output
     assert "| speed | 31.5" in done.output
-    assert list(report.read_result(file)["cases"]) == ["one"]
+    assert list(read_result(file)["cases"]) == ["one"]
     assert CliRunner().invoke(app, ["run", "two", "--smoke"]).exit_code == 1
 
 
 def test_unknown_case_is_one_sentence() -> None:
     done = CliRunner().invoke(app, ["run", "nothing"])
-    assert isinstance(done.exception, report.ResultError)
+    assert isinstance(done.exception, ResultError)
     assert "there is no case 'nothing'; choose among accumulate_topk" in str(done.exception)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench import baselines, checks
+from bench import baselines, correctness
 from bench.baselines import Method
 from bench.baselines.adamw8bit import adamw8bit
 from bench.baselines.frozen import frozen
@@ -90,7 +90,7 @@ def test_entries_of_the_mask_are_trained_and_no_others(method: Method, task: Tas
     assert losses[0] == pytest.approx(workload(SMOKE).loss, rel=1e-5)
     assert losses[3] < losses[2] < losses[1] < losses[0]
     after = dict(task.model.named_parameters())
-    checks.require_untouched(after, before, mask)
+    correctness.require_untouched(after, before, mask)
     assert all(not torch.equal(after[name], before[name]) for name in mask)
 
 
@@ -117,9 +117,9 @@ def require_same_entries(model: nn.Module, other: nn.Module) -> None:
 def test_masked_step_is_that_of_the_specification(task: Task) -> None:
     work = workload(SMOKE)
     mask, params = work.masks["uniform"], candidates(task.model)
-    expected = checks.reference_step(params, work.gradients, mask)
+    expected = correctness.reference_step(params, work.gradients, mask)
     masked_adamw(task.model, mask, task.loss)()
-    checks.require_stepped(params, expected, mask)
+    correctness.require_stepped(params, expected, mask)
 
 
 @pytest.mark.usefixtures("fast")
@@ -127,11 +127,11 @@ def test_sparse_adam_decays_nothing(task: Task) -> None:
     work = workload(SMOKE)
     mask, params = work.masks["uniform"], candidates(task.model)
     expected = first_step(params, work.gradients, mask)
-    decayed = checks.reference_step(params, work.gradients, mask)
+    decayed = correctness.reference_step(params, work.gradients, mask)
     sparse_adam(task.model, mask, task.loss)()
-    checks.require_stepped(params, expected, mask)
+    correctness.require_stepped(params, expected, mask)
     with pytest.raises(WrongResultError, match="not where one AdamW step leads"):
-        checks.require_stepped(params, decayed, mask)
+        correctness.require_stepped(params, decayed, mask)
 
 
 def test_sparse_adam_is_adam_on_the_entries(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,10 +148,10 @@ def test_sparse_adam_is_adam_on_the_entries(task: Task, monkeypatch: pytest.Monk
 def test_everything_is_trained(method: Method, task: Task) -> None:
     work, before = workload(SMOKE), weights_of(task.model)
     mask, params = work.masks["uniform"], candidates(task.model)
-    expected = checks.reference_step(params, work.gradients, mask)
+    expected = correctness.reference_step(params, work.gradients, mask)
     step = method(task.model, mask, task.loss)
     loss = step().item()
-    checks.require_stepped(params, expected, mask)
+    correctness.require_stepped(params, expected, mask)
     for name, gradient in work.gradients.items():
         assert not gradient.any() or not torch.equal(params[name], before[name]), name
     assert step().item() < loss == pytest.approx(work.loss, rel=1e-5)
@@ -171,10 +171,12 @@ def test_bitsandbytes_keeps_moments_of_eight_bits(
     monkeypatch.setattr(library.optim, "AdamW8bit", make)
     work = workload(SMOKE)
     mask, params = work.masks["uniform"], candidates(task.model)
-    expected = checks.reference_step(params, work.gradients, mask)
+    expected = correctness.reference_step(params, work.gradients, mask)
     step = adamw8bit(task.model, mask, task.loss)
     losses = [step().item()]
-    checks.require_stepped(params, expected, mask)  # the first step rounds its moments at its end
+    correctness.require_stepped(
+        params, expected, mask
+    )  # the first step rounds its moments at its end
     losses.append(step().item())
     assert losses[1] < losses[0]
     kinds = {
@@ -253,7 +255,7 @@ def test_lora_trains_adapters_and_nothing_else(task: Task) -> None:
     assert step().item() == pytest.approx(workload(SMOKE).loss, rel=1e-5)
     require_trained(task.model)
     assert pretrained(task.model).keys() == before.keys()
-    checks.require_untouched(pretrained(task.model), before, None)
+    correctness.require_untouched(pretrained(task.model), before, None)
     trained = [name for name, param in task.model.named_parameters() if param.requires_grad]
     blocks = 2 * sum(isinstance(m, ResidualAttentionBlock) for m in task.model.modules())
     assert len(trained) == 4 * blocks  # in_proj, out_proj, c_fc, c_proj: two matrices each
@@ -291,14 +293,14 @@ def test_entries_by_peft_take_the_first_step_of_adamw(method: Method, task: Task
     assert loss == pytest.approx(work.loss, rel=1e-5)
     require_trained(task.model)
     assert pretrained(task.model).keys() == before.keys()
-    checks.require_untouched(pretrained(task.model), before, None)
+    correctness.require_untouched(pretrained(task.model), before, None)
     trained = [name for name, param in task.model.named_parameters() if param.requires_grad]
     differences = adapted_entries(task.model)
     assert len(trained) == len(differences) > 0
     for name, (flat, values) in differences.items():
         assert name.endswith(("c_fc.weight", "c_proj.weight"))
         gradient = work.gradients[name].view(-1)[flat]
-        sure = gradient.abs() > checks.ROUNDING * work.gradients[name].abs().max()
+        sure = gradient.abs() > correctness.ROUNDING * work.gradients[name].abs().max()
         torch.testing.assert_close(
             values[sure], -ADAMW["lr"] * gradient[sure].sign(), rtol=0, atol=0.05 * ADAMW["lr"]
         )

@@ -15,13 +15,17 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from bench import __main__ as command
-from bench import environment, report, roofline
+from bench import cli as command
+from bench import environment, roofline
 from bench.cases import gpu
-from bench.harness import CPU, Contender, CudaTimer, Effort, Outcome, measure
+from bench.harness import Contender, Effort, measure
 from bench.memory import MeasurementError
 from bench.models import SMOKE
+from bench.outcome import Outcome
 from bench.registry import CASES, Case, run_case
+from bench.result_file import read_result
+from bench.tables import markdown
+from bench.timers import CPU, CudaTimer
 from saft_kernels import backends, ops
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -408,8 +412,8 @@ def test_command_keeps_the_result_under_the_gpus_name(
     assert done.exit_code == 0, done.output
     (file,) = tmp_path.iterdir()
     assert file.name.startswith("nvidia-h100-80gb-hbm3-")
-    result = report.read_result(file)
+    result = read_result(file)
     assert list(result["cases"]) == ["gpu"]
-    assert "on NVIDIA H100 80GB HBM3 (driver " in report.markdown(result)
+    assert "on NVIDIA H100 80GB HBM3 (driver " in markdown(result)
     assert (result["setting"]["model"], result["setting"]["density"]) == ("ViT-B-16", 1e-3)
     assert roofline.measured_gpu(result).name == "H100"

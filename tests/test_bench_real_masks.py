@@ -30,8 +30,9 @@ from bench.cases.real_masks import (
     minilm_mask,
     real_mask,
 )
-from bench.harness import Contender, Effort, Outcome, Timing
+from bench.harness import Contender, Effort
 from bench.models import SMOKE, Setting
+from bench.outcome import Outcome, Timing
 from bench.registry import CASES, run_case
 from saft_clip.domains import MissingExtraError
 from saft_kernels import CooMask

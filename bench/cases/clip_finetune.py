@@ -56,9 +56,7 @@ def run(setting: Setting) -> Outcome:
             timings = measure(group, [each.contender() for each in runs.values()], setting.steps)
         except MissingExtraError as error:
             raise MeasurementError(str(error)) from error
-    memory = [
-        MemoryUse(group, name, _peak(name, shots), covers=COVERS.get(name, "")) for name in METHODS
-    ]
+    memory = [_memory(group, name, shots) for name in METHODS]
     figures = [*_figures(timings), *(each.size() for each in runs.values())]
     return Outcome(list(timings.values()), figures, memory=memory)
 
@@ -134,8 +132,10 @@ def _quiet() -> Iterator[None]:
         console.quiet = before
 
 
-def _peak(name: str, shots: int) -> int:
-    return peak_memory(f"{__name__}:finetuning", name=name, shots=shots).peak
+def _memory(group: str, name: str, shots: int) -> MemoryUse:
+    found = peak_memory(f"{__name__}:finetuning", name=name, shots=shots)
+    covers = COVERS.get(name, "")
+    return MemoryUse(group, name, found.peak, allocator=found.allocator, covers=covers)
 
 
 def finetuning(name: str, shots: int) -> Callable[[], object]:

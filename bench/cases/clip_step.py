@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain, repeat
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -23,6 +24,7 @@ from torch import nn
 
 from saft_kernels import CooMask, SparseAdamW
 
+from ..allocations import TrainingWork
 from ..bars import held_to
 from ..baselines import (
     Loss,
@@ -311,16 +313,48 @@ def _memories(work: Workload, setting: Setting, names: Sequence[str]) -> Outcome
             for name in names
         }
     group = _group(precision, setting)
-    uses = [MemoryUse(group, n, each.peak, covers=WAYS[n].covers) for n, each in memory.items()]
+    uses = [memory_use(group, n, each, WAYS[n].covers) for n, each in memory.items()]
     return Outcome(figures=_memory_figures(memory, work.numel), memory=uses)
 
 
+def memory_use(group: str, name: str, memory: Memory, covers: str) -> MemoryUse:
+    """What a process of its own needed, for the record."""
+    return MemoryUse(
+        group,
+        name,
+        memory.peak,
+        memory.weights,
+        memory.state,
+        memory.gradients,
+        memory.activations,
+        memory.allocated,
+        memory.allocations,
+        memory.allocator,
+        covers,
+    )
+
+
 def steps(
-    name: str, mask: str, model: str, images: int, prompts: int, dtype: str, precision: str
-) -> Callable[[], object]:
-    """The work whose memory is measured: a small step, which makes the state, and a whole one."""
+    name: str,
+    mask: str,
+    model: str,
+    images: int,
+    prompts: int,
+    dtype: str = "fp32",
+    precision: str = "fp32",
+    device: str = "cpu",
+) -> TrainingWork:
+    """The work whose memory is measured: a small step, which makes the state, and whole ones."""
     own = replace(make_task(model, images, prompts), precision=precision)
     own.model.to(DTYPES[dtype])
-    batches = iter([own.part(1), own])
+    if device != "cpu":  # it makes a copy
+        own = own.to(torch.device(device))
+    batches = chain([own.part(1)], repeat(own))
     step = WAYS[name].method(own.model, CooMask.load(mask), lambda model: next(batches).loss(model))
-    return lambda: [step(), step()]
+    return TrainingWork(
+        step,
+        own.model,
+        optimizer=getattr(step, "optimizer", None),
+        batch=[t for t in (own.images, own.labels, own.tokens) if t is not None],
+        device=torch.device(device),
+    )
