@@ -162,8 +162,9 @@ def _eng(value: float) -> str:
 
 
 def _plain_decades(axis: Axis, formatter: Any) -> None:
-    """Ticks at powers of ten: matplotlib's own are mathematics, which is off here."""
-    axis.set_major_locator(LogLocator(numticks=9))
+    """Ticks at powers of ten, or more: matplotlib's own text is mathematics, which is off here."""
+    low, high = sorted(axis.get_view_interval())
+    axis.set_major_locator(LogLocator(subs=(1,) if high > 100 * low else (1, 2, 5), numticks=9))
     axis.set_major_formatter(formatter)
     axis.set_minor_formatter(NullFormatter())
     axis.set_minor_locator(NullLocator())
@@ -276,9 +277,13 @@ class Line:
         low, high = self.sweep.fitted
         text = f"exponent {self.sweep.exponent:.2f}"
         if (low, high) != (self.sweep.sizes[0], self.sweep.sizes[-1]):
-            text += f" from {low:,.4g} to {high:,.4g}"
+            text += f" from {_size(low)} to {_size(high)}"
         parts = (wrapped(self.sweep.label, _LABEL_COLUMNS, 100), wrapped(text, _LABEL_COLUMNS))
         return "\n".join(parts).replace("exponent -", "exponent \N{MINUS SIGN}")
+
+
+def _size(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1 else f"{value:g}"
 
 
 def growth_plot(name: str, lines: Sequence[Line], title: str = "") -> str:
