@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,6 +18,8 @@ from saft_kernels.errors import SaftError
 from .environment import NOTICEABLE_LOAD, environment
 from .harness import Effort
 from .models import DTYPES, SMOKE, Setting
+from .page import write_page
+from .readme_figures import MARKERS, write_figures
 from .registry import CASES, applied, run_case
 from .result_file import (
     FORMAT,
@@ -172,19 +175,75 @@ def _warn(record: dict[str, Any]) -> None:
 
 @app.command()
 def report(
-    result: Annotated[Path, typer.Argument(help="A file that `run` wrote.")],
+    result: Annotated[
+        Path | None,
+        typer.Argument(help="A file that `run` wrote.", show_default="newest in bench/results"),
+    ] = None,
+    output_file: Annotated[
+        Path | None,
+        typer.Option("--output", help="Where the page goes.", show_default="beside the result"),
+    ] = None,
+    to_terminal: Annotated[
+        bool, typer.Option("--markdown", help="Print the result as Markdown; write no page.")
+    ] = False,
     update: Annotated[
         Path | None,
         typer.Option(help="Rewrite the block between the markers of this Markdown file."),
     ] = None,
-    brief: Annotated[bool, typer.Option("--brief", help="Only figures that have a bar.")] = False,
+    brief: Annotated[
+        bool, typer.Option("--brief", help="In Markdown only figures that have a bar.")
+    ] = False,
+    figures: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write the README's figures into this folder, and print what shows them "
+            f"(with --update: put it between {MARKERS[0]} and {MARKERS[1]} of that file)."
+        ),
+    ] = None,
 ) -> None:
-    """Print a result as Markdown, or put it into a file."""
-    text = markdown(read_result(result), brief=brief)
-    if update is None:
+    """Write a result as a page; or print it as Markdown, or put it or its figures into files."""
+    file = _newest() if result is None else result
+    found = read_result(file)
+    try:
+        if to_terminal or update is not None:
+            _put_markdown(markdown(found, brief=brief), to_terminal, update)
+        if figures is not None:
+            _put_figures(write_figures(found, figures, update), update)
+        if output_file is not None or not (to_terminal or update or figures):
+            page = output_file or file.with_suffix(".html")
+            write_page(found, page)
+            say(f"{page} shows {file}")
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ResultError(
+            f"{file} is not what this release writes ({error!r}); run `python -m bench` again"
+        ) from error
+
+
+def _put_markdown(text: str, to_terminal: bool, update: Path | None) -> None:
+    if to_terminal:
         print(text, end="")
-    else:
+    if update is not None:
         update_block(update, text)
+
+
+def _put_figures(shown: str, update: Path | None) -> None:
+    if update is None:
+        print(shown, end="")
+    else:
+        update_block(update, shown, MARKERS)
+
+
+def _newest() -> Path:
+    """The file in bench/results that was measured last: files of a checkout are all as new."""
+    dates = {}
+    for path in RESULTS.glob("*.json"):
+        with suppress(ResultError):  # of another version
+            dates[path] = str(read_result(path)["environment"]["date"])
+    if not dates:
+        raise ResultError(
+            f"there is no result of this version in {RESULTS}; name a file that `run` wrote"
+        )
+    return max(dates, key=lambda path: dates[path])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

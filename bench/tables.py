@@ -161,11 +161,16 @@ def timing_row(timing: Timing, mark: str = "") -> list[str]:
         format_seconds(timing.median),
         " to ".join(map(format_seconds, timing.spread)),
         format_seconds(timing.cpu_median),
-        "" if timing.moves is None else f"{timing.moves / 1e6:,.3g} MB",
-        f"{timing.flops / 1e9:,.3g} G" if timing.flops else "",
+        "" if timing.moves is None else f"{_short(timing.moves / 1e6)} MB",
+        f"{_short(timing.flops / 1e9)} G" if timing.flops else "",
         "" if timing.floor is None else format_seconds(timing.floor),
         "" if timing.reached is None else f"{timing.reached:.0%}",
     ]
+
+
+def _short(value: float) -> str:
+    """At least three digits, and never a power of ten in place of zeros."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def memory_row(use: MemoryUse) -> list[str]:

@@ -6,13 +6,13 @@ import json
 import re
 import shlex
 import shutil
-from html.parser import HTMLParser
 
 import open_clip
 import pytest
 import torch
 
 from clip_helpers import SMALL, SMALL_RESNET, cut_short, small_checkpoint, write_folder
+from html_page import Page
 from saft_clip.cli import main
 from saft_clip.config import FinetuneConfig
 from saft_clip.errors import CheckpointError
@@ -23,38 +23,6 @@ from saft_clip.train import finetune
 from saft_kernels.mask import CooMask
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-VOID = {"meta", "br", "img", "hr", "link", "input"}
-
-
-class Page(HTMLParser):
-    """Checks that tags are balanced; collects what would be loaded from elsewhere, and the text."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.open, self.loaded, self.ids, self.words = [], [], [], []
-        self.feed(text)
-        self.text = " ".join(" ".join(self.words).split())
-
-    def handle_starttag(self, tag, attributes):
-        if tag not in VOID:
-            self.open.append(tag)
-        for name, value in attributes:
-            if name in ("src", "href", "xlink:href", "srcset", "data", "action"):
-                self.loaded.append(value)
-            if name == "id":
-                self.ids.append(value)
-
-    def handle_startendtag(self, tag, attributes):
-        self.handle_starttag(tag, attributes)
-        if tag not in VOID:
-            self.handle_endtag(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.words.append(data)
 
 
 @pytest.fixture(scope="module")

@@ -105,6 +105,7 @@ def test_wheel_holds_both_packages_and_one_library_and_no_libtorch(installed):
         assert f"{package}/py.typed" in names
     assert any(n.startswith("saft_clip/assets/") and n.endswith(".safetensors") for n in names)
     assert any(n.startswith("saft_clip/templates/") for n in names)
+    assert any(n.startswith("saft_bench/templates/") for n in names)
     top = {n.split("/")[0] for n in names}
     assert top == {"saft_kernels", "saft_clip", "saft_kernels-0.1.0.dist-info"}
 

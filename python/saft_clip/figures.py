@@ -6,6 +6,7 @@ a light and a dark page. Text stays text, in the page's font.
 
 from __future__ import annotations
 
+import html
 import io
 import re
 import unicodedata
@@ -31,7 +32,8 @@ from matplotlib.ticker import (
 PLACEHOLDERS = {
     name: f"#{number:02x}fe{number:02x}"
     for number, name in enumerate(
-        ("ink", "muted", "grid", "card", "before", "after", "s1", "s2", "s3", "s4", "s5"), start=1
+        ("ink", "muted", "grid", "card", "before", "after", "s1", "s2", "s3", "s4", "s5", "bad"),
+        start=1,
     )
 }
 
@@ -102,7 +104,7 @@ def inline_svg(drawing: Figure, name: str, description: str) -> str:
     opening = re.sub(r' (width|height)="[^"]*"', "", opening)
     width = re.search(r'viewBox="0 0 ([\d.]+)', opening)
     style = f"max-width:{float(width.group(1)) * 4 / 3:.0f}px" if width else ""
-    return f'{opening} role="img" aria-label="{description}" style="{style}">{rest}'
+    return f'{opening} role="img" aria-label="{html.escape(description)}" style="{style}">{rest}'
 
 
 def _font_size(match: re.Match[str]) -> str:

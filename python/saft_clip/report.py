@@ -58,14 +58,22 @@ def write_report(path: str | Path) -> Path:
     return folder.report
 
 
-def write_page(path: Path, template: str, content: Mapping[str, Any]) -> None:
+def write_page(
+    path: Path, template: str, content: Mapping[str, Any], folder: Path = TEMPLATES
+) -> None:
     """Fill a template and write the page, atomically.
+
+    Args:
+        path: of the page.
+        template: its name.
+        content: what it shows.
+        folder: that holds it; what it extends may also be one of this package's.
 
     Raises:
         FileWriteError: if it cannot be written.
     """
     environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
+        loader=FileSystemLoader([folder, TEMPLATES]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
