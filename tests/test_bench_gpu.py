@@ -98,7 +98,8 @@ def test_training_steps_of_every_mode(record: dict[str, Any], precision: str) ->
     for mode in ("dense", "streamed", "sampled"):
         assert f"SparseAdamW, {mode} gradients, uniform mask (cpu)" in names
     assert gpu.FULL in names
-    assert all(timing["peak"] == 7 << 20 for timing in steps)
+    memory = [use for use in record["memory"] if use["group"] == group]
+    assert [use["peak"] for use in memory] == [7 << 20] * len(names)
     what = f"peak memory below full fine-tuning's in {precision}"
     memory = [figure for figure in record["figures"] if figure["what"].startswith(what)]
     assert len(memory) == len(names) - 1
@@ -106,7 +107,7 @@ def test_training_steps_of_every_mode(record: dict[str, Any], precision: str) ->
 
 def test_timings_say_what_must_move(record: dict[str, Any]) -> None:
     for timing in record["timings"]:
-        if "sparse_adamw_" in timing["name"] or "gather, streamed" in timing["name"]:
+        if "finish" not in timing["name"]:
             assert timing["moves"] > 0, timing["name"]
 
 

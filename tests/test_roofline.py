@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import report, roofline
+from bench import roofline
 from bench.harness import Timing
 from bench.models import (
     COLUMNS,
@@ -21,6 +21,8 @@ from bench.models import (
     make_task,
     uniform_entries,
 )
+from bench.ratios import format_seconds
+from bench.result_file import FORMAT, VERSION, ResultError, outcome_record, write_result
 from bench.roofline import GPUS, OPERATIONS, Gpu, Work
 from saft_kernels import cost_model
 from saft_kernels.triton import accumulate_topk as triton_topk
@@ -247,7 +249,7 @@ def test_table_holds_every_operation_and_gpu() -> None:
         (line, *ratio) = [line for line in lines if line.startswith(f"| {operation.name} |")]
         for gpu in GPUS:
             seconds = operation.work(gpu).seconds_on(gpu)
-            assert report.format_seconds(seconds) in line
+            assert format_seconds(seconds) in line
         assert len(ratio) == (operation.baseline is not None)
     speed = roofline.speed_up(OPERATIONS["sparse_adamw_, compact gradients, fp32"], H100)
     assert any(f"| {speed:.3g} |" in line for line in lines)
@@ -268,11 +270,11 @@ def result() -> dict[str, Any]:
     names = ("sparse_adamw_, compact gradients, fp32 (cuda)", "sparse_adamw_, other (cuda)",
              "torch.optim.AdamW(fused=True), fp32")  # fmt: skip
     timings = [Timing("step", name, [2e-5, 2.2e-5, 2.4e-5], [1.0] * 3) for name in names]
-    case = {"timings": [asdict(timing) for timing in timings], "figures": []}
+    case = outcome_record(Outcome(timings))
     where = {"gpu": "NVIDIA H100 80GB HBM3", "date": "2031-02-03T04:05"}
     return {
-        "format": report.FORMAT,
-        "version": report.VERSION,
+        "format": FORMAT,
+        "version": VERSION,
         "environment": where,
         "setting": {"model": "ViT-B-16", "density": 1e-3},
         "cases": {"gpu": case},
@@ -285,7 +287,7 @@ def test_measurement_stands_beside_the_model(result: dict[str, Any]) -> None:
     work = OPERATIONS["sparse_adamw_, compact gradients, fp32"].work(H100)
     predicted = work.seconds_on(H100)
     assert (
-        f"| sparse_adamw_, compact gradients, fp32 | cuda | {report.format_seconds(predicted)} "
+        f"| sparse_adamw_, compact gradients, fp32 | cuda | {format_seconds(predicted)} "
         f"| 22.0 µs | {2.2e-5 / predicted:.2f} |" in lines
     )
     assert any(line.startswith("| torch.optim.AdamW(fused=True), fp32 | torch |") for line in lines)
@@ -298,7 +300,7 @@ def test_no_prediction_for_other_gpus(gpu: str | None, result: dict[str, Any]) -
     result["environment"]["gpu"] = gpu
     if gpu is None:
         del result["environment"]["gpu"]
-    with pytest.raises(report.ResultError, match=r"knows no (NVIDIA|no GPU)"):
+    with pytest.raises(ResultError, match=r"knows no (NVIDIA|no GPU)"):
         roofline.markdown(result)
 
 
@@ -319,7 +321,7 @@ def test_gpus_by_torchs_names(name: str, gpu: Gpu, result: dict[str, Any]) -> No
 def test_no_prediction_for_other_sizes(result: dict[str, Any]) -> None:
     other = copy.deepcopy(result)
     other["setting"]["model"] = "saft-tiny"
-    with pytest.raises(report.ResultError, match="saft-tiny"):
+    with pytest.raises(ResultError, match="saft-tiny"):
         roofline.markdown(other)
 
 
@@ -336,7 +338,7 @@ def test_command_prints_the_tables(
     result: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "result.json"
-    report.write_result(file, result)
+    write_result(file, result)
     assert run() == 0
     assert capsys.readouterr().out == roofline.markdown()
     assert run("--measured", str(file)) == 0

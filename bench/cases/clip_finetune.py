@@ -1,8 +1,9 @@
 """Whole runs of ``saft finetune`` on the built-in tiny CLIP: select, train, evaluate, write.
 
-Everything a user waits for is in these times: reading the data, selecting, training, evaluating
-before and after, the delta or model file, and the report page. The tiny model's layers are so small
-that full fine-tuning has little to save here; what a step of a real model takes is ``clip_step``'s.
+The data is an image folder of real digits, as a user has one. Everything a user waits for is in
+these times: reading the images, selecting, training, evaluating before and after, the delta or
+model file, and the report page. The tiny model's layers are so small that full fine-tuning has
+little to save here; what a step of a real model takes is ``clip_step``'s.
 """
 
 from __future__ import annotations
@@ -10,12 +11,14 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory, mkdtemp
 from typing import Any
 
 from saft_clip.config import FinetuneConfig
 from saft_clip.console import console
+from saft_clip.data import load_dataset
 from saft_clip.domains import MissingExtraError
 from saft_clip.models import load_model
 from saft_clip.tiny import TINY_NAME
@@ -31,6 +34,10 @@ from ..outcome import Figure, MemoryUse, Outcome, Timing
 from ..ratios import times_as_long
 
 DATA = "builtin:mnist"
+
+#: Images per class that are evaluated, before and after.
+TESTED = 10
+
 FULL = "full fine-tuning"
 
 #: Options of every method: name -> what differs from the defaults, and what it covers.
@@ -51,11 +58,9 @@ def run(setting: Setting) -> Outcome:
     shots = 1 if setting.small else 16
     group = f"saft finetune of {TINY_NAME}, {shots} images per class, one epoch"
     with TemporaryDirectory() as folder, _quiet():
-        runs = {name: Run(name, Path(folder), shots) for name in METHODS}
-        try:
-            timings = measure(group, [each.contender() for each in runs.values()], setting.steps)
-        except MissingExtraError as error:
-            raise MeasurementError(str(error)) from error
+        digits = write_digits(Path(folder), shots)
+        runs = {name: Run(name, digits) for name in METHODS}
+        timings = measure(group, [each.contender() for each in runs.values()], setting.steps)
     memory = [_memory(group, name, shots) for name in METHODS]
     figures = [*_figures(timings), *(each.size() for each in runs.values())]
     return Outcome(list(timings.values()), figures, memory=memory)
@@ -69,21 +74,68 @@ def _figures(timings: dict[str, Timing]) -> list[Figure]:
     ]
 
 
+@dataclass(frozen=True)
+class Digits:
+    """An image folder with ``train`` and ``test``, and room for runs beside it.
+
+    Attributes:
+        folder: that holds both.
+        shots: training images per class.
+        templates: of the prompts.
+    """
+
+    folder: Path
+    shots: int
+    templates: tuple[str, ...]
+
+    @property
+    def images(self) -> Path:
+        """The image folder."""
+        return self.folder / "digits"
+
+
+def write_digits(folder: Path, shots: int) -> Digits:
+    """Write some of the built-in MNIST digits as files.
+
+    Raises:
+        MeasurementError: if the package that brings them is not installed.
+    """
+    for split, count in (("train", shots), ("test", TESTED)):
+        try:
+            data = load_dataset(DATA, split, _as_it_is)
+        except MissingExtraError as error:
+            raise MeasurementError(str(error)) from error
+        for label, name in enumerate(data.class_names):
+            of_class = folder / "digits" / split / name
+            of_class.mkdir(parents=True)
+            for index in (data.labels == label).nonzero().flatten()[:count].tolist():
+                data.open(index).save(of_class / f"{index}.png")
+    return Digits(folder, shots, data.templates)
+
+
+def _as_it_is(image: Any) -> Any:
+    return image
+
+
 class Run:
     """``saft finetune`` by one method, again and again.
 
     Args:
         name: of the method.
-        folder: for the folders of its runs.
-        shots: training images per class.
+        digits: to train on and to evaluate with; folders of runs are made beside them.
     """
 
-    def __init__(self, name: str, folder: Path, shots: int) -> None:
+    def __init__(self, name: str, digits: Digits) -> None:
         self.name = name
         self.config = FinetuneConfig(
-            train_data=DATA, model=TINY_NAME, shots=shots, epochs=1, **METHODS[name]
+            train_data=str(digits.images),
+            template=digits.templates,
+            model=TINY_NAME,
+            shots=digits.shots,
+            epochs=1,
+            **METHODS[name],
         )
-        self.folder = folder
+        self.folder = digits.folder
         self.last: FinetuneResult | None = None
 
     def __call__(self) -> FinetuneResult:
@@ -143,6 +195,6 @@ def finetuning(name: str, shots: int) -> Callable[[], object]:
 
     def work() -> object:
         with TemporaryDirectory() as folder, _quiet():
-            return Run(name, Path(folder), shots)()
+            return Run(name, write_digits(Path(folder), shots))()
 
     return work
