@@ -96,7 +96,10 @@ def compare_revisions(
         ]
         found = _compare_twice(cases, sides, threshold)
     if load.others is not None and load.others > NOTICEABLE_LOAD:
-        warn(f"other programs used {load.others:.0%} of the processors; intervals are wide for it")
+        found.remarks.append(
+            f"Other programs used {load.others:.0%} of the processors meanwhile: the intervals are "
+            "wider for it, and hide what an idle machine would show."
+        )
     return f"{title}{rounds} rounds in turns.", found
 
 
