@@ -15,6 +15,8 @@ import typer
 from saft_clip.console import output, say, warn
 from saft_kernels.errors import SaftError
 
+from .compare import RUNS_THRESHOLD, compare_results
+from .compare import markdown as comparison_markdown
 from .environment import NOTICEABLE_LOAD, environment
 from .harness import Effort
 from .models import DTYPES, SMOKE, Setting
@@ -30,6 +32,7 @@ from .result_file import (
     update_block,
     write_result,
 )
+from .revisions import DEFAULT_CASES, ROUNDS, THRESHOLD, compare_revisions
 from .tables import markdown
 
 RESULTS = Path(__file__).parent / "results"
@@ -244,6 +247,71 @@ def _newest() -> Path:
             f"there is no result of this version in {RESULTS}; name a file that `run` wrote"
         )
     return max(dates, key=lambda path: dates[path])
+
+
+@app.command()
+def compare(
+    what: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="BEFORE.json AFTER.json | --base REV [CASE]...",
+            help="Two files that `run` wrote, or the cases to measure "
+            f"({', '.join(DEFAULT_CASES)} if none is named).",
+            show_default=False,
+        ),
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(metavar="REV", help="Build this revision, and measure both.")
+    ] = None,
+    head: Annotated[
+        str | None,
+        typer.Option(metavar="REV", help="Compare it to this one.", show_default="working tree"),
+    ] = None,
+    threshold: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            help="Percent by which a time may differ.",
+            show_default=f"{100 * RUNS_THRESHOLD:g} for files, {100 * THRESHOLD:g} for revisions",
+        ),
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=2, help="Of each group, with --base.")] = ROUNDS,
+    force: Annotated[
+        bool, typer.Option("--force", help="Compare files of different machines or settings.")
+    ] = False,
+    model: Model = Setting.model,
+    pretrained: Pretrained = Setting.pretrained,
+    batch: Images = Setting.images,
+    prompts: Prompts = Setting.prompts,
+    density: Density = Setting.density,
+    dtype: Dtype = Setting.dtype,
+    backend: Backend = None,
+    threads: Threads = None,
+    smoke: Smoke = False,
+) -> None:
+    """Show what got slower or larger between two files or revisions; exit code 1 if anything did.
+
+    Two revisions are measured in turns: they run the same benchmarks, a round each at a time.
+    """
+    if base is None:
+        if what is None or len(what) != 2 or head is not None:
+            raise ResultError("give two result files, or a revision to compare with (--base main)")
+        limit = RUNS_THRESHOLD if threshold is None else threshold / 100
+        before, after = (read_result(Path(name)) for name in what)
+        title = f"{what[1]} against {what[0]}."
+        found = compare_results(before, after, threshold=limit, force=force)
+    else:
+        limit = THRESHOLD if threshold is None else threshold / 100
+        cases = _choose(what or DEFAULT_CASES)
+        setting = Setting(
+            model, pretrained, batch, prompts, density, _dtype(dtype), backend, threads
+        )
+        if smoke:
+            setting = replace(SMOKE, dtype=setting.dtype, backend=backend, threads=threads)
+        title, found = compare_revisions(base, head, cases, setting, rounds=rounds, threshold=limit)
+    print(comparison_markdown(title, found, limit), end="")
+    if not found.passed:
+        raise typer.Exit(1)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
