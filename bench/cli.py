@@ -13,8 +13,14 @@ from typing import Annotated, Any
 import typer
 
 from saft_clip.console import output, say, warn
+from saft_clip.models import check_precision
 from saft_kernels.errors import SaftError
 
+from .answer import Question, answer, total_memory
+from .answer import markdown as answer_markdown
+from .answer import record as answer_record
+from .check import agreement, bars_of, cases_of, verdicts
+from .check import markdown as check_markdown
 from .compare import RUNS_THRESHOLD, compare_results
 from .compare import markdown as comparison_markdown
 from .environment import NOTICEABLE_LOAD, environment
@@ -30,6 +36,7 @@ from .result_file import (
     comparable_cases,
     read_result,
     update_block,
+    write_json,
     write_result,
 )
 from .revisions import DEFAULT_CASES, ROUNDS, THRESHOLD, compare_revisions
@@ -43,7 +50,6 @@ GPU_SETTING = Setting(
 )
 
 app = typer.Typer(
-    help="Measure kernels, memory and training steps against their baselines.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -64,6 +70,74 @@ Threads = Annotated[int | None, typer.Option(min=1, help="Of the CPU.", show_def
 Smoke = Annotated[
     bool, typer.Option("--smoke", help="A tiny model, two rounds: shows that everything runs.")
 ]
+
+
+@app.callback(invoke_without_command=True)
+def answer_for_a_model(
+    context: typer.Context,
+    model: Annotated[
+        str | None,
+        typer.Option(help="A model of open_clip or timm, or saft-tiny.", show_default=False),
+    ] = None,
+    pretrained: Pretrained = Setting.pretrained,
+    batch: Images = Setting.images,
+    prompts: Prompts = Setting.prompts,
+    density: Density = Setting.density,
+    precision: Annotated[str, typer.Option(help="fp32 or amp_bf16.")] = "fp32",
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            help="What there is for training, such as 24GB.", show_default="this machine's"
+        ),
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    threads: Threads = None,
+    seconds: Annotated[
+        float, typer.Option(min=0, help="What the answer may take, roughly.")
+    ] = Question.seconds,
+    output_file: Annotated[
+        Path | None, typer.Option("--output", help="Keep the answer in this JSON file, too.")
+    ] = None,
+) -> None:
+    """Measure kernels, memory and training steps against their baselines.
+
+    With --model, and without a command, it says what SAFT, LoRA and full fine-tuning would take for
+    that model and batch on this machine.
+    """
+    if context.invoked_subcommand is not None:
+        return
+    if model is None:
+        raise ResultError("name a model (--model ViT-B-16) or a command (--help lists them)")
+    check_precision(precision)
+    question = Question(
+        Setting(model, pretrained, batch, prompts, density, threads=threads),
+        precision,
+        device,
+        total_memory(device) if memory is None else parsed_size(memory),
+        seconds,
+    )
+    with applied(question.setting):
+        found = answer(question)
+    if output_file is not None:
+        write_json(output_file, {"environment": environment(), **answer_record(found)})
+    print(answer_markdown(found), end="")
+
+
+_SIZES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+          "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
+
+
+def parsed_size(text: str) -> int:
+    """Bytes from a number with a unit, such as 24GB.
+
+    Raises:
+        ResultError: if it is none.
+    """
+    match = re.fullmatch(r"([0-9.]+)\s*([A-Za-z]*)", text.strip())
+    with suppress(KeyError, ValueError):
+        if match is not None:
+            return int(float(match[1]) * _SIZES[match[2].upper()])
+    raise ResultError(f"{text!r} is no size of memory; write it like 24GB or 80GiB")
 
 
 def _file_name(where: dict[str, Any]) -> str:
@@ -129,6 +203,48 @@ def _choose(names: Sequence[str] | None) -> list[str]:
 
 def _exit_if_refused(result: dict[str, Any], names: Sequence[str]) -> None:
     if any(result["cases"][name]["refused"] for name in names):
+        raise typer.Exit(1)
+
+
+@app.command()
+def check(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[NAME]...",
+            help="Bars, cases, foundation or sampled; all bars if none is named.",
+            show_default=False,
+        ),
+    ] = None,
+    result_file: Annotated[
+        Path | None,
+        typer.Option("--result", help="Look at a file that `run` wrote; measure nothing."),
+    ] = None,
+    output_file: Annotated[
+        Path | None, typer.Option("--output", help="Keep the result in this JSON file.")
+    ] = None,
+    against: Annotated[
+        Path | None,
+        typer.Option(help="Name the bars that this earlier result reached and this one does not."),
+    ] = None,
+    threads: Threads = None,
+) -> None:
+    """Measure what has a bar; exit code 1 if one is missed or could not be measured.
+
+    A bar within the interval of a figure is too close to call, which fails nothing. Whoever wants
+    to know measures again on an idle machine.
+    """
+    bars = bars_of(names or ())
+    before = None if against is None else verdicts(read_result(against), bars)
+    if result_file is not None:
+        result = read_result(result_file)
+    else:
+        result = measure_cases(cases_of(bars), Setting(threads=threads), output_file)
+    found = verdicts(result, bars)
+    print(check_markdown(found), end="")
+    if before is not None:
+        print(f"\n{agreement(found, before, str(against))}")
+    if any(verdict.failed for verdict in found):
         raise typer.Exit(1)
 
 
@@ -314,10 +430,20 @@ def compare(
         raise typer.Exit(1)
 
 
+def run_arguments(arguments: Sequence[str] | None, name: str) -> None:
+    """Run one command; errors are left to the caller.
+
+    Args:
+        arguments: of the command line; None: those of this process.
+        name: that help and usage show.
+    """
+    app(args=None if arguments is None else list(arguments), prog_name=name)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line; an error is one sentence."""
     try:
-        app(arguments)
+        run_arguments(arguments, "python -m bench")
     except SaftError as error:
         say(f"error: {error}")
         sys.exit(1)

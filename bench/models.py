@@ -159,7 +159,7 @@ def make_task(model: str, images: int, prompts: int, pretrained: str = RANDOM) -
         ModelError: if its weights cannot be had.
     """
     torch.manual_seed(_SEED)
-    if model == TINY_NAME or model in open_clip.list_models():
+    if has_text_tower(model):
         return _clip_task(model, images, prompts, pretrained)
     if timm.is_model(model):
         return _classifier_task(model, images, pretrained)
@@ -168,13 +168,18 @@ def make_task(model: str, images: int, prompts: int, pretrained: str = RANDOM) -
     raise SettingError(f"neither open_clip nor timm has a model {model!r}{hint}")
 
 
+def has_text_tower(model: str) -> bool:
+    """Whether it is one of open_clip's."""
+    return model == TINY_NAME or model in open_clip.list_models()
+
+
 def require_clip(setting: Setting) -> None:
     """Make sure that the model has a text tower.
 
     Raises:
         MeasurementError: if it has none.
     """
-    if setting.model != TINY_NAME and setting.model not in open_clip.list_models():
+    if not has_text_tower(setting.model):
         raise MeasurementError(
             f"it needs a model with a text tower, one of open_clip's, and {setting.model} is none"
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -105,7 +105,8 @@ def run_case(case: Case, setting: Setting) -> dict[str, Any]:
         try:
             outcome = case.run(setting)
             if not setting.has_bars:
-                outcome.figures = [without_bar(figure) for figure in outcome.figures]
+                figures = [without_bar(figure) for figure in outcome.figures]
+                outcome = replace(outcome, figures=figures)
         except WrongResultError as error:
             refused = str(error)
         except MeasurementError as error:

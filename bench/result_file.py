@@ -27,7 +27,9 @@ class ResultError(SaftError, ValueError):
 def outcome_record(outcome: Outcome) -> dict[str, Any]:
     """What a case found, as JSON can hold it."""
     figures = [{**asdict(figure), "verdict": figure.verdict} for figure in outcome.figures]
-    return {**asdict(outcome), "figures": figures}
+    # Through JSON at once: a record is then equal to what is read of it again.
+    record: dict[str, Any] = json.loads(json.dumps({**asdict(outcome), "figures": figures}))
+    return record
 
 
 def outcome_of(record: Mapping[str, Any]) -> Outcome:
@@ -42,9 +44,14 @@ def outcome_of(record: Mapping[str, Any]) -> Outcome:
 
 
 def write_result(path: Path, result: dict[str, Any]) -> None:
-    """Write a result as JSON, atomically."""
+    """Write a result, atomically."""
+    write_json(path, result)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write anything that JSON can hold, atomically."""
     with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def read_result(path: Path) -> dict[str, Any]:

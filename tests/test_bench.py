@@ -481,7 +481,7 @@ def result(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
     monkeypatch.setitem(CASES, "one", Case("one", "a case", lambda setting: outcome))
     monkeypatch.setitem(CASES, "two", Case("two", "another", refuse))
-    measured = measure_cases(["one", "two"], SMOKE, None)
+    measured = measure_cases(["one", "two"], Setting(), None)
     for case in measured["cases"].values():  # whatever else runs beside the tests
         case["load"]["others"] = 0.0
     return measured
@@ -498,7 +498,7 @@ def test_report_shows_figures_bars_floors_and_refusals(result: dict[str, Any]) -
     assert "| group | name | 30 MiB | 10 MiB | 2 MiB | 3 MiB | 5 MiB | 10 MiB |" in lines
     assert "**two was refused:** group: other is not timed: it is wrong" in lines
     assert result["environment"]["commit"][:12] in lines[0]
-    assert "saft-tiny (random weights, fp32, 4 images, 4 prompts" in lines[0]
+    assert "ViT-B-16 (random weights, fp32, 16 images, 16 prompts" in lines[0]
 
 
 def test_brief_report_holds_figures_with_a_bar_only(result: dict[str, Any]) -> None:
@@ -529,7 +529,7 @@ def test_result_file_round_trip(result: dict[str, Any], tmp_path: Path) -> None:
     write_result(file, result)
     again = read_result(file)
     assert tables.markdown(again) == tables.markdown(result)
-    assert again["setting"] == json.loads(json.dumps(asdict(SMOKE)))
+    assert again["setting"] == json.loads(json.dumps(asdict(Setting())))
     for key in ("processor", "instruction_set", "threads", "torch", "commit", "load_average"):
         assert key in again["environment"]
 
@@ -541,7 +541,7 @@ def test_a_case_is_measured_again_among_the_others(result: dict[str, Any], tmp_p
     result["cases"] = {name: {**nothing, "load": case["load"]}
                        for name, case in result["cases"].items()}  # fmt: skip
     write_result(file, result)
-    again = measure_cases(["one"], SMOKE, file)
+    again = measure_cases(["one"], Setting(), file)
     assert again == read_result(file)
     assert list(again["cases"]) == ["one", "two"]
     assert len(again["cases"]["one"]["figures"]) == 1
@@ -550,7 +550,7 @@ def test_a_case_is_measured_again_among_the_others(result: dict[str, Any], tmp_p
     assert " and old" in tables.markdown(again)
     result["setting"] = {"model": "another"}
     write_result(file, result)
-    assert list(measure_cases(["one"], SMOKE, file)["cases"]) == ["one"]
+    assert list(measure_cases(["one"], Setting(), file)["cases"]) == ["one"]
 
 
 def test_update_rewrites_the_block_and_nothing_else(result: dict[str, Any], tmp_path: Path) -> None:

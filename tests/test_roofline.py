@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from bench import roofline
-from bench.harness import Timing
 from bench.models import (
     COLUMNS,
     ROWS,
@@ -21,6 +20,7 @@ from bench.models import (
     make_task,
     uniform_entries,
 )
+from bench.outcome import Outcome, Timing
 from bench.ratios import format_seconds
 from bench.result_file import FORMAT, VERSION, ResultError, outcome_record, write_result
 from bench.roofline import GPUS, OPERATIONS, Gpu, Work

@@ -34,14 +34,19 @@ OPTIONS: dict[str, Any] = {
     "target_modules": ["c_fc", "c_proj", "attn"],
 }
 
+#: The same layers as timm's transformers call them.
+TIMM_TARGETS = ["fc1", "fc2", "qkv", "proj"]
+
 
 def lora(model: nn.Module, mask: CooMask, loss: Loss) -> Step:
     """Train adapters and nothing else; the mask is not used.
 
     Raises:
-        MeasurementError: if peft is not installed.
+        MeasurementError: if peft is not installed, or finds none of these layers in the model.
     """
-    optimizer = adapt(model, "LoraConfig", **OPTIONS)
+    names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    targets = OPTIONS["target_modules"] if "c_fc" in names else TIMM_TARGETS
+    optimizer = adapt(model, "LoraConfig", **{**OPTIONS, "target_modules": targets})
     blocks = text_blocks(model)
 
     def merged_loss(model: nn.Module) -> Tensor:

@@ -92,7 +92,8 @@ def _gradients(model: nn.Module, tasks: list[Task]) -> int:
         count += 1
         param.grad = None
 
-    hooks = [p.register_post_accumulate_grad_hook(free) for p in candidates(model).values()]
+    trained = [param for param in candidates(model).values() if param.requires_grad]
+    hooks = [param.register_post_accumulate_grad_hook(free) for param in trained]
     for task in tasks:
         task.loss(model).backward()
     for hook in hooks:

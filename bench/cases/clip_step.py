@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from saft_clip.models import RANDOM
 from saft_kernels import CooMask, SparseAdamW
 
 from ..allocations import TrainingWork
@@ -177,7 +178,7 @@ def _times(
     contenders, left_out = [], []
     for name in names:
         try:
-            contenders.append(_contender(name, work, task))
+            contenders.append(contender(name, work, task))
         except MeasurementError as reason:
             left_out.append(Figure(f"{name} measured", 0, "", note=str(reason)))
     # Their copies of the model are freed before others, and other processes, need the memory.
@@ -246,7 +247,7 @@ def _memory_figures(memory: dict[str, Memory], numel: int) -> list[Figure]:
     ]
 
 
-def _contender(name: str, work: Workload, task: Task) -> Contender:
+def contender(name: str, work: Workload, task: Task) -> Contender:
     """A step reads every weight forward and backward, and does at least what is counted."""
     model = copy.deepcopy(task.model)
     way = WAYS[name]
@@ -309,6 +310,7 @@ def _memories(work: Workload, setting: Setting, names: Sequence[str]) -> Outcome
                 prompts=setting.prompts,
                 dtype=setting.dtype,
                 precision=precision,
+                pretrained=setting.pretrained,
             )
             for name in names
         }
@@ -343,9 +345,10 @@ def steps(
     dtype: str = "fp32",
     precision: str = "fp32",
     device: str = "cpu",
+    pretrained: str = RANDOM,
 ) -> TrainingWork:
     """The work whose memory is measured: a small step, which makes the state, and whole ones."""
-    own = replace(make_task(model, images, prompts), precision=precision)
+    own = replace(make_task(model, images, prompts, pretrained), precision=precision)
     own.model.to(DTYPES[dtype])
     if device != "cpu":  # it makes a copy
         own = own.to(torch.device(device))

@@ -34,13 +34,13 @@ def run(setting: Setting) -> Outcome:
     mask = work.masks["uniform"]
     base = work.task.model
     tuned = copy.deepcopy(base)
-    _perturb(tuned, mask)
+    perturb(tuned, mask)
     with tempfile.TemporaryDirectory() as folder:
         return _with_files(Path(folder), base, tuned, mask, setting)
 
 
 @torch.no_grad()
-def _perturb(model: nn.Module, mask: CooMask) -> None:
+def perturb(model: nn.Module, mask: CooMask) -> None:
     generator = torch.Generator().manual_seed(0)
     for _, param, indices in mask.parameters(model):
         values = ops.gather(param, indices)

@@ -228,6 +228,17 @@ def doctor() -> None:
     raise typer.Exit(diagnose())
 
 
+@app.command(
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def bench(context: typer.Context) -> None:
+    """Say what SAFT would take for your model and batch, or run the benchmarks."""
+    from saft_bench.cli import run_arguments  # it stands on this package; only this line knows it
+
+    run_arguments(context.args, "saft bench")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code.
 

@@ -1,0 +1,196 @@
+"""What SAFT would take for one's own model: the arithmetic, and the whole answer for a tiny one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from bench import answer, cli
+from bench.answer import Answer, Method, Question
+from bench.harness import WrongResultError
+from bench.memory import MeasurementError, Memory
+from bench.models import SMOKE, Setting, SettingError, make_task
+from bench.outcome import Timing
+from bench.result_file import ResultError
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def times(**seconds: float) -> dict[str, Timing]:
+    return {name: Timing("group", name, [each] * 3, [each] * 3) for name, each in seconds.items()}
+
+
+# Predicting ---------------------------------------------------------------------------------------
+
+SERIES = {2: times(a=3.0), 4: times(a=4.0)}  # 2 seconds, and half a second per image
+
+
+def test_steps_grow_along_a_line() -> None:
+    assert answer._on_line(SERIES, "a", 16) == 10.0
+    assert answer._on_line({4: times(a=4.0)}, "a", 16) == 16.0
+    assert answer._on_line({2: times(a=3.0), 4: times(a=2.9)}, "a", 16) == 3.0  # noise
+
+
+@pytest.mark.parametrize(("seconds", "batch"), [(1e9, 16), (91, 16), (89, 8), (55, 8), (1, 4)])
+def test_batch_is_halved_until_there_is_time(seconds: float, batch: int) -> None:
+    assert answer.STEPS_PER_BATCH == 9
+    assert answer._affordable(SERIES, 16, seconds) == batch
+
+
+def test_a_batch_that_is_not_measured_is_predicted_from_what_is() -> None:
+    assert answer._predicted(SERIES, "a", 16, 4) == 10.0
+    series = {**SERIES, 8: times(a=9.0)}
+    assert answer._predicted(series, "a", 16, 8) == 17.0
+    series = {**SERIES, 16: times(a=11.0)}
+    assert answer._predicted(series, "a", 16, 16) == 10.0  # beside 11, which was measured
+
+
+def test_largest_batch_fills_the_memory() -> None:
+    assert answer._largest(peak=500, slope=10, batch=8, memory=700) == 28
+    assert answer._largest(peak=500, slope=10, batch=8, memory=495) == 7
+    assert answer._largest(peak=500, slope=10, batch=8, memory=1) == 0
+
+
+def test_an_image_takes_at_least_what_saft_keeps_of_it() -> None:
+    memory = {
+        "full fine-tuning": Memory(0, 1, activations=10),
+        "SAFT": Memory(0, 1, activations=80),
+        "LoRA": Memory(0, 1, activations=120),
+    }
+    each = {name: answer._bytes_per_image(memory, name, 8) for name in memory}
+    assert each == {"full fine-tuning": 10, "SAFT": 10, "LoRA": 15}
+
+
+# The whole answer ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def found() -> Answer:
+    setting = Setting(model="saft-tiny", images=8, prompts=4, density=1e-2)
+    return answer.answer(Question(setting, memory=10**9))
+
+
+def test_answer_for_a_tiny_model(found: Answer) -> None:
+    assert list(found.methods) == ["full fine-tuning", "LoRA", "SAFT"]
+    assert (found.batch, found.left_out) == (8, {})
+    full, lora, saft = found.methods.values()
+    weights = sum(t.nbytes for t in make_task("saft-tiny", 1, 1).model.state_dict().values())
+    assert full.file == weights
+    entries = int(1e-2 * found.numel)
+    assert 8 * entries < saft.file < 9 * entries + 20_000
+    assert 0 < lora.file < full.file
+    assert full.memory.state == pytest.approx(8 * found.numel, rel=0.01)
+    for method in found.methods.values():
+        assert method.memory.peak > weights
+        assert method.largest > 8
+        assert method.predicted > 0
+        assert method.limit is not None
+        assert 0 < method.limit < method.measured
+
+
+def test_answer_is_a_table_and_a_sentence(found: Answer) -> None:
+    text = answer.markdown(found)
+    assert "| | full fine-tuning | LoRA | SAFT |" in text.replace("|  |", "| |")
+    assert "| step with 8 images, measured |" in text
+    assert "| largest batch in 1 GB, predicted |" in text
+    assert "A step of SAFT took" in text
+    json.dumps(answer.record(found), allow_nan=False)
+
+
+def test_without_peft_lora_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_: Any, **__: Any) -> Any:
+        raise MeasurementError("there is no peft")
+
+    way = answer.WAYS[answer.METHODS["LoRA"]]
+    monkeypatch.setitem(answer.WAYS, answer.METHODS["LoRA"], type(way)(missing))
+    monkeypatch.setattr(answer, "peak_memory", lambda *_, **__: Memory(0, 1, "", 0, 0, 0, 1))
+    found = answer.answer(Question(SMOKE, memory=10**9))
+    assert list(found.methods) == ["full fine-tuning", "SAFT"]
+    assert "LoRA is left out: there is no peft." in answer.markdown(found)
+
+
+def test_wrong_step_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = answer.METHODS["SAFT"]
+    full = answer.WAYS[answer.METHODS["full fine-tuning"]]
+    way = answer.WAYS[name]
+    monkeypatch.setitem(answer.WAYS, name, type(way)(full.method, way.mask))
+    with pytest.raises(WrongResultError, match=r"SAFT is not timed: .* changed outside the mask"):
+        answer.answer(Question(SMOKE, memory=10**9))
+
+
+# Models -------------------------------------------------------------------------------------------
+
+
+def test_models_of_timm_are_classifiers() -> None:
+    task = make_task("test_vit", 3, 5)
+    assert task.tokens is None
+    assert task.images.shape[0] == 3
+    assert task.loss(task.model).isfinite()
+    assert task.part(2).images.shape[0] == 2
+
+
+def test_unknown_model_is_one_sentence() -> None:
+    with pytest.raises(SettingError, match=r"has a model 'ViT-B-61'; did you mean ViT-B-16"):
+        make_task("ViT-B-61", 1, 1)
+
+
+@pytest.mark.parametrize("prompts", [0, 1001])
+def test_prompts_are_those_of_imagenet(prompts: int) -> None:
+    with pytest.raises(SettingError, match="between 1 and 1000 prompts"):
+        make_task("saft-tiny", 1, prompts)
+
+
+# Command line -------------------------------------------------------------------------------------
+
+
+def test_command_prints_the_answer_and_keeps_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked: list[Question] = []
+    memory = Memory(0, 10**9, "malloc", 1, 2, 3, 4)
+    full, saft = (Method(2.0, time, 1.0, memory, 100, 7) for time in (2.1, 1.4))
+    methods = {"full fine-tuning": full, "SAFT": saft}
+    found = Answer(Question(SMOKE), 4, methods, {"SAFT": (0.6, 0.5, 0.7)}, {}, 10**6)
+
+    def stand_in(question: Question) -> Answer:
+        asked.append(question)
+        return found
+
+    monkeypatch.setattr(cli, "answer", stand_in)
+    file = tmp_path / "answer.json"
+    arguments = ["--model", "RN50", "--batch", "3", "--memory", "24GB", "--output", str(file)]
+    done = CliRunner().invoke(cli.app, arguments)
+    assert done.exit_code == 0, done.output
+    assert done.output == answer.markdown(found)
+    (question,) = asked
+    assert (question.setting.model, question.setting.images) == ("RN50", 3)
+    assert question.memory == 24 * 10**9
+    assert json.loads(file.read_text())["numel"] == found.numel
+
+
+def test_command_needs_a_model_or_a_command() -> None:
+    done = CliRunner().invoke(cli.app, ["--batch", "3"])
+    assert isinstance(done.exception, ResultError)
+    assert "name a model" in str(done.exception)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("24GB", 24 * 10**9), ("1.5 GiB", 3 * 2**29), ("100", 100), ("7kb", 7000)]
+)
+def test_sizes_of_memory(text: str, size: int) -> None:
+    assert cli.parsed_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "24XB", "-1GB", "1.2.3MB"])
+def test_other_sizes_are_one_sentence(text: str) -> None:
+    with pytest.raises(ResultError, match="is no size of memory"):
+        cli.parsed_size(text)
+
+
+def test_there_is_no_gpu_here() -> None:
+    with pytest.raises(MeasurementError, match="no device 'tpu' here"):
+        answer.answer(Question(SMOKE, device="tpu"))
