@@ -98,7 +98,7 @@ class Pace:
     """
 
     rounds: int | None = None
-    turn: Callable[[str], AbstractContextManager[None]] = nullcontext
+    turn: Callable[[str], AbstractContextManager[Any]] = nullcontext
 
     def rounds_of(self, effort: Effort, seconds_per_round: float) -> int:
         """How many rounds of a group are kept."""

@@ -133,9 +133,13 @@ class Task:
 
     def to(self, device: torch.device) -> Task:
         """A copy of it on a device."""
-        tensors = {name: getattr(self, name) for name in ("images", "labels", "tokens")}
-        moved = {name: None if each is None else each.to(device) for name, each in tensors.items()}
-        return replace(self, model=copy.deepcopy(self.model).to(device), **moved)
+        return replace(
+            self,
+            model=copy.deepcopy(self.model).to(device),
+            images=self.images.to(device),
+            labels=self.labels.to(device),
+            tokens=None if self.tokens is None else self.tokens.to(device),
+        )
 
     def part(self, size: int) -> Task:
         """The same model with the first images and prompts only."""

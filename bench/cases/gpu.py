@@ -164,7 +164,7 @@ def peak_of(work: Callable[[], Any]) -> int:
 @contextmanager
 def full_precision() -> Iterator[None]:
     """fp32 means fp32: no TF32 in products and convolutions."""
-    settings = torch.backends.cuda.matmul, torch.backends.cudnn
+    settings: tuple[Any, ...] = torch.backends.cuda.matmul, torch.backends.cudnn
     before = [each.allow_tf32 for each in settings]
     try:
         for each in settings:
@@ -648,6 +648,7 @@ def _embedding(place: Place, setting: Setting) -> Outcome:
 def _steps(place: Place, work: Workload, precision: str, setting: Setting) -> Outcome:
     """Whole steps, host included, and what each allocates at its peak."""
     task = replace(work.task, precision=precision)
+    ways: list[tuple[str, str, clip_step.Way, str | None]]
     ways = [(name, name, way, None) for name, way in THEIRS.items()]
     ways += [(named(n, b), n, way, b) for n, way in OURS.items() for b in place.backends]
     group = f"training step in {precision}, {setting.images} images and {setting.prompts} prompts"

@@ -133,7 +133,7 @@ class PaddedStep:
         self.model = copy.deepcopy(task.model)
         self.classes = torch.empty(0)
         self._task = task
-        self._chunks = task.tokens.flatten(0, 1).split(chunk)
+        self._chunks = _tokens(task).flatten(0, 1).split(chunk)
         self._optimizer = torch.optim.AdamW(candidates(self.model).values(), fused=True, **ADAMW)
 
     @torch.no_grad()
@@ -165,6 +165,12 @@ class PaddedStep:
         return F.cross_entropy(model.logit_scale.exp() * features @ classes.T, self._task.labels)
 
 
+def _tokens(task: Task) -> Tensor:
+    """A CLIP's prompts."""
+    assert task.tokens is not None
+    return task.tokens
+
+
 # Checks -------------------------------------------------------------------------------------------
 
 Check = Callable[[Callable[[], Any]], None]
@@ -184,7 +190,7 @@ def _check_first_pass(padded: PaddedStep, task: Task) -> Check:
     def check(run: Callable[[], Any]) -> None:
         run()
         with torch.no_grad():
-            expected = embed_classes(task.model, task.tokens)
+            expected = embed_classes(task.model, _tokens(task))
         close = torch.allclose(padded.classes, expected, rtol=0, atol=TOLERANCE)
         require(close, "the class features are not those of packed prompts")
 

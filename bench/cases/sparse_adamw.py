@@ -103,8 +103,7 @@ class Step:
         pairs = zip(self.params, pieces, strict=True)
         lines = line * sum(lines_touched(index, param, line) for param, index in pairs)
         nnz = self.exp_avg.numel()
-        compact = isinstance(self.grads, Tensor)
-        gradients = self.grads.nbytes if compact else lines
+        gradients = self.grads.nbytes if isinstance(self.grads, Tensor) else lines
         state = 16 if self.master is None else 24
         return Needs(2 * lines + gradients + (4 + state) * nnz, FLOPS * nnz)
 

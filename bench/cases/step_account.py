@@ -133,13 +133,18 @@ def _step(task: Task, optimizer: SparseAdamW, around: Callable[[str], Any]) -> d
     work: dict[str, Callable[[], Any]] = {
         "forward": lambda: losses.append(task.loss(task.model)),
         "backward": lambda: losses.pop().backward(),
-        "optimizer": lambda: (optimizer.step(), optimizer.zero_grad()),
+        "optimizer": lambda: _step_and_free(optimizer),
     }
     seconds = {}
     for phase in PHASES:
         with around(phase):
             seconds[phase] = _seconds(work[phase])
     return seconds
+
+
+def _step_and_free(optimizer: SparseAdamW) -> None:
+    optimizer.step()
+    optimizer.zero_grad()
 
 
 def _kind(name: str) -> str:
