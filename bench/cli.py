@@ -42,6 +42,9 @@ from .result_file import (
 from .revisions import DEFAULT_CASES, ROUNDS, THRESHOLD, compare_revisions
 from .tables import markdown
 
+#: Between these a Markdown file has the answer for a model.
+ANSWER = ("<!-- bench-answer:begin -->", "<!-- bench-answer:end -->")
+
 RESULTS = Path(__file__).parent / "results"
 
 #: What a GPU is measured on: batches that keep it busy, and more rounds, since they are short.
@@ -98,6 +101,10 @@ def answer_for_a_model(
     output_file: Annotated[
         Path | None, typer.Option("--output", help="Keep the answer in this JSON file, too.")
     ] = None,
+    update: Annotated[
+        Path | None,
+        typer.Option(help=f"Put it between {ANSWER[0]} and {ANSWER[1]} of this Markdown file."),
+    ] = None,
 ) -> None:
     """Measure kernels, memory and training steps against their baselines.
 
@@ -121,6 +128,8 @@ def answer_for_a_model(
     if output_file is not None:
         write_json(output_file, {"environment": environment(), **answer_record(found)})
     print(answer_markdown(found), end="")
+    if update is not None:
+        update_block(update, answer_markdown(found), ANSWER)
 
 
 _SIZES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
