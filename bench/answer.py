@@ -225,7 +225,7 @@ class _Own:
         needs = lambda: Needs(2 * weights, flops.total, dtype)  # noqa: E731
         step = way.method(model, self.mask, task.loss)
         check = flops.checked(_check(name, model, task, self.mask, loss))
-        return Contender(name, step, check, needs=needs, covers=way.covers)
+        return Contender(name, step, check, needs=needs, covers=way.covers, role=way.role)
 
     def memory(self, name: str, batch: int) -> Memory:
         """Of a process that takes such steps."""

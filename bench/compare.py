@@ -14,7 +14,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
-from .outcome import Figure, MemoryUse, Outcome, Timing
+from .outcome import OURS, Figure, MemoryUse, Outcome, Timing
 from .ratios import Ratio, format_seconds, ratio_of_runs
 from .result_file import ResultError, outcome_of
 from .tables import table
@@ -48,11 +48,6 @@ _MACHINE = (
 #: How often something was timed changes its interval and nothing else.
 _EFFORTS = ("kernels", "steps")
 
-_BASELINE = re.compile(
-    r"torch[. ]|acc\.add_\(|index|dense\b|load_file|encode_text, padded|Algorithm 1|"
-    r"full fine-tuning,|accumulated gradients|PEFT|floor\b"
-)
-
 #: Figures that are sizes. Peaks, which other figures come from, are compared themselves.
 _SIZE = re.compile(r"(?!peak memory)(.*\b(memory|file|state)\b)")
 
@@ -73,6 +68,7 @@ class Change:
         after: in the head.
         ratio: head over base, its value and the ends of its interval; of a size thrice the value.
         verdict: one of those above.
+        baseline: whether it runs no code of this package.
     """
 
     case: str
@@ -82,11 +78,7 @@ class Change:
     after: str
     ratio: Ratio
     verdict: str
-
-    @property
-    def baseline(self) -> bool:
-        """Whether it runs no code of this package."""
-        return _BASELINE.match(self.name) is not None
+    baseline: bool = False
 
     @property
     def same(self) -> bool:
@@ -165,6 +157,7 @@ def compare_outcomes(
             format_seconds(new.median),
             ratio,
             _time_verdict(ratio, threshold),
+            new.role != OURS,
         )
         found.changes.append(change)
         found.shifts += [ratio[0]] * change.baseline
@@ -221,7 +214,13 @@ def _limit_shifts(before: Outcome, after: Outcome) -> list[float]:
 
 def _sizes(case: str, before: Outcome, after: Outcome) -> Iterator[Change]:
     for use, now in _common(before.memory, after.memory, _contender):
-        yield Change(case, now.group, now.name, *_size_change(use.peak, now.peak, "MiB", 2**20))
+        yield Change(
+            case,
+            now.group,
+            now.name,
+            *_size_change(use.peak, now.peak, "MiB", 2**20),
+            now.role != OURS,
+        )
     for old, new in _common(before.figures, after.figures, lambda figure: figure.what):
         if _is_size(old) and _is_size(new):
             slack = MEMORY_POINTS if new.unit == "%" and "memory" in new.what else 0.0

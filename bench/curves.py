@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -71,19 +70,18 @@ def has_operations(timing: Timing) -> bool:
     return bool(timing.flops and timing.moves and timing.bandwidth)
 
 
-def roofline_panels(timings: Sequence[Timing], dtype: str) -> list[Panel]:
+def roofline_panels(timings: Sequence[Timing]) -> list[Panel]:
     """Who counts operations, by precision, numbered through.
 
     Args:
         timings: of a case. Groups in which nothing is limited by operations have no roof and
             are left out.
-        dtype: of what names no precision.
     """
     roofed = {timing.group for timing in timings if has_operations(timing) and timing.rate}
     found: dict[str, list[Timing]] = {}
     for timing in timings:
         if timing.group in roofed and has_operations(timing):
-            found.setdefault(precision_of(timing, dtype), []).append(timing)
+            found.setdefault(timing.dtype, []).append(timing)
     panels, number = [], 0
     for precision, those in found.items():
         if any(timing.rate for timing in those):
@@ -92,14 +90,6 @@ def roofline_panels(timings: Sequence[Timing], dtype: str) -> list[Panel]:
             )
             number += len(those)
     return panels
-
-
-def precision_of(timing: Timing, default: str) -> str:
-    """What its name or its group says; records have no field for it."""
-    found = re.search(r"bf16|bfloat16|fp16|float16|fp32|float32", f"{timing.name} {timing.group}")
-    names = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-    precision = found[0] if found else default
-    return names.get(precision, precision)
 
 
 def roofline_plot(name: str, panels: Sequence[Panel]) -> str:

@@ -23,8 +23,8 @@ from saft_kernels.errors import SaftError
 
 from . import limits
 from .display import progress
-from .limits import COPY, Needs, product_name
-from .outcome import Timing
+from .limits import COPY, Needs, dtype_name, product_name
+from .outcome import OURS, Timing
 from .timers import CPU, Timer
 
 
@@ -54,6 +54,7 @@ class Contender:
         before: runs before every run, untimed.
         needs: what the work cannot do without; a function if that is known after the check only.
         covers: what it trains or does, if it is not what the others do.
+        role: ``OURS``, ``BASELINE`` or ``FLOOR``.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Contender:
     before: Callable[[], Any] = nothing
     needs: Needs | Callable[[], Needs] | None = None
     covers: str = ""
+    role: str = OURS
 
     def known_needs(self) -> Needs | None:
         """What the work cannot do without, once it was checked."""
@@ -165,6 +167,7 @@ def measure(
             [cpu for _, cpu in samples[c.name]],
             **_floor(needs[c.name], walls, timer.device),
             covers=c.covers,
+            role=c.role,
         )
         for c in contenders
     }
@@ -261,4 +264,5 @@ def _floor(
         "flops": needs.flops,
         "bandwidth": limits.bandwidth(walls[COPY], device),
         "rate": None if products is None else limits.rate(products, device),
+        "dtype": dtype_name(needs.dtype),
     }

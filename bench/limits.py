@@ -45,9 +45,14 @@ class Needs:
         return self.flops > self.moves
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """Such as float32."""
+    return str(dtype).removeprefix("torch.")
+
+
 def product_name(dtype: torch.dtype) -> str:
     """What the product of matrices of this type is called among the contenders."""
-    return f"{str(dtype).removeprefix('torch.')} matrix product"
+    return f"{dtype_name(dtype)} matrix product"
 
 
 @cache

@@ -8,6 +8,10 @@ from __future__ import annotations
 import statistics
 from dataclasses import dataclass, field
 
+#: Whose work a contender does: this package's, what it is measured against, or no more than what
+#: nobody can do without.
+OURS, BASELINE, FLOOR = "ours", "baseline", "floor"
+
 #: Units of figures that are a ratio of two times.
 TIMES_FASTER = "times faster"
 TIMES_AS_LONG = "times the time"
@@ -26,7 +30,9 @@ class Timing:
         flops: floating point operations that it must do.
         bandwidth: bytes per second that a copy, run among the contenders, read and wrote.
         rate: floating point operations per second of a large matrix product, run among them.
+        dtype: whose matrix products that was.
         covers: what this contender trains or does, if it is not what the others do.
+        role: ``OURS``, ``BASELINE`` or ``FLOOR``.
     """
 
     group: str
@@ -37,7 +43,9 @@ class Timing:
     flops: int = 0
     bandwidth: float | None = None
     rate: float | None = None
+    dtype: str = ""
     covers: str = ""
+    role: str = OURS
 
     @property
     def median(self) -> float:
@@ -155,6 +163,7 @@ class MemoryUse:
         allocations: in how many pieces.
         allocator: and its settings.
         covers: what this contender trains, if it is not what the others do.
+        role: as in :class:`Timing`.
     """
 
     group: str
@@ -168,6 +177,7 @@ class MemoryUse:
     allocations: int | None = None
     allocator: str = ""
     covers: str = ""
+    role: str = OURS
 
     @property
     def rest(self) -> int | None:

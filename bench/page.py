@@ -85,7 +85,7 @@ def page_content(result: dict[str, Any], parts: Sequence[Part]) -> dict[str, Any
         "unclear": _with_verdict(parts, "UNCLEAR"),
         "refused": [(name, case["refused"]) for name, case in cases if case["refused"]],
         "left_out": [(name, case["left_out"]) for name, case in cases if case["left_out"]],
-        "sections": [section for section in _sections(parts, result) if section["plots"]],
+        "sections": [section for section in _sections(parts) if section["plots"]],
         "tables": [table for table in _tables(parts) if table["rows"]],
         "markdown": tables.markdown(result),
         "settings": _flat(result["setting"]),
@@ -167,12 +167,12 @@ def _plot(
     return {"title": title, "svg": Markup(svg), "legend": legend}
 
 
-def _sections(parts: Sequence[Part], result: dict[str, Any]) -> list[dict[str, Any]]:
+def _sections(parts: Sequence[Part]) -> list[dict[str, Any]]:
     return [
         _section("times", "Time of a training step", _time_plots(parts)),
         _section("memory", "Peak memory of a training step", _memory_plots(parts)),
         _section("ratios", "Ratios of times", _ratio_plots(parts)),
-        _section("roofline", "Roofline", _roofline_plots(parts, result["setting"]["dtype"])),
+        _section("roofline", "Roofline", _roofline_plots(parts)),
         _section("bandwidth", "Bandwidth", _bandwidth_plots(parts)),
         _section("growth", "How times grow", _growth_plots(parts)),
     ]
@@ -236,9 +236,9 @@ def _outside_sweeps(part: Part) -> list[Timing]:
     return [t for t in part.outcome.timings if (t.group, t.name) not in shown]
 
 
-def _roofline_plots(parts: Sequence[Part], dtype: str) -> Iterable[dict[str, Any]]:
+def _roofline_plots(parts: Sequence[Part]) -> Iterable[dict[str, Any]]:
     for part in parts:
-        panels = roofline_panels(_outside_sweeps(part), dtype)
+        panels = roofline_panels(_outside_sweeps(part))
         if panels:
             points = [point for panel in panels for point in panel.points]
             legend = [(group, list(those)) for group, those in groupby(points, _group)]

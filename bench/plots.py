@@ -27,7 +27,7 @@ from matplotlib.ticker import (
 
 from saft_clip.figures import PLACEHOLDERS, figure, inline_svg, shortened
 
-from .outcome import TIMES_FASTER, Figure, MemoryUse, Timing
+from .outcome import BASELINE, FLOOR, OURS, TIMES_FASTER, Figure, MemoryUse, Timing
 from .ratios import format_seconds
 
 #: Of every plot, in inches; the page's column is that wide.
@@ -178,16 +178,12 @@ def show_title(drawing: Drawing, title: str) -> None:
 
 # Times --------------------------------------------------------------------------------------------
 
-#: Who a contender of a training step is: key in the legend -> colour.
-_SIDES = {"SparseAdamW": "after", "baselines": "s1", "the floor: every weight frozen": "before"}
-
-
-def side_of(name: str) -> str:
-    """Whether a contender of a training step is ours, a baseline or the floor."""
-    ours, baselines, floor = _SIDES
-    if name.startswith("floor"):
-        return floor
-    return ours if ours in name else baselines
+#: Role of a contender -> (key in the legend, colour).
+_ROLES = {
+    OURS: ("this package", "after"),
+    BASELINE: ("baselines", "s1"),
+    FLOOR: ("the floor", "before"),
+}
 
 
 def contender(measured: Timing | MemoryUse) -> str:
@@ -210,12 +206,16 @@ def time_bars(name: str, timings: Sequence[Timing], title: str = "") -> str:
         axes.set_xlim(0, 1.14 * max(_end(timing) for timing in timings))
         axes.xaxis.set_major_formatter(EngFormatter("s"))
         show_title(drawing, title)
-        sides = {side_of(timing.name) for timing in timings}
+        roles = {timing.role for timing in timings}
         limited = any(timing.floor is not None for timing in timings)
         _legend(
             drawing,
             [
-                *(Patch(color=PLACEHOLDERS[c], label=k) for k, c in _SIDES.items() if k in sides),
+                *(
+                    Patch(color=PLACEHOLDERS[colour], label=label)
+                    for role, (label, colour) in _ROLES.items()
+                    if role in roles
+                ),
                 Line2D([], [], color=PLACEHOLDERS["ink"], linewidth=1.2, label="quartiles"),
                 *([_tick("the machine's limit", "s2")] if limited else []),
             ],
@@ -232,7 +232,7 @@ def _tick(label: str, colour: str) -> Line2D:
 
 
 def _time_bar(axes: Axes, y: float, timing: Timing) -> None:
-    colour = PLACEHOLDERS[_SIDES[side_of(timing.name)]]
+    colour = PLACEHOLDERS[_ROLES[timing.role][1]]
     axes.barh(y, timing.median, 2 * _HALF, color=colour)
     low, high = timing.spread
     axes.errorbar(

@@ -22,7 +22,7 @@ from bench.cli import app
 from bench.harness import Contender, Effort, Pace, measure, paced
 from bench.memory import MeasurementError
 from bench.models import SMOKE, Setting
-from bench.outcome import TIMES_FASTER, Figure, MemoryUse, Outcome, Timing
+from bench.outcome import BASELINE, TIMES_FASTER, Figure, MemoryUse, Outcome, Timing
 from bench.ratios import ratio
 from bench.result_file import FORMAT, VERSION, ResultError, outcome_record, write_result
 from bench.revision_worker import Channel, StoppedError, require_revision, setting_of
@@ -101,35 +101,14 @@ def test_threshold_is_in_percent_and_the_whole_interval_lies_beyond_it(tmp_path:
 
 
 def test_a_slower_baseline_is_no_regression_but_a_warning(tmp_path: Path) -> None:
-    before = result(timing("torch indexing", 1, bandwidth=2e9), timing("gather", 1))
-    after = result(timing("torch indexing", 1.5, bandwidth=1e9), timing("gather", 1))
+    before = result(timing("torch indexing", 1, bandwidth=2e9, role=BASELINE), timing("gather", 1))
+    after = result(timing("torch indexing", 1.5, bandwidth=1e9, role=BASELINE), timing("gather", 1))
     code, text = run_compare(tmp_path, before, after)
     assert code == 0
     assert "| slower (baseline) |" in row(text, "torch indexing")
     assert "took 1.75 times as long after as before (median)" in text
     assert "1 changed that run no code of this package" in text
     assert "Warning" not in run_compare(tmp_path, before, before)[1]
-
-
-@pytest.mark.parametrize(
-    ("name", "baseline"),
-    [
-        ("torch.optim.AdamW(fused=True), fp32", True),
-        ("torch.sparse.sampled_addmm, uniform mask", True),
-        ("dense product", True),
-        ("index and hook in plain torch, uniform mask", True),
-        ("sampled_grad, uniform mask", False),
-        ("packed, shared prefix", False),
-        ("SparseAdamW, sampled gradients, uniform mask", False),
-        ("gather, 2 threads", False),
-        ("full fine-tuning, fused AdamW", True),
-        ("full fine-tuning", False),  # by `saft finetune`
-    ],
-)
-def test_baselines_are_known_by_name(name: str, baseline: bool) -> None:
-    change = compare.Change("case", "group", name, "", "", (1, 1, 1), compare.SLOWER)
-    assert change.baseline == baseline
-    assert change.worse != baseline
 
 
 def test_what_one_side_has_alone_is_listed(tmp_path: Path) -> None:
@@ -146,7 +125,7 @@ def test_what_one_side_has_alone_is_listed(tmp_path: Path) -> None:
 def test_grown_memory_and_files_are_caught(tmp_path: Path) -> None:
     def sizes(peak: int, state: float, shared: float, speed: float) -> dict[str, Any]:
         return result(
-            memory=[MemoryUse("step", "SparseAdamW", peak), MemoryUse("step", "PEFT LoRA", peak)],
+            memory=[MemoryUse("step", "SparseAdamW", peak), MemoryUse("step", "PEFT LoRA", peak, role=BASELINE)],
             figures=[
                 Figure("state of SparseAdamW per selected entry", state, "bytes"),
                 Figure("all memory that the fused pass adds", shared, "%"),

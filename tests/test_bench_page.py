@@ -20,10 +20,12 @@ from typer.testing import CliRunner
 
 from bench import cli, curves, plots, readme_figures
 from bench.cli import app
-from bench.curves import Line, moved_apart, place_labels, precision_of, roofline_panels
+from bench.curves import Line, moved_apart, place_labels, roofline_panels
 from bench.environment import NOTICEABLE_LOAD
 from bench.models import SMOKE
 from bench.outcome import (
+    BASELINE,
+    FLOOR,
     TIMES_AS_LONG,
     TIMES_FASTER,
     Figure,
@@ -53,14 +55,15 @@ def timing(group: str, name: str, seconds: float = 1.0, **more: Any) -> Timing:
 
 
 def limited(group: str, name: str, seconds: float = 1.0, **more: Any) -> Timing:
-    needs = {"moves": 10**9, "flops": 10**11, "bandwidth": 1e10, "rate": 1e12, **more}
-    return timing(group, name, seconds, **needs)
+    needs = {"moves": 10**9, "flops": 10**11, "bandwidth": 1e10, "rate": 1e12}
+    dtype = "bfloat16" if "bf16" in group else "float32"
+    return timing(group, name, seconds, **{**needs, "dtype": dtype, **more})
 
 
 STEPS = [
-    limited("training step in fp32", "full fine-tuning", covers="every parameter"),
+    limited("training step in fp32", "full fine-tuning", covers="every parameter", role=BASELINE),
     limited("training step in fp32", "SparseAdamW, sampled gradients", 0.5),
-    limited("training step in fp32", "floor: every weight frozen", 0.4),
+    limited("training step in fp32", "floor: every weight frozen", 0.4, role=FLOOR),
     limited("training step in fp32", NASTY, 0.6, covers=NASTY),
     timing("training step in fp32", LONG, 0.7),
     limited("training step in amp_bf16", "full fine-tuning"),
@@ -379,9 +382,11 @@ def test_speed_up_is_that_of_the_first() -> None:
     assert line.get_ydata() == pytest.approx([1, 2**0.9, 4**0.9])
 
 
-def test_sides_of_a_training_step() -> None:
-    sides = [plots.side_of(each.name) for each in STEPS[:3]]
-    assert sides == ["baselines", "SparseAdamW", "the floor: every weight frozen"]
+def test_contenders_are_coloured_by_their_role() -> None:
+    svg = plots.time_bars("bars", STEPS[:3])
+    for key in ("this package", "baselines", "the floor"):
+        assert key in svg
+    assert "the floor" not in plots.time_bars("bars", STEPS[:2])
 
 
 def test_headings_are_the_words_that_neighbours_share() -> None:
@@ -412,26 +417,13 @@ def test_rooflines_are_by_precision_and_numbered_through() -> None:
     moving = timing("training step in fp32", "counts nothing", moves=5, bandwidth=1.0)
     slow = limited("training step in fp32", "few operations", rate=None)
     nowhere = limited("no product ran", "few operations", rate=None)
-    panels = roofline_panels([*STEPS, moving, slow, nowhere], "fp32")
+    panels = roofline_panels([*STEPS, moving, slow, nowhere])
     assert [panel.precision for panel in panels] == ["float32", "bfloat16"]
     numbers = [(p.number, p.timing.name) for panel in panels for p in panel.points]
     assert [number for number, _ in numbers] == list(range(1, 8))
     assert numbers[4] == (5, "few operations")
     assert panels[0].rate == 1e12
     assert panels[0].bandwidth == 1e10
-
-
-@pytest.mark.parametrize(
-    ("group", "name", "precision"),
-    [
-        ("weight gradient, bfloat16", "dense", "bfloat16"),
-        ("training step in amp_bf16", "dense", "bfloat16"),
-        ("step", "float16 product", "float16"),
-        ("step", "dense", "float32"),
-    ],
-)
-def test_precision_of_a_timing(group: str, name: str, precision: str) -> None:
-    assert precision_of(timing(group, name), "fp32") == precision
 
 
 def test_numbers_of_crowded_points_do_not_overlap() -> None:

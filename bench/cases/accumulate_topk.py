@@ -17,7 +17,7 @@ from ..harness import Contender, Effort, measure, require
 from ..limits import Needs
 from ..memory import peak_memory
 from ..models import Setting, candidates, make_task, workload
-from ..outcome import Figure, Outcome
+from ..outcome import BASELINE, Figure, Outcome
 from ..ratios import times_as_long, times_faster
 from ..sweeps import growth, over_threads
 
@@ -59,7 +59,9 @@ def selection(mean: dict[str, Tensor], k: int) -> list[Contender]:
     needs = Needs(4 * numel_of(mean))
     magnitude = concatenated(mean)
     return [
-        Contender("torch.topk", lambda: topk(magnitude, mean, k), check, needs=needs),
+        Contender(
+            "torch.topk", lambda: topk(magnitude, mean, k), check, needs=needs, role=BASELINE
+        ),
         Contender("StreamingTopK", lambda: _stream(mean, k), check, needs=needs),
     ]
 
@@ -96,7 +98,7 @@ def accumulation(sums: dict[str, Tensor], gradients: dict[str, Tensor], k: int) 
     entries = numel_of(sums)
     needs = Needs((8 + element) * entries, 2 * entries)
     return [
-        Contender("acc.add_(grad)", add, check_sums, needs=needs),
+        Contender("acc.add_(grad)", add, check_sums, needs=needs, role=BASELINE),
         Contender("StreamingTopK.update(acc, grad)", fused, check_both, needs=needs),
     ]
 

@@ -23,12 +23,12 @@ from ..flops import Flops
 from ..harness import Contender, measure, require
 from ..limits import Needs
 from ..models import Setting, Task, Workload, candidates, workload
-from ..outcome import Outcome
+from ..outcome import BASELINE, FLOOR, OURS, Outcome
 from ..ratios import times_as_long
 
 BATCHES = 4
 
-OURS = "select"
+SELECT = "select"
 PLAIN = "accumulated gradients, torch.cat, torch.topk"
 GRADIENTS = "floor: the gradients alone"
 
@@ -43,7 +43,9 @@ def run(setting: Setting) -> Outcome:
     group = f"selection, {BATCHES} batches of {len(work.task.images) // BATCHES} images"
     timings = measure(group, contenders, setting.steps)
     figures = [
-        times_as_long(f"a whole selection: {OURS} against {other}", timings[OURS], timings[other])
+        times_as_long(
+            f"a whole selection: {SELECT} against {other}", timings[SELECT], timings[other]
+        )
         for other in (PLAIN, GRADIENTS)
     ]
     return Outcome(list(timings.values()), figures)
@@ -68,9 +70,9 @@ def _contenders(work: Workload, density: float) -> list[Contender]:
         return dict(mask.items())
 
     return [
-        _contender(OURS, ours, check, work, 12),
-        _contender(PLAIN, lambda: dense_selection(model, losses, k), check, work, 16),
-        _contender(GRADIENTS, lambda: _gradients(model, tasks), _ran, work, 0),
+        _contender(SELECT, ours, check, work, 12),
+        _contender(PLAIN, lambda: dense_selection(model, losses, k), check, work, 16, BASELINE),
+        _contender(GRADIENTS, lambda: _gradients(model, tasks), _ran, work, 0, FLOOR),
     ]
 
 
@@ -107,11 +109,12 @@ def _contender(
     check: Callable[[Callable[[], Any]], None],
     work: Workload,
     accumulation: int,
+    role: str = OURS,
 ) -> Contender:
     """Weights are read forward and backward; ``accumulation`` bytes per entry come on top."""
     flops = Flops()
     needs = lambda: Needs(BATCHES * (8 + accumulation) * work.numel, flops.total)  # noqa: E731
-    return Contender(name, run, flops.checked(check), needs=needs)
+    return Contender(name, run, flops.checked(check), needs=needs, role=role)
 
 
 def _ran(run: Callable[[], Any]) -> None:

@@ -25,6 +25,7 @@ from torch import nn
 from saft_clip.models import RANDOM
 from saft_kernels import CooMask, SparseAdamW
 
+from .. import outcome
 from ..allocations import TrainingWork
 from ..bars import held_to
 from ..baselines import (
@@ -59,7 +60,7 @@ from ..models import (
     with_concentrated_mask,
     workload,
 )
-from ..outcome import Figure, MemoryUse, Outcome, Timing
+from ..outcome import OURS, Figure, MemoryUse, Outcome, Timing
 from ..ratios import times_as_long
 
 FULL = "full fine-tuning, fused AdamW"
@@ -123,28 +124,32 @@ class Way:
         method: of training.
         mask: that it is given: ``uniform``, ``concentrated`` or ``selected``.
         covers: what it trains if that is not the mask's entries by AdamW.
+        role: whose it is.
     """
 
     method: Method
     mask: str = "uniform"
     covers: str = ""
+    role: str = OURS
 
 
 WAYS: dict[str, Way] = {
-    FULL: Way(full_adamw.full_adamw, covers=full_adamw.COVERS),
-    INDEX_AND_HOOK: Way(index_and_hook.index_and_hook, covers=index_and_hook.COVERS),
+    FULL: Way(full_adamw.full_adamw, covers=full_adamw.COVERS, role=outcome.BASELINE),
+    INDEX_AND_HOOK: Way(
+        index_and_hook.index_and_hook, covers=index_and_hook.COVERS, role=outcome.BASELINE
+    ),
     STREAMED: Way(streamed),
     STREAMED_SELECTED: Way(streamed, "selected"),
     SAMPLED: Way(sampled),
     SAMPLED_CONCENTRATED: Way(sampled, "concentrated"),
     SAMPLED_SELECTED: Way(sampled, "selected"),
-    LORA: Way(lora.lora, covers=lora.COVERS),
-    MASKED: Way(masked_adamw.masked_adamw, covers=masked_adamw.COVERS),
-    SPARSE_ADAM: Way(sparse_adam.sparse_adam, covers=sparse_adam.COVERS),
-    SHIRA: Way(shira.shira, covers=shira.COVERS),
-    SUPER_TUNING: Way(super_tuning.super_tuning, covers=super_tuning.COVERS),
-    ADAMW_8BIT: Way(adamw8bit.adamw8bit, covers=adamw8bit.COVERS),
-    FLOOR: Way(frozen.frozen, covers=frozen.COVERS),
+    LORA: Way(lora.lora, covers=lora.COVERS, role=outcome.BASELINE),
+    MASKED: Way(masked_adamw.masked_adamw, covers=masked_adamw.COVERS, role=outcome.BASELINE),
+    SPARSE_ADAM: Way(sparse_adam.sparse_adam, covers=sparse_adam.COVERS, role=outcome.BASELINE),
+    SHIRA: Way(shira.shira, covers=shira.COVERS, role=outcome.BASELINE),
+    SUPER_TUNING: Way(super_tuning.super_tuning, covers=super_tuning.COVERS, role=outcome.BASELINE),
+    ADAMW_8BIT: Way(adamw8bit.adamw8bit, covers=adamw8bit.COVERS, role=outcome.BASELINE),
+    FLOOR: Way(frozen.frozen, covers=frozen.COVERS, role=outcome.FLOOR),
 }
 
 
@@ -255,7 +260,7 @@ def contender(name: str, work: Workload, task: Task) -> Contender:
     flops, weights = Flops(), sum(param.nbytes for param in candidates(task.model).values())
     needs = lambda: Needs(2 * weights, flops.total, PRODUCTS[task.precision])  # noqa: E731
     check = flops.checked(_check(name, model, work, task.precision))
-    return Contender(name, step, check, needs=needs, covers=way.covers)
+    return Contender(name, step, check, needs=needs, covers=way.covers, role=way.role)
 
 
 def _check(
@@ -315,11 +320,11 @@ def _memories(work: Workload, setting: Setting, names: Sequence[str]) -> Outcome
             for name in names
         }
     group = _group(precision, setting)
-    uses = [memory_use(group, n, each, WAYS[n].covers) for n, each in memory.items()]
+    uses = [memory_use(group, n, each, WAYS[n]) for n, each in memory.items()]
     return Outcome(figures=_memory_figures(memory, work.numel), memory=uses)
 
 
-def memory_use(group: str, name: str, memory: Memory, covers: str) -> MemoryUse:
+def memory_use(group: str, name: str, memory: Memory, way: Way) -> MemoryUse:
     """What a process of its own needed, for the record."""
     return MemoryUse(
         group,
@@ -332,7 +337,8 @@ def memory_use(group: str, name: str, memory: Memory, covers: str) -> MemoryUse:
         memory.allocated,
         memory.allocations,
         memory.allocator,
-        covers,
+        way.covers,
+        way.role,
     )
 
 

@@ -18,7 +18,7 @@ from ..bars import held_to
 from ..harness import Contender, measure, require
 from ..limits import Needs
 from ..models import CACHE_LINE, Setting, cache_lines, workload
-from ..outcome import Figure, Outcome
+from ..outcome import BASELINE, Figure, Outcome
 from ..ratios import times_faster
 
 #: How far entries move: far enough to be seen in 16 bits.
@@ -73,6 +73,7 @@ def _with_files(
             lambda: reloaded.load_state_dict(load_file(whole)),
             _becomes(reloaded, tuned),
             needs=Needs(2 * weights),
+            role=BASELINE,
         ),
         Contender(
             "SparseDelta.capture",  # the base's fingerprints, and the entries of both

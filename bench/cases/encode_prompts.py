@@ -24,7 +24,7 @@ from ..flops import Flops
 from ..harness import Contender, Effort, measure, require
 from ..limits import Needs
 from ..models import Setting, require_clip
-from ..outcome import Outcome
+from ..outcome import BASELINE, OURS, Outcome
 from ..ratios import times_faster
 
 PADDED_BATCH = 100
@@ -60,8 +60,8 @@ def run(setting: Setting) -> Outcome:
         require(finite, "a gradient is not finite")
 
     ways = (
-        ("encode_text, padded", padded, check_padded),
-        ("packed, shared prefix", packed, _check(model, expected)),
+        ("encode_text, padded", padded, check_padded, BASELINE),
+        ("packed, shared prefix", packed, _check(model, expected), OURS),
     )
     contenders = [_contender(*way, model) for way in ways]
     group = f"{len(tokens):,} class prompts, forward and backward"
@@ -73,13 +73,17 @@ def run(setting: Setting) -> Outcome:
 
 
 def _contender(
-    name: str, run: Callable[[], Any], check: Callable[[Callable[[], Any]], None], model: nn.Module
+    name: str,
+    run: Callable[[], Any],
+    check: Callable[[Callable[[], Any]], None],
+    role: str,
+    model: nn.Module,
 ) -> Contender:
     """It reads the text tower's weights forward and backward, and writes their gradients."""
     flops = Flops()
     text = sum(p.nbytes for n, p in model.named_parameters() if not n.startswith("visual."))
     needs = lambda: Needs(3 * text, flops.total)  # noqa: E731
-    return Contender(name, run, flops.checked(check), needs=needs)
+    return Contender(name, run, flops.checked(check), needs=needs, role=role)
 
 
 def _features(model: Any, tokens: Tensor) -> Tensor:

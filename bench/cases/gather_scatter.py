@@ -13,7 +13,7 @@ from saft_kernels import CooMask, ops
 from ..harness import Contender, measure, require
 from ..limits import Needs, evict_caches
 from ..models import CACHE_LINE, Setting, Workload, cache_lines, workload
-from ..outcome import Outcome
+from ..outcome import BASELINE, Outcome
 from ..ratios import times_faster
 from ..sweeps import over_threads
 
@@ -74,7 +74,7 @@ def gather_scatter(mask: CooMask, work: Workload) -> dict[str, list[Contender]]:
     }
     return {
         what: [
-            Contender("torch indexing", plain, check, evict_caches, needs),
+            Contender("torch indexing", plain, check, evict_caches, needs, role=BASELINE),
             Contender(what, ours, check, evict_caches, needs),
         ]
         for what, (check, plain, ours, needs) in ways.items()

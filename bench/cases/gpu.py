@@ -48,7 +48,7 @@ from ..models import (
     with_concentrated_mask,
     workload,
 )
-from ..outcome import Figure, MemoryUse, Outcome
+from ..outcome import BASELINE, Figure, MemoryUse, Outcome
 from ..ratios import times_as_long, times_faster
 from ..timers import CPU, CudaTimer, Timer
 from . import accumulate_topk, clip_step, sampled_grad, sparse_adamw
@@ -316,7 +316,9 @@ def _accumulation(place: Place, work: Workload, dtype: str, setting: Setting) ->
         require_same_indices(stream.finish(), accumulate_topk.selected(sums, k))
 
     needs = Needs((8 + DTYPES[dtype].itemsize) * work.numel, 2 * work.numel)
-    contenders = [Contender(f"acc.add_(grad), {dtype} gradients", add, check_sums, needs=needs)]
+    contenders = [
+        Contender(f"acc.add_(grad), {dtype} gradients", add, check_sums, needs=needs, role=BASELINE)
+    ]
     for backend in place.backends:
         name = named(f"accumulate_topk, {dtype} gradients", backend)
         update, start = (place.under(backend, f) for f in (stream.update, stream.start))
@@ -349,8 +351,8 @@ def _selection(place: Place, work: Workload, setting: Setting) -> Outcome:
 
     needs = Needs(4 * work.numel)
     contenders = [
-        Contender(roofline.TOPK, plain, check_topk, needs=needs),
-        Contender(roofline.WITH_CONCATENATION, plain_whole, check, needs=needs),
+        Contender(roofline.TOPK, plain, check_topk, needs=needs, role=BASELINE),
+        Contender(roofline.WITH_CONCATENATION, plain_whole, check, needs=needs, role=BASELINE),
     ]
     for backend in place.backends:
         whole, finish, before = (
@@ -389,7 +391,9 @@ def _gather(place: Place, work: Workload, setting: Setting) -> Outcome:
         require(torch.equal(flat, expected), "other values than those at the indices")
 
     needs = Needs(SECTOR * _sectors(indices, tensors) + (4 + 12) * mask.nnz)
-    contenders = [Contender("index_select, streamed, fp32", theirs, check, place.cold, needs)]
+    contenders = [
+        Contender("index_select, streamed, fp32", theirs, check, place.cold, needs, role=BASELINE)
+    ]
     for backend in place.backends:
         name = named("gather, streamed, fp32", backend)
         run = place.under(backend, ours)
@@ -422,7 +426,7 @@ def _scatter(place: Place, work: Workload, setting: Setting) -> Outcome:
         require(right, "other values than were to be written")
 
     needs = Needs(2 * SECTOR * _sectors(indices, tensors) + 8 * mask.nnz)
-    contenders = [Contender("index_copy_, fp32", theirs, check, place.cold, needs)]
+    contenders = [Contender("index_copy_, fp32", theirs, check, place.cold, needs, role=BASELINE)]
     for backend in place.backends:
         run = place.under(backend, ours)
         contenders.append(
@@ -456,6 +460,7 @@ def _optimizer(place: Place, work: Workload, dtype: str, setting: Setting) -> Ou
             place.cold,
             Needs(7 * element * work.numel, sparse_adamw.FLOPS * work.numel),
             covers="every parameter",
+            role=BASELINE,
         )
     ]
     for backend in place.backends:
@@ -570,7 +575,9 @@ def _layer(place: Place, dtype: str, sizes: tuple[int, int, int], setting: Setti
     check = sampled_grad.check_gradient(exact)
     moves = x.element_size() * (x.numel() + dy.numel() + exact.numel())
     needs = Needs(moves, 2 * tokens * exact.numel(), x.dtype)
-    product = Contender(f"dense product, {size}", lambda: dy.t() @ x, check, place.cold, needs)
+    product = Contender(
+        f"dense product, {size}", lambda: dy.t() @ x, check, place.cold, needs, role=BASELINE
+    )
     contenders = [product]
     count = max(1, int(setting.density * height * width))
     for kind, draw in (("uniform", uniform_entries), ("concentrated", concentrated_entries)):
@@ -635,7 +642,7 @@ def _embedding(place: Place, setting: Setting) -> Outcome:
     check = sampled_grad.check_gradient(exact)
     check_ours = sampled_grad.check_gradient(exact.view(-1)[flat])
     dense, sampled = Needs(dy.nbytes + 4 * exact.numel()), Needs(dy.nbytes + 12 * entries)
-    contenders = [Contender(baseline, theirs, check, place.cold, dense)]
+    contenders = [Contender(baseline, theirs, check, place.cold, dense, role=BASELINE)]
     for backend in place.backends:
         run = place.under(backend, ours)
         contenders.append(Contender(named(name, backend), run, check_ours, place.cold, sampled))
@@ -659,7 +666,7 @@ def _steps(place: Place, work: Workload, precision: str, setting: Setting) -> Ou
         own = task.to(place.device)
         step = _step(place, way, work, own, backend)
         check = _check_training(kind, own.model, work, way.mask, precision)
-        contenders.append(_counted(name, step, check, precision, work, way.covers))
+        contenders.append(_counted(name, step, check, precision, work, way))
     timings = measure(group, contenders, setting.steps, timer=place.steps)
     figures = [
         times_as_long(f"{group}: {name} against {other}", timings[name], timings[other])
@@ -668,7 +675,11 @@ def _steps(place: Place, work: Workload, precision: str, setting: Setting) -> Ou
         for other in THEIRS
     ]
     figures += _memory_figures(precision, peaks, work.numel)
-    memory = [MemoryUse(group, n, peak) for n, peak in peaks.items() if peak is not None]
+    memory = [
+        MemoryUse(group, name, peak, covers=way.covers, role=way.role)
+        for name, _, way, _ in ways
+        if (peak := peaks[name]) is not None
+    ]
     return Outcome(list(timings.values()), figures, memory=memory)
 
 
@@ -678,13 +689,15 @@ def _counted(
     check: Callable[[Callable[[], Any]], None],
     precision: str,
     work: Workload,
-    covers: str,
+    way: clip_step.Way,
 ) -> Contender:
     """A training step, its operations counted while it is checked."""
     flops = Flops()
     dtype = clip_step.PRODUCTS[precision]
     needs = lambda: Needs(2 * 4 * work.numel, flops.total, dtype)  # noqa: E731
-    return Contender(name, step, flops.checked(check), needs=needs, covers=covers)
+    return Contender(
+        name, step, flops.checked(check), needs=needs, covers=way.covers, role=way.role
+    )
 
 
 def _step(

@@ -46,7 +46,7 @@ from saft_kernels.plan import LinearPlan
 from ..harness import Contender, Effort, measure, require
 from ..limits import Needs, evict_caches
 from ..models import COLUMNS, ROWS, Setting, concentrated_entries
-from ..outcome import Figure, Outcome, Timing
+from ..outcome import BASELINE, OURS, Figure, Outcome, Timing
 from ..ratios import times_faster
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -259,7 +259,9 @@ def _contender(
             _require_gradient(actual, expected)
 
     needs = needs_of(work, strategy)
-    return Contender(name, lambda: [compute(each) for each in work], check, needs=needs, **options)
+    role = BASELINE if strategy == "dense" else OURS
+    run = lambda: [compute(each) for each in work]  # noqa: E731
+    return Contender(name, run, check, needs=needs, role=role, **options)
 
 
 def needs_of(work: Sequence[Work], strategy: str) -> Needs:

@@ -26,7 +26,7 @@ from ..baselines.sampled_addmm import pattern, sampled_addmm
 from ..harness import Contender, measure, require
 from ..limits import Needs, evict_caches
 from ..models import Setting, concentrated_entries, uniform_entries
-from ..outcome import Figure, Outcome, Timing
+from ..outcome import BASELINE, Figure, Outcome, Timing
 from ..ratios import ratio, times_faster
 from ..sweeps import growth, over_threads
 
@@ -132,7 +132,8 @@ def check_gradient(expected: Tensor) -> Callable[[Callable[[], Any]], None]:
 def _dense(x: Tensor, dy: Tensor, exact: Tensor) -> Contender:
     moves = x.nbytes + dy.nbytes + x.element_size() * exact.numel()
     needs = Needs(moves, 2 * len(x) * exact.numel(), x.dtype)
-    return Contender(DENSE, lambda: dy.t() @ x, check_gradient(exact), evict_caches, needs)
+    check = check_gradient(exact)
+    return Contender(DENSE, lambda: dy.t() @ x, check, evict_caches, needs, role=BASELINE)
 
 
 def _sampled(kind: str, flat: Tensor, x: Tensor, dy: Tensor, exact: Tensor) -> list[Contender]:
@@ -174,6 +175,7 @@ def _oracle(flat: Tensor, x: Tensor, dy: Tensor, exact: Tensor) -> Contender:
         check_gradient(exact.view(-1)[flat]),
         evict_caches,
         Needs(x.nbytes + dy.nbytes + 12 * flat.numel(), 2 * len(x) * flat.numel()),
+        role=BASELINE,
     )
 
 

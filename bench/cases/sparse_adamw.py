@@ -28,7 +28,7 @@ from ..models import (
     lines_touched,
     workload,
 )
-from ..outcome import Figure, Outcome, Timing
+from ..outcome import BASELINE, Figure, Outcome, Timing
 from ..ratios import times_faster
 from ..sweeps import growth, over_threads
 
@@ -130,7 +130,7 @@ def steps(work: Workload) -> list[Contender]:
     contenders = [
         Contender(
             DENSE, dense.step, _dense_check(dense, params, work), needs=needs,
-            covers="every parameter",
+            covers="every parameter", role=BASELINE,
         )
     ]  # fmt: skip
     for kind, mask in work.masks.items():
@@ -190,7 +190,7 @@ def _algorithm1(work: Workload, dense: torch.optim.Optimizer) -> Contender:
     element = next(iter(work.gradients.values())).element_size()
     needs = Needs((12 * element + 2) * work.numel, FLOPS * work.numel)
     name = "Algorithm 1 literally: mask, fused AdamW, reset"
-    return Contender(name, step, check, dense.step, needs)
+    return Contender(name, step, check, dense.step, needs, role=BASELINE)
 
 
 def _speed_figures(
