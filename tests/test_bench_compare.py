@@ -125,7 +125,10 @@ def test_what_one_side_has_alone_is_listed(tmp_path: Path) -> None:
 def test_grown_memory_and_files_are_caught(tmp_path: Path) -> None:
     def sizes(peak: int, state: float, shared: float, speed: float) -> dict[str, Any]:
         return result(
-            memory=[MemoryUse("step", "SparseAdamW", peak), MemoryUse("step", "PEFT LoRA", peak, role=BASELINE)],
+            memory=[
+                MemoryUse("step", "SparseAdamW", peak),
+                MemoryUse("step", "PEFT LoRA", peak, role=BASELINE),
+            ],
             figures=[
                 Figure("state of SparseAdamW per selected entry", state, "bytes"),
                 Figure("all memory that the fused pass adds", shared, "%"),
