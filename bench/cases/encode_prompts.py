@@ -34,7 +34,7 @@ def run(setting: Setting) -> Outcome:
     """All weights trained, so that both compute every gradient."""
     require_clip(setting)
     torch.manual_seed(0)
-    clip = load_model(setting.model, "random")
+    clip = load_model(setting.model, setting.pretrained)
     names = open_clip.IMAGENET_CLASSNAMES
     if setting.small:
         names = names[:20]
