@@ -45,7 +45,9 @@ from .tables import markdown
 #: Between these a Markdown file has the answer for a model.
 ANSWER = ("<!-- bench-answer:begin -->", "<!-- bench-answer:end -->")
 
-RESULTS = Path(__file__).parent / "results"
+#: Where results are kept: beside this file in a checkout, in the current folder elsewhere.
+_BESIDE = Path(__file__).parent / "results"
+RESULTS = _BESIDE if _BESIDE.is_dir() else Path("bench-results")
 
 #: What a GPU is measured on: batches that keep it busy, and more rounds, since they are short.
 GPU_SETTING = Setting(
@@ -149,6 +151,12 @@ def parsed_size(text: str) -> int:
     raise ResultError(f"{text!r} is no size of memory; write it like 24GB or 80GiB")
 
 
+def _kept(where: dict[str, Any]) -> Path:
+    """Where the result of this machine and release is kept."""
+    RESULTS.mkdir(exist_ok=True)
+    return RESULTS / _file_name(where)
+
+
 def _file_name(where: dict[str, Any]) -> str:
     """One file per kind of machine, or of GPU if that is what was measured, and release."""
     machine = str(where.get("gpu") or f"{where['processor']} {where['cores']} cores").lower()
@@ -174,7 +182,9 @@ def run(
             "--output", help="Keep the result in this JSON file, beside what it holds of others."
         ),
     ] = None,
-    keep: Annotated[bool, typer.Option("--keep", help="Keep the result in bench/results.")] = False,
+    keep: Annotated[
+        bool, typer.Option("--keep", help=f"Keep the result in {RESULTS.name}.")
+    ] = False,
     model: Model = Setting.model,
     pretrained: Pretrained = Setting.pretrained,
     batch: Images = Setting.images,
@@ -191,7 +201,7 @@ def run(
     if smoke:
         setting = replace(SMOKE, dtype=setting.dtype, backend=backend, threads=threads)
     if keep:
-        output_file = RESULTS / _file_name(environment())
+        output_file = _kept(environment())
     result = measure_cases(chosen, setting, output_file)
     print(markdown(result), end="")
     _exit_if_refused(result, chosen)
@@ -260,7 +270,7 @@ def check(
 @app.command()
 def gpu() -> None:
     """Measure the GPU and keep the result in bench/results, in a file with its name."""
-    file = RESULTS / _file_name(environment(gpu=True))
+    file = _kept(environment(gpu=True))
     result = measure_cases(["gpu"], GPU_SETTING, file)
     print(markdown(result), end="")
     _exit_if_refused(result, ["gpu"])
@@ -271,6 +281,8 @@ def measure_cases(names: Sequence[str], setting: Setting, file: Path | None) -> 
 
     What the file holds of other cases stays, if it was measured on this machine with this setting.
     """
+    if file is not None and not file.parent.is_dir():  # said before anything is measured
+        raise ResultError(f"{file.parent} is no folder, so that no result can be kept in it")
     with applied(setting):
         where = environment(gpu=any(CASES[name].on_gpu for name in names))
     result: dict[str, Any] = {

@@ -233,8 +233,10 @@ def _no_garbage_collection() -> Iterator[None]:
 
 def _limits(needs: Sequence[Needs], device: torch.device) -> list[Contender]:
     """What runs among the contenders to tell how fast any work could be."""
+    if not needs:
+        return []
     dtypes = dict.fromkeys(each.dtype for each in needs if each.arithmetic)
-    return [_copy(device)] * bool(needs) + [_product(device, dtype) for dtype in dtypes]
+    return [_copy(device), *(_product(device, dtype) for dtype in dtypes)]
 
 
 def _copy(device: torch.device) -> Contender:

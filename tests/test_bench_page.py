@@ -309,7 +309,7 @@ DRAWN: dict[str, Callable[[], Any]] = {
     "ratios": lambda: plots.ratio_plot("x", RATIOS),
     "ratios near 1": lambda: plots.ratio_plot("x", CLOSE),
     "bandwidth": lambda: plots.bandwidth_bars("x", [*MOVES, *MANY]),
-    "roofline": lambda: curves.roofline_plot("x", roofline_panels([*STEPS, *MANY], "fp32")),
+    "roofline": lambda: curves.roofline_plot("x", roofline_panels([*STEPS, *MANY])),
     **{over: lambda lines=lines: curves.growth_plot("x", lines) for over, lines in LINES.items()},
 }
 

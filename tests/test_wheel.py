@@ -96,18 +96,23 @@ def test_one_wheel_serves_every_python(installed):
     assert name.startswith("saft_kernels-0.1.0-py3-none-linux_"), name
 
 
-def test_wheel_holds_both_packages_and_one_library_and_no_libtorch(installed):
+def test_wheel_holds_all_packages_and_one_library_and_no_libtorch(installed):
     names = zipfile.ZipFile(installed.wheel).namelist()
     assert [n for n in names if ".so" in n] == ["saft_kernels/libsaft_kernels.so"]
-    for source, package in ((ROOT, "saft_kernels"), (ROOT / "python", "saft_clip")):
-        modules = {str(path.relative_to(source)) for path in (source / package).rglob("*.py")}
+    sources = {
+        "saft_kernels": ROOT / "saft_kernels",
+        "saft_clip": ROOT / "python/saft_clip",
+        "saft_bench": ROOT / "bench",
+    }
+    for package, source in sources.items():
+        modules = {f"{package}/{path.relative_to(source)}" for path in source.rglob("*.py")}
         assert modules == {n for n in names if n.startswith(f"{package}/") and n.endswith(".py")}
-        assert f"{package}/py.typed" in names
+    assert {"saft_kernels/py.typed", "saft_clip/py.typed"} <= set(names)
     assert any(n.startswith("saft_clip/assets/") and n.endswith(".safetensors") for n in names)
     assert any(n.startswith("saft_clip/templates/") for n in names)
     assert any(n.startswith("saft_bench/templates/") for n in names)
     top = {n.split("/")[0] for n in names}
-    assert top == {"saft_kernels", "saft_clip", "saft_kernels-0.1.0.dist-info"}
+    assert top == {*sources, "saft_kernels-0.1.0.dist-info"}
 
 
 def test_wheel_works_outside_the_checkout(installed, tmp_path):
@@ -125,6 +130,20 @@ def test_diagnostics_and_command_work_outside_the_checkout(installed, tmp_path):
     )
     assert saft.returncode == 0, saft.stderr
     assert "finetune" in saft.stdout
+
+
+def test_benchmarks_work_outside_the_checkout(installed, tmp_path):
+    command = [installed.python.parent / "saft", "bench"]
+    listed = subprocess.run([*command, "list"], cwd=tmp_path, capture_output=True, text=True)
+    assert listed.returncode == 0, listed.stderr
+    assert "sampled_grad" in listed.stdout
+    asked = ["run", "delta", "accumulate_topk", "--smoke", "--keep"]
+    ran = subprocess.run([*command, *asked], cwd=tmp_path, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    (file,) = (tmp_path / "bench-results").iterdir()
+    page = subprocess.run([*command, "report"], cwd=tmp_path, capture_output=True, text=True)
+    assert page.returncode == 0, page.stderr
+    assert file.with_suffix(".html").exists()
 
 
 def needed_from_elsewhere(library: Path) -> set[str]:
