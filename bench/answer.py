@@ -46,8 +46,8 @@ METHODS = {
 }
 FULL, SAFT = "full fine-tuning", "SAFT"
 
-#: Shares of the asked batch that the prediction rests on.
-SMALL = (1 / 8, 1 / 4)
+#: Rounds at each of the small batches that the prediction rests on.
+SMALL_ROUNDS = 3
 
 #: Steps of every method that a batch costs, those for its memory and a reference loss included.
 STEPS_PER_BATCH = 9
@@ -128,21 +128,19 @@ def answer(question: Question) -> Answer:
     start = time.perf_counter()
     device, timer = _place(question.device)
     images = question.setting.images
-    small = sorted({max(int(share * images), 1) for share in SMALL})
-    times, left_out = _checked_steps(question, small[0], timer)
-    series = {small[0]: times}
+    first, second = small_batches(images)
+    times, left_out = _checked_steps(question, first, timer)
+    series = {first: times}
     own = _Own(question, device, list(times))
-    for batch in small[1:]:
-        series[batch] = own.steps(batch, Effort(0.0, 2, 2, 1), timer)
+    if second != first:
+        series[second] = own.steps(second, Effort(0.0, SMALL_ROUNDS, SMALL_ROUNDS, 1), timer)
     batch = _affordable(series, images, question.seconds - (time.perf_counter() - start))
-    if batch not in series:
-        series[batch] = own.steps(batch, Effort(0.0, ROUNDS, ROUNDS, 1), timer)
-    measured = series[batch]
+    measured = series.get(batch) or own.steps(batch, Effort(0.0, ROUNDS, ROUNDS, 1), timer)
     memory = {name: own.memory(name, batch) for name in times}
     slope = {name: _bytes_per_image(memory, name, batch) for name in memory}
     methods = {
         name: Method(
-            _predicted(series, name, images, batch),
+            _predicted(series, {batch: measured}, name, images),
             timing.median,
             timing.floor,
             memory[name],
@@ -188,7 +186,7 @@ def _checked_steps(
             contenders.append(replace(clip_step.contender(way, work, task), name=name))
         except MeasurementError as reason:
             left_out[name] = str(reason)
-    effort = Effort(0.0, 2, 2, 1)
+    effort = Effort(0.0, SMALL_ROUNDS, SMALL_ROUNDS, 1)
     return measure(_group(question, batch), contenders, effort, timer=timer), left_out
 
 
@@ -279,6 +277,12 @@ def _check(
 # Predicting ---------------------------------------------------------------------------------------
 
 
+def small_batches(images: int) -> tuple[int, int]:
+    """An eighth and a quarter of the asked batch, but one and two images where it is small."""
+    first = max(images // 8, 1)
+    return first, min(max(images // 4, 2), images)
+
+
 def _affordable(series: Mapping[int, Mapping[str, Timing]], images: int, seconds: float) -> int:
     """The asked batch, or half of it, and so on: the first one for which there is time."""
     batch = images
@@ -291,8 +295,8 @@ def _affordable(series: Mapping[int, Mapping[str, Timing]], images: int, seconds
 
 
 def _on_line(series: Mapping[int, Mapping[str, Timing]], name: str, batch: int) -> float:
-    """Seconds of a step, on the line through the two smallest batches; in proportion to one."""
-    low, high = min(series), sorted(series)[:2][-1]
+    """Seconds of a step, on the line through two batches; in proportion to one."""
+    low, high = min(series), max(series)
     first, second = series[low][name].median, series[high][name].median
     if low == high:
         return first * batch / low
@@ -301,17 +305,19 @@ def _on_line(series: Mapping[int, Mapping[str, Timing]], name: str, batch: int) 
 
 
 def _predicted(
-    series: Mapping[int, Mapping[str, Timing]], name: str, images: int, batch: int
+    small: Mapping[int, Mapping[str, Timing]],
+    measured: Mapping[int, Mapping[str, Timing]],
+    name: str,
+    images: int,
 ) -> float:
     """Seconds of a step at the asked batch.
 
     From the small batches where that batch is measured, so that the two can be compared; else from
-    the measured one and the smallest.
+    the smallest and the measured one.
     """
-    if batch == images or batch in sorted(series)[:2]:
-        return _on_line(series, name, images)
-    low = min(series)
-    return _on_line({low: series[low], batch: series[batch]}, name, images)
+    if images in measured:
+        return _on_line(small, name, images)
+    return _on_line({min(small): small[min(small)], **measured}, name, images)
 
 
 def _bytes_per_image(memory: Mapping[str, Memory], name: str, batch: int) -> float:

@@ -42,11 +42,16 @@ def test_batch_is_halved_until_there_is_time(seconds: float, batch: int) -> None
 
 
 def test_a_batch_that_is_not_measured_is_predicted_from_what_is() -> None:
-    assert answer._predicted(SERIES, "a", 16, 4) == 10.0
-    series = {**SERIES, 8: times(a=9.0)}
-    assert answer._predicted(series, "a", 16, 8) == 17.0
-    series = {**SERIES, 16: times(a=11.0)}
-    assert answer._predicted(series, "a", 16, 16) == 10.0  # beside 11, which was measured
+    assert answer._predicted(SERIES, {4: SERIES[4]}, "a", 16) == 10.0
+    assert answer._predicted(SERIES, {8: times(a=9.0)}, "a", 16) == 17.0
+    assert answer._predicted(SERIES, {16: times(a=11.0)}, "a", 16) == 10.0  # beside what it took
+
+
+@pytest.mark.parametrize(
+    ("images", "small"), [(1, (1, 1)), (2, (1, 2)), (4, (1, 2)), (16, (2, 4)), (64, (8, 16))]
+)
+def test_small_batches(images: int, small: tuple[int, int]) -> None:
+    assert answer.small_batches(images) == small
 
 
 def test_largest_batch_fills_the_memory() -> None:
