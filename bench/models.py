@@ -75,7 +75,7 @@ class Setting:
     backend: str | None = None
     threads: int | None = None
     kernels: Effort = field(default_factory=Effort)
-    steps: Effort = field(default_factory=lambda: Effort(300, 5, 10, warm_up=0))
+    steps: Effort = field(default_factory=lambda: Effort(400, 5, 20, warm_up=0))
 
     @property
     def torch_dtype(self) -> torch.dtype:

@@ -422,7 +422,7 @@ def test_rows_say_what_a_method_trains() -> None:
     outcome = clip_step.run(SMOKE)
     assert {timing.name for timing in outcome.timings} == clip_step.WAYS.keys()
     bf16 = {timing.name for timing in outcome.timings if "amp_bf16" in timing.group}
-    assert bf16 == set(clip_step.HELD)
+    assert bf16 == set(clip_step.HELD_IN_BF16)
     for row in (*outcome.timings, *outcome.memory):
         assert row.covers == clip_step.WAYS[row.name].covers
     assert not any(figure.what.endswith(" measured") for figure in outcome.figures)
