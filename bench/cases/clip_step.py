@@ -102,8 +102,8 @@ HELD = (
     FLOOR,
 )
 
-#: Streamed mode leaves frozen matrices to torch, which is so slow at them in bf16 (:mod:`..baselines.frozen`)
-#: that these steps would take a third of the time that there is for all.
+#: Streamed mode leaves frozen matrices to torch, which is so slow at them in bf16
+#: (:mod:`..baselines.frozen`) that these steps would take a third of the time there is for all.
 HELD_IN_BF16 = tuple(name for name in HELD if name != STREAMED_SELECTED)
 
 #: Measured in fp32 only: no bar is about these.
