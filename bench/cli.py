@@ -197,14 +197,18 @@ def run(
 ) -> None:
     """Run cases and print the tables."""
     chosen = _choose(cases)
-    setting = Setting(model, pretrained, batch, prompts, density, _dtype(dtype), backend, threads)
-    if smoke:
-        setting = replace(SMOKE, dtype=setting.dtype, backend=backend, threads=threads)
+    asked = Setting(model, pretrained, batch, prompts, density, _dtype(dtype), backend, threads)
+    setting = _smoke(asked) if smoke else asked
     if keep:
         output_file = _kept(environment())
     result = measure_cases(chosen, setting, output_file)
     print(markdown(result), end="")
     _exit_if_refused(result, chosen)
+
+
+def _smoke(asked: Setting) -> Setting:
+    """The tiny model and two rounds, with what says how it is run as it was asked for."""
+    return replace(SMOKE, dtype=asked.dtype, backend=asked.backend, threads=asked.threads)
 
 
 def _dtype(name: str) -> str:
@@ -440,11 +444,8 @@ def compare(
     else:
         limit = THRESHOLD if threshold is None else threshold / 100
         cases = _choose(what or DEFAULT_CASES)
-        setting = Setting(
-            model, pretrained, batch, prompts, density, _dtype(dtype), backend, threads
-        )
-        if smoke:
-            setting = replace(SMOKE, dtype=setting.dtype, backend=backend, threads=threads)
+        asked = Setting(model, pretrained, batch, prompts, density, _dtype(dtype), backend, threads)
+        setting = _smoke(asked) if smoke else asked
         title, found = compare_revisions(base, head, cases, setting, rounds=rounds, threshold=limit)
     print(comparison_markdown(title, found, limit), end="")
     if not found.passed:

@@ -7,7 +7,7 @@ import json
 import random
 import re
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,7 @@ from bench.result_file import (
     update_block,
     write_result,
 )
-from saft_kernels import CooMask
+from saft_kernels import CooMask, backends
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -272,9 +272,64 @@ def memory_of_this_process(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_case_runs_on_a_tiny_model(name: str, memory_of_this_process: list[str]) -> None:
     record = run_case(CASES[name], SMOKE)
     assert record["refused"] is None
+    assert record["left_out"] is None
     assert record["figures"]
-    assert record["timings"] or record["figures"]
+    assert record["timings"]
     json.dumps(record, allow_nan=False)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize(
+    "name", ["accumulate_topk", "gather_scatter", "sparse_adamw", "sampled_grad", "delta"]
+)
+def test_operations_run_in_16_bits(
+    name: str, dtype: str, memory_of_this_process: list[str]
+) -> None:
+    record = run_case(CASES[name], replace(SMOKE, dtype=dtype))
+    assert record["refused"] is None
+    assert record["timings"]
+
+
+def test_training_steps_run_with_weights_of_16_bits(memory_of_this_process: list[str]) -> None:
+    record = run_case(CASES["clip_step"], replace(SMOKE, dtype="bf16"))
+    assert record["refused"] is None
+    assert {timing["group"] for timing in record["timings"]} == {
+        "training step in amp_bf16, 4 images and 4 prompts"
+    }
+
+
+def test_backend_and_threads_are_those_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[str | None, int]] = []
+
+    def look(setting: Setting) -> Outcome:
+        seen.append((backends.requested_backend(), torch.get_num_threads()))
+        return Outcome()
+
+    before = backends.requested_backend(), torch.get_num_threads()
+    case = Case("look", "a case", look)
+    run_case(case, SMOKE)
+    run_case(case, replace(SMOKE, backend="reference", threads=3))
+    assert seen == [before, ("reference", 3)]
+    assert (backends.requested_backend(), torch.get_num_threads()) == before
+
+
+def test_reference_is_a_backend_that_can_be_measured() -> None:
+    record = run_case(CASES["gather_scatter"], replace(SMOKE, backend="reference"))
+    assert record["refused"] is None
+    assert record["timings"]
+
+
+def test_models_of_timm_take_training_steps(memory_of_this_process: list[str]) -> None:
+    record = run_case(CASES["clip_step"], replace(SMOKE, model="test_vit"))
+    assert record["refused"] is None
+    assert {timing["name"] for timing in record["timings"]} >= {clip_step.FULL, clip_step.SAMPLED}
+
+
+@pytest.mark.parametrize("name", ["encode_prompts", "prompt_step"])
+def test_models_without_a_text_tower_are_left_out(name: str) -> None:
+    record = run_case(CASES[name], replace(SMOKE, model="test_vit"))
+    assert "test_vit is none" in record["left_out"]
+    assert not record["timings"]
 
 
 def test_cases_do_not_change_what_they_share(memory_of_this_process: list[str]) -> None:

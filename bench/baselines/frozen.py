@@ -28,8 +28,9 @@ def frozen(model: nn.Module, mask: CooMask, loss: Loss) -> Step:
     """Train nothing; the mask is not used."""
     model.requires_grad_(False)
     for kind in (nn.Conv2d, nn.Embedding):
-        first = next(module for module in model.modules() if isinstance(module, kind))
-        first.register_forward_hook(_begin_backward_here)
+        layers = [module for module in model.modules() if isinstance(module, kind)]
+        for first in layers[:1]:  # an image classifier has no embedding
+            first.register_forward_hook(_begin_backward_here)
 
     def step() -> Tensor:
         # Where nn.Linear looks it up, and multi_head_attention_forward with its helpers too.
