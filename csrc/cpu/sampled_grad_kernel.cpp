@@ -7,6 +7,7 @@
 #include "sampled_grad_kernel.h"
 
 #include "numbers.h"
+#include "simd.h"
 
 namespace saft::cpu {
 namespace {
@@ -98,15 +99,26 @@ inline Lanes<float>::type load_lanes<Lanes<float>::type, BFloat16>(const BFloat1
   return reinterpret_cast<Lanes<float>::type>(__builtin_convertvector(halves, Words) << 16);
 }
 
+inline void load_tokens(const float* dy, int64_t token_stride, float* out) {
+  load_strided(dy, token_stride, out);
+}
+inline void load_tokens(const double* dy, int64_t token_stride, double* out) {
+  for (int64_t t = 0; t < kTokens; ++t) out[t] = dy[t * token_stride];
+}
+template <typename T>
+inline void load_tokens(const T* dy, int64_t token_stride, T* out) {
+  load_strided(&dy->bits, token_stride, &out->bits);
+}
+
 // dy at the block's tokens; zero behind the last, where x is packed as zero too.
 template <typename V, typename T>
 inline V load_row(const T* dy, int64_t token_stride, int64_t tokens) {
-  using S = decltype(to_float(*dy));
-  S values[kTokens] = {};
+  static_assert(kTokens == kLanes);
+  T values[kTokens];
   if (tokens >= kTokens)
-    for (int64_t t = 0; t < kTokens; ++t) values[t] = to_float(dy[t * token_stride]);
+    load_tokens(dy, token_stride, values);
   else
-    for (int64_t t = 0; t < tokens; ++t) values[t] = to_float(dy[t * token_stride]);
+    for (int64_t t = 0; t < kTokens; ++t) values[t] = t < tokens ? dy[t * token_stride] : T{};
   return load_lanes<V>(values);
 }
 
