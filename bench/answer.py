@@ -30,10 +30,9 @@ from .cases.delta import perturb
 from .correctness import require_loss, require_untouched
 from .flops import Flops
 from .harness import Contender, Effort, measure
-from .limits import Needs
-from .memory import MeasurementError, Memory, peak_memory
+from .memory import MeasurementError, peak_memory
 from .models import Setting, Task, candidates, has_text_tower, make_task, uniform_mask, workload
-from .outcome import TIMES_AS_LONG, Timing
+from .outcome import TIMES_AS_LONG, Memory, Timing
 from .ratios import format_seconds, ratio
 from .tables import mebibytes, table
 from .timers import CPU, CudaTimer, Timer
@@ -141,7 +140,7 @@ def answer(question: Question) -> Answer:
     methods = {
         name: Method(
             _predicted(series, {batch: measured}, name, images),
-            timing.median,
+            timing.calm,
             timing.floor,
             memory[name],
             own.file(name),
@@ -219,8 +218,7 @@ class _Own:
     def _contender(self, name: str, task: Task, loss: float) -> Contender:
         way, model = WAYS[METHODS[name]], copy.deepcopy(task.model)
         flops, weights = Flops(), sum(p.nbytes for p in candidates(model).values())
-        dtype = clip_step.PRODUCTS[task.precision]
-        needs = lambda: Needs(2 * weights, flops.total, dtype)  # noqa: E731
+        needs = flops.needs(2 * weights, clip_step.PRODUCTS[task.precision])
         step = way.method(model, self.mask, task.loss)
         check = flops.checked(_check(name, model, task, self.mask, loss))
         return Contender(name, step, check, needs=needs, covers=way.covers, role=way.role)
@@ -297,7 +295,7 @@ def _affordable(series: Mapping[int, Mapping[str, Timing]], images: int, seconds
 def _on_line(series: Mapping[int, Mapping[str, Timing]], name: str, batch: int) -> float:
     """Seconds of a step, on the line through two batches; in proportion to one."""
     low, high = min(series), max(series)
-    first, second = series[low][name].median, series[high][name].median
+    first, second = series[low][name].calm, series[high][name].calm
     if low == high:
         return first * batch / low
     slope = max((second - first) / (high - low), 0.0)

@@ -208,6 +208,12 @@ def run(
 
 def _smoke(asked: Setting) -> Setting:
     """The tiny model and two rounds, with what says how it is run as it was asked for."""
+    sizes = ("model", "pretrained", "images", "prompts", "density")
+    if any(getattr(asked, size) != getattr(Setting, size) for size in sizes):
+        raise ResultError(
+            f"--smoke measures {SMOKE.model} at sizes of its own; leave out --smoke, or --model, "
+            "--pretrained, --batch, --prompts and --density"
+        )
     return replace(SMOKE, dtype=asked.dtype, backend=asked.backend, threads=asked.threads)
 
 
@@ -262,7 +268,9 @@ def check(
     if result_file is not None:
         result = read_result(result_file)
     else:
-        result = measure_cases(cases_of(bars), Setting(threads=threads), output_file)
+        result = measure_cases(
+            cases_of(bars), Setting(threads=threads, bars_only=True), output_file
+        )
     found = verdicts(result, bars)
     print(check_markdown(found), end="")
     if before is not None:

@@ -45,8 +45,8 @@ _MACHINE = (
     "gpu", "gpu_memory", "gpu_backends", "power_limit",
 )  # fmt: skip
 
-#: How often something was timed changes its interval and nothing else.
-_EFFORTS = ("kernels", "steps")
+#: How often something was timed changes its interval and nothing else; nor does what was left out.
+_EFFORTS = ("kernels", "steps", "bars_only")
 
 #: Figures that are sizes. Peaks, which other figures come from, are compared themselves.
 _SIZE = re.compile(r"(?!peak memory)(.*\b(memory|file|state)\b)")
@@ -153,8 +153,8 @@ def compare_outcomes(
             case,
             new.group,
             new.name,
-            format_seconds(old.median),
-            format_seconds(new.median),
+            format_seconds(old.calm),
+            format_seconds(new.calm),
             ratio,
             _time_verdict(ratio, threshold),
             new.role != OURS,
@@ -364,8 +364,8 @@ def machine_shift(found: Comparison) -> float:
 
 def _about(threshold: float) -> str:
     return (
-        f"Median times. Slower and faster are those whose interval lies beyond 1 ± {threshold:g} "
-        f"as a whole; sizes count beyond 1 ± {SIZE_TOLERANCE:g}."
+        "First quartiles of the times. Slower and faster are those whose interval lies beyond "
+        f"1 ± {threshold:g} as a whole; sizes count beyond 1 ± {SIZE_TOLERANCE:g}."
     )
 
 

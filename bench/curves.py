@@ -143,7 +143,7 @@ def _roof(axes: Axes, panel: Panel) -> None:
 
 
 def _position(timing: Timing) -> Point:
-    return timing.flops / (timing.moves or 1), timing.flops / timing.median
+    return timing.flops / (timing.moves or 1), timing.flops / timing.calm
 
 
 def _eng(value: float) -> str:
@@ -259,7 +259,7 @@ class Line:
             (size, known.get((sweep.group, name)))
             for size, name in zip(sweep.sizes, sweep.contenders, strict=True)
         )
-        return cls(sweep, [(s, t) for s, t in found if t is not None and s > 0 and t.median > 0])
+        return cls(sweep, [(s, t) for s, t in found if t is not None and s > 0 and t.calm > 0])
 
     @property
     def label(self) -> str:
@@ -305,12 +305,12 @@ def growth_plot(name: str, lines: Sequence[Line], title: str = "") -> str:
 def _line(axes: Axes, line: Line, colour: str, marker: str) -> Point:
     """Draw it; where it ends."""
     sizes = [size for size, _ in line.points]
-    first = line.points[0][1].median
+    first = line.points[0][1].calm
     if line.sweep.over == THREADS:
-        values = [first / timing.median for _, timing in line.points]
+        values = [first / timing.calm for _, timing in line.points]
         spreads = [(first / t.spread[1], first / t.spread[0]) for _, t in line.points]
     else:
-        values = [timing.median for _, timing in line.points]
+        values = [timing.calm for _, timing in line.points]
         spreads = [timing.spread for _, timing in line.points]
     below = [max(v - low, 0) for v, (low, _) in zip(values, spreads, strict=True)]
     above = [max(high - v, 0) for v, (_, high) in zip(values, spreads, strict=True)]
@@ -342,7 +342,7 @@ def _growth_axes(axes: Axes, over: str, sizes: Sequence[float]) -> None:
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     else:
-        axes.set_ylabel("median time")
+        axes.set_ylabel("time (first quartile)")
         small = sizes[-1] < 1
         axes.xaxis.set_major_locator(LogLocator(subs=_subs(sizes[0], sizes[-1])))
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}") if small else EngFormatter())

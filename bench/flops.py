@@ -18,6 +18,8 @@ from torch.utils.flop_counter import (
     sdpa_flop_count,
 )
 
+from .limits import Needs
+
 
 def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
     return int(sdpa_flop_count(query, key, value))
@@ -73,6 +75,10 @@ class Flops:
             yield
         self.dense += counter.get_total_flops()
         self.sampled += sampled.total
+
+    def needs(self, moves: int, dtype: torch.dtype = torch.float32) -> Callable[[], Needs]:
+        """What work needs that moves these bytes, too; known once it was checked."""
+        return lambda: Needs(moves, self.total, dtype)
 
     def checked(
         self, check: Callable[[Callable[[], Any]], None]

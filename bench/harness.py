@@ -2,7 +2,7 @@
 
 Contenders of a group run in one process, interleaved, in an order shuffled anew in every round, so
 that whatever else the machine does meets all of them alike. None is timed before its result was
-checked. What counts is a ratio of medians with its bootstrap interval (:mod:`.ratios`); beside
+checked. What counts is a ratio of times with its bootstrap interval (:mod:`.ratios`); beside
 every time stands the physical floor (:mod:`.limits`), from a copy and a matrix product that ran
 among the contenders.
 """

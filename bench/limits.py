@@ -6,17 +6,19 @@ that stands beside its time (the roofline model; Williams, Waterman & Patterson 
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-#: Size of the buffers that are copied and of what evicts the caches, by kind of device: several
-#: times any last-level cache.
+from .outcome import first_quartile
+
+#: Size of the buffers that are copied and of what evicts the caches, by kind of device; on a CPU
+#: with a larger last-level cache, the size of that.
 BUFFER_BYTES = {"cpu": 128 << 20, "cuda": 1 << 30}
 
 #: Rows and columns of the matrices that are multiplied, by kind of device.
@@ -56,9 +58,23 @@ def product_name(dtype: torch.dtype) -> str:
 
 
 @cache
+def buffer_bytes(device: torch.device) -> int:
+    """Size of each of :func:`buffers`; together they are twice what the caches hold."""
+    least = BUFFER_BYTES[device.type]
+    return max(least, last_level_cache()) if device.type == "cpu" else least
+
+
+def last_level_cache(folder: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> int:
+    """Bytes of a processor's largest cache; 0 where the system does not tell."""
+    units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+    sizes = [path.read_text().strip() for path in folder.glob("index*/size")]
+    return max((int(size[:-1]) * units[size[-1]] for size in sizes), default=0)
+
+
+@cache
 def buffers(device: torch.device) -> tuple[Tensor, Tensor]:
     """What is copied, and what evicts the caches."""
-    elements = BUFFER_BYTES[device.type] // 4
+    elements = buffer_bytes(device) // 4
     source, target = (torch.full((elements,), float(i), device=device) for i in range(2))
     return source, target
 
@@ -99,12 +115,12 @@ def multiplied(product: Tensor) -> bool:
 
 def bandwidth(seconds: Sequence[float], device: torch.device) -> float:
     """Bytes read and written per second, from times of copies."""
-    return 2 * BUFFER_BYTES[device.type] / statistics.median(seconds)
+    return 2 * buffer_bytes(device) / first_quartile(seconds)
 
 
 def rate(seconds: Sequence[float], device: torch.device) -> float:
     """Floating point operations per second, from times of products."""
-    return 2 * MATRIX_SIZE[device.type] ** 3 / statistics.median(seconds)
+    return 2 * MATRIX_SIZE[device.type] ** 3 / first_quartile(seconds)
 
 
 def evict_caches(device: torch.device = torch.device("cpu")) -> Any:  # noqa: B008 - immutable

@@ -14,7 +14,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ import torch
 from saft_kernels.errors import SaftError
 
 from .allocations import TrainingWork  # in this module, `-m` would make another class of it
+from .outcome import Memory
 
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 
@@ -31,44 +32,6 @@ _ROOT = Path(__file__).parent.parent
 
 class MeasurementError(SaftError, RuntimeError):
     """Something could not be measured here."""
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes that a process needs for a piece of work; those of tensors if it is a training step.
-
-    On a CPU all of the process counts, libraries too; on a GPU what torch has allocated there.
-
-    Attributes:
-        before: when the work was set up.
-        peak: the most after that.
-        allocator: and its settings.
-        weights, state, gradients, activations: what tensors held at the peak of one step, as
-            :class:`bench.allocations.Split` has it; None for other work.
-        allocated, allocations: bytes that a step allocated in all, and how many times; None too.
-        reserved: the most that torch's allocator took of a GPU's memory; None on a CPU.
-    """
-
-    before: int
-    peak: int
-    allocator: str = ""
-    weights: int | None = None
-    state: int | None = None
-    gradients: int | None = None
-    activations: int | None = None
-    allocated: int | None = None
-    allocations: int | None = None
-    reserved: int | None = None
-
-    @property
-    def rest(self) -> int | None:
-        """What no tensor held at its peak, bytes: libraries, the allocator's slack, temporaries.
-
-        With the four kinds of tensors it sums to the peak.
-        """
-        held = (self.weights, self.state, self.gradients, self.activations)
-        known = [size for size in held if size is not None]
-        return self.peak - sum(known) if known else None
 
 
 def peak_memory(function: str, **arguments: Any) -> Memory:
@@ -112,7 +75,8 @@ def _watch_process(work: Callable[[], object]) -> Memory:
     before = _status("VmRSS")
     work()
     settings = [f"{name}={os.environ[name]}" for name in ALLOCATOR if name in os.environ]
-    return Memory(before, _status("VmHWM"), ", ".join(["malloc", *settings]))
+    allocator = ", ".join(["malloc", *settings])
+    return Memory(peak=_status("VmHWM"), before=before, allocator=allocator)
 
 
 def _watch_gpu(work: Callable[[], object]) -> Memory:
@@ -123,9 +87,9 @@ def _watch_gpu(work: Callable[[], object]) -> Memory:
     torch.cuda.synchronize()
     settings = os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "default settings")
     return Memory(
-        before,
-        torch.cuda.max_memory_allocated(),
-        f"torch.cuda {torch.cuda.get_allocator_backend()}, {settings}",
+        peak=torch.cuda.max_memory_allocated(),
+        before=before,
+        allocator=f"torch.cuda {torch.cuda.get_allocator_backend()}, {settings}",
         reserved=torch.cuda.max_memory_reserved(),
     )
 

@@ -64,6 +64,7 @@ class Setting:
         threads: of a CPU; None: torch's choice.
         kernels: how often short work is timed.
         steps: how often training steps are timed.
+        bars_only: leave out rivals that no bar is about.
     """
 
     model: str = "ViT-B-16"
@@ -75,7 +76,8 @@ class Setting:
     backend: str | None = None
     threads: int | None = None
     kernels: Effort = field(default_factory=Effort)
-    steps: Effort = field(default_factory=lambda: Effort(400, 5, 20, warm_up=0))
+    steps: Effort = field(default_factory=lambda: Effort(400, 7, 20, warm_up=0))
+    bars_only: bool = False
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -86,7 +88,7 @@ class Setting:
     def has_bars(self) -> bool:
         """Whether it is what the bars were set for."""
         usual = Setting(kernels=self.kernels, steps=self.steps, threads=self.threads)
-        return replace(self, backend=None) == usual
+        return replace(self, backend=None, bars_only=False) == usual
 
     @property
     def small(self) -> bool:

@@ -132,8 +132,8 @@ _ABOUT = {
         "number is the whole peak. Colours show what its tensors were for at that moment."
     ),
     "ratios": (
-        "A dot is a ratio of median times, the line its 95 % interval. The short upright line is "
-        "the bar that it is held to: a ratio passes or misses if its whole interval does, and is "
+        "A dot is a ratio of times (first quartiles), the line its 95 % interval. The short "
+        "upright line is the bar: a ratio passes or misses if its whole interval does, and is "
         "unclear if the interval holds the bar. A hollow dot is inside the noise: its interval "
         "holds 1, no difference."
     ),
@@ -145,8 +145,8 @@ _ABOUT = {
     ),
     "bandwidth": (
         "Longer is better. For work that only moves bytes: those that it must move, per second of "
-        "its median time, against those of a copy (the upright line). Work that reads more than "
-        "it writes can beat a copy; what fits into a cache can, too."
+        "its time (the first quartile), against those of a copy (the upright line). Work that "
+        "reads more than it writes can beat a copy; what fits into a cache can, too."
     ),
     "growth": (
         "Both axes are logarithmic, so that a power of the size is a straight line and its "

@@ -417,7 +417,7 @@ def copy_share(timing: Timing) -> float | None:
     """The bytes that it must move, per second, over those of a copy; None where not known."""
     if not timing.moves or not timing.bandwidth:
         return None
-    return timing.moves / timing.median / timing.bandwidth
+    return timing.moves / timing.calm / timing.bandwidth
 
 
 def bandwidth_bars(name: str, timings: Sequence[Timing]) -> str:
@@ -436,7 +436,7 @@ def bandwidth_bars(name: str, timings: Sequence[Timing]) -> str:
         axes.axvline(1, color=PLACEHOLDERS["s2"], linewidth=1.6)
         for y, timing, share in zip(_show_rows(axes, rows), ordered, shares, strict=True):
             axes.barh(y, share, 2 * _HALF, color=PLACEHOLDERS["after"])
-            speed = (timing.moves or 0) / timing.median / 1e9
+            speed = (timing.moves or 0) / timing.calm / 1e9
             _at_right(axes, y, f"{100 * share:.3g}%, {speed:.3g} GB/s")
         axes.set_xlim(0, 1.05 * max(1, *shares))
         axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))

@@ -1,7 +1,7 @@
 """Ratios of times with their intervals, and how times grow.
 
-What counts is a ratio of medians with its bootstrap interval; one that may as well be 1 is not
-printed (:attr:`.outcome.Figure.inside_noise`).
+What counts is a ratio of first quartiles (:func:`.outcome.first_quartile` says why) with its
+bootstrap interval; one that may as well be 1 is not printed (:attr:`.outcome.Figure.inside_noise`).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import random
 import statistics
 from collections.abc import Callable, Sequence
 
-from .outcome import TIMES_AS_LONG, TIMES_FASTER, Figure, Timing
+from .outcome import TIMES_AS_LONG, TIMES_FASTER, Figure, Timing, first_quartile
 
 _RESAMPLES = 2000
 _LEVEL = 0.95
@@ -20,7 +20,7 @@ Ratio = tuple[float, float, float]
 
 
 def ratio(numerator: Timing, denominator: Timing, *, seed: int = 0) -> Ratio:
-    """Ratio of the median times of two contenders of a group, and its 95 % bootstrap interval.
+    """Ratio of the times of two contenders of a group, and its 95 % bootstrap interval.
 
     Rounds are resampled, not single times: what disturbed a round disturbed both contenders
     (percentile bootstrap; Efron & Tibshirani 1993, chapter 13).
@@ -30,10 +30,7 @@ def ratio(numerator: Timing, denominator: Timing, *, seed: int = 0) -> Ratio:
     """
     pairs = list(zip(numerator.seconds, denominator.seconds, strict=True))
     draw = random.Random(seed).choices
-    return (
-        _ratio_of_medians(pairs),
-        *_interval(lambda: _ratio_of_medians(draw(pairs, k=len(pairs)))),
-    )
+    return _ratio(pairs), *_interval(lambda: _ratio(draw(pairs, k=len(pairs))))
 
 
 def ratio_of_runs(numerator: Timing, denominator: Timing, *, seed: int = 0) -> Ratio:
@@ -42,10 +39,10 @@ def ratio_of_runs(numerator: Timing, denominator: Timing, *, seed: int = 0) -> R
     draw = random.Random(seed).choices
 
     def resampled() -> float:
-        medians = (statistics.median(draw(times, k=len(times))) for times in (over, under))
-        return next(medians) / next(medians)
+        drawn = (first_quartile(draw(times, k=len(times))) for times in (over, under))
+        return next(drawn) / next(drawn)
 
-    return numerator.median / denominator.median, *_interval(resampled)
+    return numerator.calm / denominator.calm, *_interval(resampled)
 
 
 def _interval(resampled: Callable[[], float]) -> tuple[float, float]:
@@ -55,20 +52,20 @@ def _interval(resampled: Callable[[], float]) -> tuple[float, float]:
     return low, values[math.ceil((1 - tail) * (_RESAMPLES - 1))]
 
 
-def _ratio_of_medians(pairs: Sequence[tuple[float, float]]) -> float:
+def _ratio(pairs: Sequence[tuple[float, float]]) -> float:
     over, under = zip(*pairs, strict=True)
-    return statistics.median(over) / statistics.median(under)
+    return first_quartile(over) / first_quartile(under)
 
 
 def times_faster(what: str, slow: Timing, fast: Timing) -> Figure:
     """How many times faster one contender is than another."""
-    note = f"{format_seconds(slow.median)} against {format_seconds(fast.median)}"
+    note = f"{format_seconds(slow.calm)} against {format_seconds(fast.calm)}"
     return Figure(what, *_ordered(ratio(slow, fast), TIMES_FASTER), note=note)
 
 
 def times_as_long(what: str, timing: Timing, other: Timing) -> Figure:
     """The time of one contender in units of another's; less is better."""
-    note = f"{format_seconds(timing.median)} against {format_seconds(other.median)}"
+    note = f"{format_seconds(timing.calm)} against {format_seconds(other.calm)}"
     return Figure(what, *_ordered(ratio(timing, other), TIMES_AS_LONG), note=note)
 
 
@@ -78,9 +75,9 @@ def _ordered(found: Ratio, unit: str) -> tuple[float, str, float, float]:
 
 
 def fitted_exponent(sizes: Sequence[float], timings: Sequence[Timing]) -> float:
-    """The p of time = c size**p, by least squares on logarithms of size and median time."""
+    """The p of time = c size**p, by least squares on logarithms of size and time."""
     x = [math.log(size) for size in sizes]
-    y = [math.log(timing.median) for timing in timings]
+    y = [math.log(timing.calm) for timing in timings]
     return statistics.linear_regression(x, y).slope
 
 

@@ -32,8 +32,8 @@ from bench.cli import app, measure_cases
 from bench.environment import watch_load
 from bench.flops import Flops
 from bench.harness import Contender, Effort, WrongResultError, measure, require
-from bench.limits import Needs
-from bench.memory import Memory, load_work
+from bench.limits import Needs, buffer_bytes, buffers, last_level_cache
+from bench.memory import load_work
 from bench.models import (
     COLUMNS,
     ROWS,
@@ -45,7 +45,7 @@ from bench.models import (
     uniform_mask,
     workload,
 )
-from bench.outcome import Figure, MemoryUse, Outcome, Sweep, Timing
+from bench.outcome import Figure, Memory, MemoryUse, Outcome, Sweep, Timing, first_quartile
 from bench.ratios import fitted_exponent, format_seconds, ratio, times_faster
 from bench.registry import CASES, Case, run_case
 from bench.result_file import (
@@ -164,12 +164,31 @@ def test_effort_bounds_the_rounds() -> None:
 # Statistics ---------------------------------------------------------------------------------------
 
 
-def test_ratio_of_medians_and_its_interval() -> None:
+def test_buffers_are_no_smaller_than_the_largest_cache(tmp_path: Path) -> None:
+    assert last_level_cache(tmp_path) == 0
+    for index, size in enumerate(("48K", "2048K", "300M")):
+        (tmp_path / f"index{index}").mkdir()
+        (tmp_path / f"index{index}" / "size").write_text(f"{size}\n")
+    assert last_level_cache(tmp_path) == 300 << 20
+    source, target = buffers(torch.device("cpu"))
+    assert source.nbytes == target.nbytes == buffer_bytes(torch.device("cpu"))
+    assert source.nbytes >= max(128 << 20, last_level_cache())
+
+
+def test_times_are_compared_by_first_quartiles() -> None:
+    assert first_quartile([3.0]) == 3
+    assert first_quartile([5.0, 1.0, 4.0, 2.0, 30.0]) == 2
+    disturbed = timing(1.0, 1.1, 1.2, 9.0, 9.0)
+    assert (disturbed.calm, disturbed.median) == (1.1, 1.2)
+    assert timing(1.0, 1.1, 1.2, 9.0, 9.0, moves=11, bandwidth=100.0).reached == pytest.approx(0.1)
+
+
+def test_ratio_of_times_and_its_interval() -> None:
     noise = random.Random(0).gauss
     slow = timing(*(noise(10, 0.5) for _ in range(40)))
     fast = timing(*(noise(2, 0.1) for _ in range(40)))
     value, low, high = ratio(slow, fast)
-    assert value == pytest.approx(slow.median / fast.median)
+    assert value == pytest.approx(slow.calm / fast.calm)
     assert low < 5 < high
     assert high - low < 0.5
     assert ratio(slow, fast) == (value, low, high)
@@ -261,7 +280,7 @@ def memory_of_this_process(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     def stand_in(function: str, **arguments: Any) -> Memory:
         asked.append(function)
         load_work(function, json.loads(json.dumps(arguments)))()
-        return Memory(0, 1 << 20)
+        return Memory(peak=1 << 20)
 
     for case in (accumulate_topk, clip_finetune, clip_step):
         monkeypatch.setattr(case, "peak_memory", stand_in)
@@ -381,6 +400,13 @@ def test_wrong_selection_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(accumulate_topk, "StreamingTopK", OneShort)
     assert "are selected" in run_case(CASES["accumulate_topk"], SMOKE)["refused"]
+
+
+def test_what_has_no_bar_can_be_left_out(memory_of_this_process: list[str]) -> None:
+    outcome = clip_step.run(replace(SMOKE, bars_only=True))
+    measured = {each.name for each in (*outcome.timings, *outcome.memory)}
+    assert measured == set(clip_step.HELD)
+    assert len(memory_of_this_process) == len(clip_step.HELD)
 
 
 def test_sampled_step_is_held_to_lora(memory_of_this_process: list[str]) -> None:
@@ -524,6 +550,8 @@ def test_step_account_leaves_no_kernel_out() -> None:
 
 # Reports ------------------------------------------------------------------------------------------
 
+PARTS = {"weights": 10 << 20, "state": 2 << 20, "gradients": 3 << 20, "activations": 5 << 20}
+
 
 @pytest.fixture
 def result(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
@@ -532,7 +560,7 @@ def result(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         [timing(0.2, 0.4, moves=150, flops=10, bandwidth=1e3, rate=1e3, covers="half of it")],
         [Figure("speed", 31.5, "times faster", 30.2, 32.9, bar=30, note="3.15 s against 100 ms")],
         [Sweep("group", "ours", "tokens", [1.0, 2.0], ["name", "name"], 1.0, (1.0, 2.0))],
-        [MemoryUse("group", "name", 30 << 20, 10 << 20, 2 << 20, 3 << 20, 5 << 20)],
+        [MemoryUse("group", "name", peak=30 << 20, **PARTS)],
     )
 
     def refuse(setting: Setting) -> Outcome:
@@ -553,7 +581,7 @@ def test_report_shows_figures_bars_floors_and_refusals(result: dict[str, Any]) -
         in lines
     )
     row = "| group | name | half of it | 300 ms | 250 ms to 350 ms | 300 ms |"
-    assert f"{row} 0.00015 MB | 1e-08 G | 150 ms | 50% |" in lines
+    assert f"{row} 0.00015 MB | 1e-08 G | 150 ms | 60% |" in lines
     assert "| group | name | 30 MiB | 10 MiB | 2 MiB | 3 MiB | 5 MiB | 10 MiB |" in lines
     assert "**two was refused:** group: other is not timed: it is wrong" in lines
     assert result["environment"]["commit"][:12] in lines[0]
@@ -676,3 +704,9 @@ def test_unknown_case_is_one_sentence() -> None:
     done = CliRunner().invoke(app, ["run", "nothing"])
     assert isinstance(done.exception, ResultError)
     assert "there is no case 'nothing'; choose among accumulate_topk" in str(done.exception)
+
+
+def test_smoke_run_does_not_take_a_size(result: dict[str, Any]) -> None:
+    done = CliRunner().invoke(app, ["run", "one", "--smoke", "--batch", "8"])
+    assert isinstance(done.exception, ResultError)
+    assert "leave out --smoke, or --model" in str(done.exception)

@@ -12,9 +12,9 @@ from typer.testing import CliRunner
 from bench import answer, cli
 from bench.answer import Answer, Method, Question
 from bench.harness import WrongResultError
-from bench.memory import MeasurementError, Memory
+from bench.memory import MeasurementError
 from bench.models import SMOKE, Setting, SettingError, make_task
-from bench.outcome import Timing
+from bench.outcome import Memory, Timing
 from bench.result_file import ResultError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -62,9 +62,9 @@ def test_largest_batch_fills_the_memory() -> None:
 
 def test_an_image_takes_at_least_what_saft_keeps_of_it() -> None:
     memory = {
-        "full fine-tuning": Memory(0, 1, activations=10),
-        "SAFT": Memory(0, 1, activations=80),
-        "LoRA": Memory(0, 1, activations=120),
+        "full fine-tuning": Memory(peak=1, activations=10),
+        "SAFT": Memory(peak=1, activations=80),
+        "LoRA": Memory(peak=1, activations=120),
     }
     each = {name: answer._bytes_per_image(memory, name, 8) for name in memory}
     assert each == {"full fine-tuning": 10, "SAFT": 10, "LoRA": 15}
@@ -112,7 +112,8 @@ def test_without_peft_lora_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
 
     way = answer.WAYS[answer.METHODS["LoRA"]]
     monkeypatch.setitem(answer.WAYS, answer.METHODS["LoRA"], type(way)(missing))
-    monkeypatch.setattr(answer, "peak_memory", lambda *_, **__: Memory(0, 1, "", 0, 0, 0, 1))
+    memory = Memory(peak=1, weights=0, state=0, gradients=0, activations=1)
+    monkeypatch.setattr(answer, "peak_memory", lambda *_, **__: memory)
     found = answer.answer(Question(SMOKE, memory=10**9))
     assert list(found.methods) == ["full fine-tuning", "SAFT"]
     assert "LoRA is left out: there is no peft." in answer.markdown(found)
@@ -156,7 +157,7 @@ def test_command_prints_the_answer_and_keeps_it(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     asked: list[Question] = []
-    memory = Memory(0, 10**9, "malloc", 1, 2, 3, 4)
+    memory = Memory(peak=10**9, weights=1, state=2, gradients=3, activations=4)
     full, saft = (Method(2.0, time, 1.0, memory, 100, 7) for time in (2.1, 1.4))
     methods = {"full fine-tuning": full, "SAFT": saft}
     found = Answer(Question(SMOKE), 4, methods, {"SAFT": (0.6, 0.5, 0.7)}, {}, 10**6)

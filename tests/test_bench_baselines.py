@@ -36,8 +36,9 @@ from bench.baselines.topk import concatenated, topk
 from bench.cases import clip_step
 from bench.cases.clip_step import Way
 from bench.harness import WrongResultError
-from bench.memory import MeasurementError, Memory
+from bench.memory import MeasurementError
 from bench.models import ADAMW, SMOKE, Task, candidates, uniform_entries, workload
+from bench.outcome import Memory
 from bench.registry import CASES, run_case
 from saft_clip.text_tower import padding_reason
 
@@ -414,7 +415,7 @@ def test_sampled_addmm_is_the_gradient_at_the_entries() -> None:
 @pytest.fixture
 def no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     """The memory of whole steps is measured in test_bench.py."""
-    monkeypatch.setattr(clip_step, "peak_memory", lambda *_, **__: Memory(0, 1 << 20))
+    monkeypatch.setattr(clip_step, "peak_memory", lambda *_, **__: Memory(peak=1 << 20))
 
 
 @pytest.mark.usefixtures("no_processes", "bitsandbytes")

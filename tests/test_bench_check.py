@@ -151,6 +151,19 @@ def test_command_fails_if_a_bar_is_not_measured(monkeypatch: pytest.MonkeyPatch)
     assert "not measured: delta/size" in done.output
 
 
+def test_command_measures_what_has_bars(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def case(setting: Setting) -> Outcome:
+        asked.append(setting)
+        return Outcome(figures=[reached("delta/size", 1.1)])
+
+    monkeypatch.setitem(CASES, "delta", Case("delta", "a case", case))
+    done = CliRunner().invoke(cli.app, ["check", "delta", "--threads", "1"])
+    assert done.exit_code == 0, done.output
+    assert [(each.bars_only, each.threads, each.has_bars) for each in asked] == [(True, 1, True)]
+
+
 def test_command_looks_at_files(tmp_path: Path) -> None:
     files = []
     for number, factor in enumerate((1.1, 0.9)):

@@ -126,8 +126,8 @@ def test_grown_memory_and_files_are_caught(tmp_path: Path) -> None:
     def sizes(peak: int, state: float, shared: float, speed: float) -> dict[str, Any]:
         return result(
             memory=[
-                MemoryUse("step", "SparseAdamW", peak),
-                MemoryUse("step", "PEFT LoRA", peak, role=BASELINE),
+                MemoryUse("step", "SparseAdamW", peak=peak),
+                MemoryUse("step", "PEFT LoRA", role=BASELINE, peak=peak),
             ],
             figures=[
                 Figure("state of SparseAdamW per selected entry", state, "bytes"),

@@ -27,8 +27,9 @@ from bench.allocations import (
 from bench.baselines import Method, Step, step_of
 from bench.baselines.index_and_hook import index_and_hook
 from bench.cases import clip_step
-from bench.memory import ALLOCATOR, MeasurementError, Memory, peak_memory, watch
+from bench.memory import ALLOCATOR, MeasurementError, peak_memory, watch
 from bench.models import SMOKE, candidates, make_task, uniform_mask
+from bench.outcome import Memory
 from saft_kernels import CooMask, attach
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -104,11 +104,12 @@ FIGURES = [
     Figure("delta file", 0.2, "%", bar=0.25, at_least=False),
     Figure("exponent", 0.5, ""),
 ]
+PARTS = dict.fromkeys(("weights", "state", "gradients", "activations"), 800 << 20)
 MEMORY = [
-    MemoryUse("training step in fp32", "full fine-tuning", 4 << 30, *([800 << 20] * 4)),
-    MemoryUse("training step in fp32", "undivided", 3 << 30),
-    MemoryUse("training step in fp32", NASTY, 2 << 30, 500 << 20, covers=NASTY),
-    MemoryUse("training step in amp_bf16", "undivided", 900 << 20),
+    MemoryUse("training step in fp32", "full fine-tuning", peak=4 << 30, **PARTS),
+    MemoryUse("training step in fp32", "undivided", peak=3 << 30),
+    MemoryUse("training step in fp32", NASTY, NASTY, peak=2 << 30, weights=500 << 20),
+    MemoryUse("training step in amp_bf16", "undivided", peak=900 << 20),
 ]
 
 
@@ -298,7 +299,7 @@ MANY = [
 ]
 RATIOS = [Figure(LONG[: 13 * n] + NASTY, 2.0 + n, TIMES_FASTER, 1, 30, bar=3) for n in range(18)]
 CLOSE = [Figure(NASTY, 1.01, TIMES_AS_LONG, 0.99, 1.03), Figure("b", 1.02, TIMES_AS_LONG, 1, 1.02)]
-USES = [MemoryUse("g", each.name, (n + 1) << 30, n << 20) for n, each in enumerate(MANY)]
+USES = [MemoryUse("g", e.name, peak=(n + 1) << 30, weights=n << 20) for n, e in enumerate(MANY)]
 LINES = {over: [Line.of(*sweep(over, f"{n} {NASTY} {LONG}")) for n in range(7)] for over in OVER}
 
 DRAWN: dict[str, Callable[[], Any]] = {

@@ -11,7 +11,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory, mkdtemp
 from typing import Any
@@ -186,8 +186,7 @@ def _quiet() -> Iterator[None]:
 
 def _memory(group: str, name: str, shots: int) -> MemoryUse:
     found = peak_memory(f"{__name__}:finetuning", name=name, shots=shots)
-    covers = COVERS.get(name, "")
-    return MemoryUse(group, name, found.peak, allocator=found.allocator, covers=covers)
+    return MemoryUse(group, name, COVERS.get(name, ""), **asdict(found))
 
 
 def finetuning(name: str, shots: int) -> Callable[[], object]:

@@ -21,7 +21,6 @@ from ..baselines.dense_selection import accumulated, dense_selection
 from ..baselines.topk import concatenated
 from ..flops import Flops
 from ..harness import Contender, measure, require
-from ..limits import Needs
 from ..models import Setting, Task, Workload, candidates, workload
 from ..outcome import BASELINE, FLOOR, OURS, Outcome
 from ..ratios import times_as_long
@@ -113,7 +112,7 @@ def _contender(
 ) -> Contender:
     """Weights are read forward and backward; ``accumulation`` bytes per entry come on top."""
     flops = Flops()
-    needs = lambda: Needs(BATCHES * (8 + accumulation) * work.numel, flops.total)  # noqa: E731
+    needs = flops.needs(BATCHES * (8 + accumulation) * work.numel)
     return Contender(name, run, flops.checked(check), needs=needs, role=role)
 
 

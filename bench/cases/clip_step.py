@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import chain, repeat
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -47,8 +47,7 @@ from ..baselines.peft_adapters import pretrained, require_trained
 from ..correctness import reference_step, require_loss, require_stepped, require_untouched
 from ..flops import Flops
 from ..harness import Contender, measure
-from ..limits import Needs
-from ..memory import MeasurementError, Memory, peak_memory
+from ..memory import MeasurementError, peak_memory
 from ..models import (
     ADAMW,
     DTYPES,
@@ -60,7 +59,7 @@ from ..models import (
     with_concentrated_mask,
     workload,
 )
-from ..outcome import OURS, Figure, MemoryUse, Outcome, Timing
+from ..outcome import OURS, Figure, Memory, MemoryUse, Outcome, Timing
 from ..ratios import times_as_long
 
 FULL = "full fine-tuning, fused AdamW"
@@ -167,7 +166,8 @@ def run(setting: Setting) -> Outcome:
     outcome = Outcome()
     if setting.dtype == "fp32":
         outcome += _times(work, "fp32", HELD, setting)
-        outcome += _times(work, "fp32", (FULL, *PEERS, SAMPLED, FLOOR), setting, " (peers)")
+        if not setting.bars_only:
+            outcome += _times(work, "fp32", (FULL, *PEERS, SAMPLED, FLOOR), setting, " (peers)")
     outcome += _times(work, "amp_bf16", HELD_IN_BF16, setting)
     names = dict.fromkeys([*(timing.name for timing in outcome.timings), STREAMED_SELECTED])
     outcome += _memories(work, setting, list(names))
@@ -262,7 +262,7 @@ def contender(name: str, work: Workload, task: Task) -> Contender:
     way = WAYS[name]
     step = way.method(model, work.masks[way.mask], task.loss)
     flops, weights = Flops(), sum(param.nbytes for param in candidates(task.model).values())
-    needs = lambda: Needs(2 * weights, flops.total, PRODUCTS[task.precision])  # noqa: E731
+    needs = flops.needs(2 * weights, PRODUCTS[task.precision])
     check = flops.checked(_check(name, model, work, task.precision))
     return Contender(name, step, check, needs=needs, covers=way.covers, role=way.role)
 
@@ -330,20 +330,7 @@ def _memories(work: Workload, setting: Setting, names: Sequence[str]) -> Outcome
 
 def memory_use(group: str, name: str, memory: Memory, way: Way) -> MemoryUse:
     """What a process of its own needed, for the record."""
-    return MemoryUse(
-        group,
-        name,
-        memory.peak,
-        memory.weights,
-        memory.state,
-        memory.gradients,
-        memory.activations,
-        memory.allocated,
-        memory.allocations,
-        memory.allocator,
-        way.covers,
-        way.role,
-    )
+    return MemoryUse(group, name, way.covers, way.role, **asdict(memory))
 
 
 def steps(

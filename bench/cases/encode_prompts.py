@@ -22,7 +22,6 @@ from ..bars import held_to
 from ..correctness import require_same_gradients
 from ..flops import Flops
 from ..harness import Contender, Effort, measure, require
-from ..limits import Needs
 from ..models import Setting, require_clip
 from ..outcome import BASELINE, OURS, Outcome
 from ..ratios import times_faster
@@ -82,7 +81,7 @@ def _contender(
     """It reads the text tower's weights forward and backward, and writes their gradients."""
     flops = Flops()
     text = sum(p.nbytes for n, p in model.named_parameters() if not n.startswith("visual."))
-    needs = lambda: Needs(3 * text, flops.total)  # noqa: E731
+    needs = flops.needs(3 * text)
     return Contender(name, run, flops.checked(check), needs=needs, role=role)
 
 

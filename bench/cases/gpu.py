@@ -676,7 +676,7 @@ def _steps(place: Place, work: Workload, precision: str, setting: Setting) -> Ou
     ]
     figures += _memory_figures(precision, peaks, work.numel)
     memory = [
-        MemoryUse(group, name, peak, covers=way.covers, role=way.role)
+        MemoryUse(group, name, way.covers, way.role, peak=peak)
         for name, _, way, _ in ways
         if (peak := peaks[name]) is not None
     ]
@@ -693,8 +693,7 @@ def _counted(
 ) -> Contender:
     """A training step, its operations counted while it is checked."""
     flops = Flops()
-    dtype = clip_step.PRODUCTS[precision]
-    needs = lambda: Needs(2 * 4 * work.numel, flops.total, dtype)  # noqa: E731
+    needs = flops.needs(2 * 4 * work.numel, clip_step.PRODUCTS[precision])
     return Contender(
         name, step, flops.checked(check), needs=needs, covers=way.covers, role=way.role
     )

@@ -40,7 +40,6 @@ from ..correctness import (
 )
 from ..flops import Flops
 from ..harness import Contender, Effort, measure, require
-from ..limits import Needs
 from ..models import (
     ADAMW,
     Setting,
@@ -102,7 +101,7 @@ def _counted(
     """A contender whose operations are counted; it reads every weight once at least."""
     flops = Flops()
     weights = sum(param.nbytes for param in candidates(task.model).values())
-    needs = lambda: Needs(weights, flops.total)  # noqa: E731
+    needs = flops.needs(weights)
     return Contender(name, run, flops.checked(check), needs=needs, role=role)
 
 

@@ -260,8 +260,9 @@ def _contender(
 
     needs = needs_of(work, strategy)
     role = BASELINE if strategy == "dense" else OURS
-    run = lambda: [compute(each) for each in work]  # noqa: E731
-    return Contender(name, run, check, needs=needs, role=role, **options)
+    return Contender(
+        name, lambda: [compute(w) for w in work], check, needs=needs, role=role, **options
+    )
 
 
 def needs_of(work: Sequence[Work], strategy: str) -> Needs:
@@ -398,7 +399,7 @@ def _sweep(sizes: tuple[int, int, int], dtype: torch.dtype, setting: Setting) ->
 
 def _as_long(timings: dict[str, Timing], entries: str) -> float:
     """The time of the compact product in units of the sampled gradient's."""
-    return timings[f"compact, {entries}"].median / timings[f"sampled, {entries}"].median
+    return timings[f"compact, {entries}"].calm / timings[f"sampled, {entries}"].calm
 
 
 def _break_even_figure(points: Sequence[tuple[float, float]], dtype: str) -> Figure:
