@@ -80,6 +80,24 @@ def _sampled() -> Iterable[Bar]:
 
 BARS = {bar.name: bar for bar in (*_foundation(), *_sampled())}
 
+#: The bars that say most, in the order of the README: one of each kind, the least kind mask.
+HEADLINES = (
+    "step/fp32/uniform/full",
+    "step/fp32/uniform/floor",
+    "step/fp32/uniform/lora",
+    "step/amp_bf16/uniform/full",
+    "streamed/uniform/time",
+    "prompt-step/uniform",
+    "prompts/packed",
+    "selection/gradients",
+    "adamw/dense/uniform",
+    "sampled/float32/uniform",
+    "streamed/uniform/memory",
+    "step/memory/concentrated",
+    "adamw/state",
+    "delta/size",
+)
+
 
 def held_to(name: str, figure: Figure) -> Figure:
     """The figure, with the bar of this name."""

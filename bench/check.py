@@ -6,11 +6,11 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .bars import BARS, Bar
+from .bars import BARS, HEADLINES, Bar
 from .outcome import Figure
 from .result_file import ResultError, outcome_of
+from .tables import FIGURES, figure_row, preamble, table, value
 from .tables import bar as bar_text
-from .tables import table, value
 
 #: In the order in which they are told.
 VERDICTS = ("MISS", "NOT MEASURED", "UNCLEAR", "PASS")
@@ -104,13 +104,33 @@ def contradictions(one: Sequence[Verdict], other: Sequence[Verdict]) -> list[str
 def markdown(found: Sequence[Verdict]) -> str:
     """A table of all bars, those that fail first, and a sentence that names these."""
     rows = [_row(verdict) for text in VERDICTS for verdict in found if verdict.text == text]
+    header = ("bar", "what", "measured (95 % interval)", "bar", "")
+    return f"{table(header, rows)}\n\n{summary(found)}\n"
+
+
+def summary(found: Sequence[Verdict]) -> str:
+    """How many bars are reached, and the names of the others, in a sentence."""
     counts = {text: [v.bar.name for v in found if v.text == text] for text in VERDICTS}
     parts = [f"{len(counts['PASS'])} of {len(found)} bars reached"]
     parts += [f"missed: {', '.join(counts['MISS'])}"] * bool(counts["MISS"])
     parts += [f"not measured: {', '.join(counts['NOT MEASURED'])}"] * bool(counts["NOT MEASURED"])
     parts += [f"too close to call: {', '.join(counts['UNCLEAR'])}"] * bool(counts["UNCLEAR"])
-    header = ("bar", "what", "measured (95 % interval)", "bar", "")
-    return f"{table(header, rows)}\n\n{'; '.join(parts)}.\n"
+    return f"{'; '.join(parts)}."
+
+
+def brief(result: Mapping[str, Any]) -> str:
+    """What says most in a result, as Markdown: a table of the headlines, and the others by name.
+
+    Raises:
+        ResultError: if no bar was measured.
+    """
+    found = verdicts(result, BARS.values())
+    figures = {v.bar.name: v.figure for v in found if v.figure is not None}
+    if not figures:
+        raise ResultError("no bar was measured in this result; leave out --brief to see the rest")
+    headlines = [figure_row(figures[name]) for name in HEADLINES if name in figures]
+    parts = [*preamble(result), *([table(FIGURES, headlines)] if headlines else []), summary(found)]
+    return "\n\n".join(parts) + "\n"
 
 
 def _row(verdict: Verdict) -> list[str]:

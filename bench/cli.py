@@ -20,6 +20,7 @@ from .answer import Question, answer, total_memory
 from .answer import markdown as answer_markdown
 from .answer import record as answer_record
 from .check import agreement, bars_of, cases_of, verdicts
+from .check import brief as brief_markdown
 from .check import markdown as check_markdown
 from .compare import RUNS_THRESHOLD, compare_results
 from .compare import markdown as comparison_markdown
@@ -343,8 +344,12 @@ def report(
         typer.Option(help="Rewrite the block between the markers of this Markdown file."),
     ] = None,
     brief: Annotated[
-        bool, typer.Option("--brief", help="In Markdown only figures that have a bar.")
+        bool, typer.Option("--brief", help="In Markdown only the bars that say most.")
     ] = False,
+    case: Annotated[
+        list[str] | None,
+        typer.Option(help="Only this case (may be repeated).", show_default=False),
+    ] = None,
     figures: Annotated[
         Path | None,
         typer.Option(
@@ -355,10 +360,10 @@ def report(
 ) -> None:
     """Write a result as a page; or print it as Markdown, or put it or its figures into files."""
     file = _newest() if result is None else result
-    found = read_result(file)
+    found = _only(case, read_result(file), file)
     try:
         if to_terminal or update is not None:
-            _put_markdown(markdown(found, brief=brief), to_terminal, update)
+            _put_markdown(brief_markdown(found) if brief else markdown(found), to_terminal, update)
         if figures is not None:
             _put_figures(write_figures(found, figures, update), update)
         if output_file is not None or not (to_terminal or update or figures):
@@ -369,6 +374,15 @@ def report(
         raise ResultError(
             f"{file} is not what this release writes ({error!r}); run `python -m bench` again"
         ) from error
+
+
+def _only(cases: Sequence[str] | None, result: dict[str, Any], file: Path) -> dict[str, Any]:
+    """The result of these cases; of all if none is named."""
+    for name in cases or ():
+        if name not in result["cases"]:
+            raise ResultError(f"{file} has no case {name!r}; it has {', '.join(result['cases'])}")
+    chosen = cases or result["cases"]
+    return {**result, "cases": {n: case for n, case in result["cases"].items() if n in chosen}}
 
 
 def _put_markdown(text: str, to_terminal: bool, update: Path | None) -> None:

@@ -277,7 +277,7 @@ def _size(value: float) -> str:
 
 
 def growth_plot(name: str, lines: Sequence[Line], title: str = "") -> str:
-    """Median times with quartiles over what grows; over threads, how many times faster.
+    """Times, up to their third quartiles, over what grows; over threads, how many times faster.
 
     Args:
         name: unique on the page.

@@ -39,36 +39,28 @@ MEMORY = (
 )
 
 
-def markdown(result: dict[str, Any], *, brief: bool = False) -> str:
-    """What a result was measured on, figures beside their bars, times beside their limits.
+def markdown(result: dict[str, Any]) -> str:
+    """What a result was measured on, figures beside their bars, times beside their limits."""
+    outcomes = [(outcome_of(case), mark(case)) for case in result["cases"].values()]
+    return "\n\n".join([*preamble(result), *_tables(outcomes)]) + "\n"
 
-    Args:
-        result: of a run.
-        brief: only the figures that have a bar, and neither times nor memory.
-    """
+
+def preamble(result: dict[str, Any]) -> list[str]:
+    """Paragraphs on what a result was measured on, and what speaks against it."""
     cases = result["cases"].items()
     parts = [conditions(result)]
     if any(mark(case) for _, case in cases):
         parts.append(DISTURBED)
     parts += [f"**{n} was refused:** {case['refused']}" for n, case in cases if case["refused"]]
     parts += [f"{n} was left out: {case['left_out']}." for n, case in cases if case["left_out"]]
-    outcomes = [(outcome_of(case), mark(case)) for _, case in cases]
-    parts += _tables(outcomes, brief)
-    return "\n\n".join(parts) + "\n"
+    return parts
 
 
-def _tables(outcomes: Sequence[tuple[Outcome, str]], brief: bool) -> list[str]:
+def _tables(outcomes: Sequence[tuple[Outcome, str]]) -> list[str]:
     parts = []
-    figures = [
-        figure_row(figure, mark)
-        for outcome, mark in outcomes
-        for figure in outcome.figures
-        if figure.bar is not None or not brief
-    ]
+    figures = [figure_row(figure, mark) for outcome, mark in outcomes for figure in outcome.figures]
     if figures:
         parts.append(table(FIGURES, figures))
-    if brief:
-        return parts
     timings = [timing_row(timing, mark) for outcome, mark in outcomes for timing in outcome.timings]
     if timings:
         parts += [ABOUT_TIMES, table(TIMES, timings)]

@@ -588,17 +588,6 @@ def test_report_shows_figures_bars_floors_and_refusals(result: dict[str, Any]) -
     assert "ViT-B-16 (random weights, fp32, 16 images, 16 prompts" in lines[0]
 
 
-def test_brief_report_holds_figures_with_a_bar_only(result: dict[str, Any]) -> None:
-    bare = {**result["cases"]["one"]["figures"][0], "what": "size", "bar": None}
-    result["cases"]["one"]["figures"].append(bare)
-    assert "| size |" in tables.markdown(result)
-    text = tables.markdown(result, brief=True)
-    assert "| speed |" in text
-    assert "| size |" not in text
-    assert "Median times" not in text
-    assert "| group |" not in text
-
-
 def test_report_marks_what_was_measured_on_a_busy_machine(result: dict[str, Any]) -> None:
     result["cases"]["one"]["load"]["others"] = 0.5
     text = tables.markdown(result)

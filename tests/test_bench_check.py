@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +10,19 @@ import pytest
 from typer.testing import CliRunner
 
 from bench import check, cli
-from bench.bars import BARS, held_to
+from bench.bars import BARS, HEADLINES, held_to
 from bench.check import Verdict, agreement, bars_of, cases_of, verdicts
 from bench.models import SMOKE, Setting
 from bench.outcome import Figure, Outcome
 from bench.registry import CASES, Case, run_case
-from bench.result_file import ResultError, outcome_record, write_result
+from bench.result_file import (
+    FORMAT,
+    VERSION,
+    ResultError,
+    outcome_record,
+    read_result,
+    write_result,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -33,6 +40,20 @@ def reached(name: str, factor: float = 1.0) -> Figure:
 def result_of(figures: list[Figure]) -> dict[str, Any]:
     """The part of a result that a check looks at."""
     return {"cases": {"all": outcome_record(Outcome(figures=figures))}}
+
+
+def whole(result: dict[str, Any]) -> dict[str, Any]:
+    """The same with what every result has."""
+    for case in result["cases"].values():
+        case |= {"refused": None, "left_out": None, "load": {"others": 0.0}}
+    where = ("processor", "threads", "instruction_set", "torch", "saft_kernels")
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "environment": {"date": "2026-11-24", "commit": "0123", **dict.fromkeys(where, "some")},
+        "setting": asdict(SMOKE),
+        **result,
+    }
 
 
 def test_bars_are_those_of_the_issues() -> None:
@@ -162,6 +183,24 @@ def test_command_measures_what_has_bars(monkeypatch: pytest.MonkeyPatch) -> None
     done = CliRunner().invoke(cli.app, ["check", "delta", "--threads", "1"])
     assert done.exit_code == 0, done.output
     assert [(each.bars_only, each.threads, each.has_bars) for each in asked] == [(True, 1, True)]
+
+
+def test_brief_shows_the_headlines_and_names_the_other_bars(tmp_path: Path) -> None:
+    assert set(HEADLINES) <= BARS.keys()
+    found = [reached("delta/size", 1.1), reached("adamw/state", 0.9), reached("sampled/choice")]
+    file = tmp_path / "result.json"
+    write_result(file, whole(result_of([*found, Figure("no bar", 1, "")])))
+    lines = check.brief(read_result(file)).splitlines()
+    assert [line.split(" | ")[0] for line in lines if line.startswith("| what ")] == [
+        "| what",  # the header
+        "| what adamw/state is about",
+        "| what delta/size is about",
+    ]
+    assert lines[-1].startswith(f"2 of {len(BARS)} bars reached; missed: adamw/state; not measured")
+    assert "delta/size" not in lines[-1]
+    assert "sampled/choice" not in lines[-1]
+    with pytest.raises(ResultError, match="leave out --brief"):
+        check.brief(whole(result_of([Figure("no bar", 1, "")])))
 
 
 def test_command_looks_at_files(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from matplotlib.text import Text
 from typer.testing import CliRunner
 
 from bench import cli, curves, plots, readme_figures
+from bench.check import brief
 from bench.cli import app
 from bench.curves import Line, moved_apart, place_labels, roofline_panels
 from bench.environment import NOTICEABLE_LOAD
@@ -93,7 +94,7 @@ def sweep(over: str, label: str) -> tuple[Sweep, list[Timing]]:
 SWEPT = [sweep(over, label) for over in OVER for label in ("sparse_adamw_", NASTY)]
 
 FIGURES = [
-    Figure("pass", 40, TIMES_FASTER, 35, 45, bar=30),
+    Figure("pass", 40, TIMES_FASTER, 35, 45, bar=30, check="selection/gradients"),
     Figure("miss", 20, TIMES_FASTER, 18, 22, bar=30),
     Figure(f"unclear {NASTY}", 31, TIMES_FASTER, 28, 33, bar=30, note=NASTY),
     Figure("no bar", 3, TIMES_FASTER, 2, 4),
@@ -476,8 +477,16 @@ def test_report_writes_where_it_is_told(file: Path, tmp_path: Path) -> None:
 
 def test_report_prints_markdown_and_writes_nothing(file: Path) -> None:
     assert report(file, "--markdown").stdout == markdown(SMALL)
-    assert report(file, "--markdown", "--brief").stdout == markdown(SMALL, brief=True)
+    assert report(file, "--markdown", "--brief").stdout == brief(SMALL)
     assert not file.with_suffix(".html").exists()
+
+
+def test_report_of_some_cases(file: Path) -> None:
+    only = {**SMALL, "cases": {"clip_step": SMALL["cases"]["clip_step"]}}
+    assert report(file, "--markdown", "--case", "clip_step").stdout == markdown(only)
+    error = report(file, "--markdown", "--case", "clip_stop").exception
+    assert isinstance(error, ResultError)
+    assert re.search("has no case 'clip_stop'; it has clip_step", str(error))
 
 
 def test_report_of_the_newest_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -540,7 +549,7 @@ def test_figures_for_readme(file: Path, readme: Path) -> None:
     done = report(file, "--figures", folder, "--update", readme, "--brief")
     assert done.exit_code == 0, done.exception
     text = readme.read_text()
-    assert markdown(SMALL, brief=True) in text
+    assert brief(SMALL) in text
     shown = re.findall(r'(?:srcset|src)="([^"]*)"', text)
     assert {readme.parent / name for name in shown} == set(folder.iterdir())
     assert {name.split("/")[-1] for name in shown} == {
