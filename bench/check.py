@@ -118,7 +118,7 @@ def summary(found: Sequence[Verdict]) -> str:
     return f"{'; '.join(parts)}."
 
 
-def brief(result: Mapping[str, Any]) -> str:
+def brief(result: dict[str, Any]) -> str:
     """What says most in a result, as Markdown: a table of the headlines, and the others by name.
 
     Raises:

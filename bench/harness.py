@@ -77,7 +77,7 @@ class Effort:
     The checked run is a warm-up; ``warm_up`` more rounds are thrown away.
     """
 
-    seconds: float = 12.0
+    seconds: float = 20.0
     least: int = 7
     most: int = 40
     warm_up: int = 1

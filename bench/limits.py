@@ -59,16 +59,22 @@ def product_name(dtype: torch.dtype) -> str:
 
 @cache
 def buffer_bytes(device: torch.device) -> int:
-    """Size of each of :func:`buffers`; together they are twice what the caches hold."""
+    """Size of each of :func:`buffers`: what the caches hold, or more."""
     least = BUFFER_BYTES[device.type]
     return max(least, last_level_cache()) if device.type == "cpu" else least
 
 
-def last_level_cache(folder: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> int:
-    """Bytes of a processor's largest cache; 0 where the system does not tell."""
+def last_level_cache(processors: Path = Path("/sys/devices/system/cpu")) -> int:
+    """Bytes of all caches of the last level together; 0 where the system does not tell."""
     units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
-    sizes = [path.read_text().strip() for path in folder.glob("index*/size")]
-    return max((int(size[:-1]) * units[size[-1]] for size in sizes), default=0)
+    sizes = {}
+    for folder in processors.glob("cpu[0-9]*/cache/index*"):
+        level, size, shared = (
+            (folder / name).read_text().strip() for name in ("level", "size", "shared_cpu_list")
+        )
+        sizes[int(level), shared] = int(size[:-1]) * units[size[-1]]
+    last = max((level for level, _ in sizes), default=0)
+    return sum(size for (level, _), size in sizes.items() if level == last)
 
 
 @cache
@@ -125,4 +131,5 @@ def rate(seconds: Sequence[float], device: torch.device) -> float:
 
 def evict_caches(device: torch.device = torch.device("cpu")) -> Any:  # noqa: B008 - immutable
     """Fill every cache with something else, so that the next run starts cold."""
-    return buffers(device)[0].add_(0)
+    source, target = buffers(device)
+    return target.copy_(source)

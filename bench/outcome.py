@@ -19,12 +19,12 @@ TIMES_AS_LONG = "times the time"
 
 
 def first_quartile(seconds: Sequence[float]) -> float:
-    """The time that a quarter of the runs did not take.
+    """The time below which a quarter of the runs stayed: what times are compared by.
 
-    It is what times are compared by. What else a machine does only ever adds time, in bursts:
-    for steps of 1 to 6 s on a shared host, 7 to 20 of them each, ratios of first quartiles varied
-    two thirds as much as ratios of medians. Minima vary even less, but their bootstrap tells
-    nothing, and one lucky run decides.
+    What else a machine does only ever adds time, in bursts. Where steps of 1 to 6 s were drawn from
+    a trace of matrix products on a shared host (2026-11-26), 7 to 20 for each contender, ratios of
+    first quartiles varied two thirds as much as ratios of medians. Minima vary even less, but their
+    bootstrap tells nothing, and one lucky run decides.
     """
     if len(seconds) == 1:
         return seconds[0]
@@ -96,6 +96,15 @@ class Timing:
     def reached(self) -> float | None:
         """The floor's share of the time on a calm machine; 1 is the limit."""
         return None if self.floor is None else self.floor / self.calm
+
+
+def one_after_another(name: str, *timings: Timing) -> Timing:
+    """The time of several contenders of a group, taken one after another, round by round."""
+    walls, cpus = ([t.seconds for t in timings], [t.cpu_seconds for t in timings])
+    seconds, cpu_seconds = (
+        [sum(times) for times in zip(*each, strict=True)] for each in (walls, cpus)
+    )
+    return Timing(timings[0].group, name, seconds, cpu_seconds, role=timings[0].role)
 
 
 @dataclass(frozen=True)

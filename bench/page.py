@@ -151,8 +151,8 @@ _ABOUT = {
     "growth": (
         "Both axes are logarithmic, so that a power of the size is a straight line and its "
         "exponent the slope: 1 doubles the time with the size, 0 does not depend on it. Points are "
-        "first quartiles, and whiskers end at the third. Over threads, higher is better, and the dashed line is what "
-        "perfect sharing would give."
+        "first quartiles, and whiskers end at the third. Over threads, higher is better, and the "
+        "dashed line is what perfect sharing would give."
     ),
 }
 

@@ -30,31 +30,76 @@ def ratio(numerator: Timing, denominator: Timing, *, seed: int = 0) -> Ratio:
     """
     pairs = list(zip(numerator.seconds, denominator.seconds, strict=True))
     draw = random.Random(seed).choices
-    return _ratio(pairs), *_interval(lambda: _ratio(draw(pairs, k=len(pairs))))
+    return _exp(interval(_log_ratio(pairs), lambda: _log_ratio(draw(pairs, k=len(pairs))), pairs))
 
 
 def ratio_of_runs(numerator: Timing, denominator: Timing, *, seed: int = 0) -> Ratio:
     """The same for times from different runs, whose rounds have nothing in common."""
-    over, under = numerator.seconds, denominator.seconds
+    runs = numerator.seconds, denominator.seconds
     draw = random.Random(seed).choices
 
+    def log_ratio(over: Sequence[float], under: Sequence[float]) -> float:
+        return math.log(first_quartile(over) / first_quartile(under))
+
     def resampled() -> float:
-        drawn = (first_quartile(draw(times, k=len(times))) for times in (over, under))
-        return next(drawn) / next(drawn)
+        return log_ratio(*(draw(times, k=len(times)) for times in runs))
 
-    return numerator.calm / denominator.calm, *_interval(resampled)
+    return _exp(interval(log_ratio(*runs), resampled, min(runs, key=len)))
 
 
-def _interval(resampled: Callable[[], float]) -> tuple[float, float]:
+def interval(
+    estimate: float, resampled: Callable[[], float], rounds: Sequence[object]
+) -> tuple[float, float, float]:
+    """An estimate and the ends of its 95 % interval.
+
+    A bootstrap of few rounds cannot see beyond the smallest and the largest of them, so that its
+    intervals are too short. They are drawn out as Student's t is longer than the normal
+    distribution, and by sqrt(n / (n - 1)) (after Hesterberg 2015, "What Teachers Should Know About
+    the Bootstrap", section 5.3, who draws out the percentiles instead). Of simulated first
+    quartiles, that covers the true ratio in 91 % of cases with 2 rounds, in 94 % or more with 3 to
+    40, where the plain bootstrap covers it in 50 %, 72 % (3 rounds) and 91 % (7).
+
+    Args:
+        estimate: from all rounds.
+        resampled: draws rounds, and gives what these say.
+        rounds: that there are.
+    """
     values = sorted(resampled() for _ in range(_RESAMPLES))
     tail = (1 - _LEVEL) / 2
     low = values[math.floor(tail * (_RESAMPLES - 1))]
-    return low, values[math.ceil((1 - tail) * (_RESAMPLES - 1))]
+    high = values[math.ceil((1 - tail) * (_RESAMPLES - 1))]
+    longer = _drawn_out(len(rounds))
+    return estimate, estimate + longer * (low - estimate), estimate + longer * (high - estimate)
 
 
-def _ratio(pairs: Sequence[tuple[float, float]]) -> float:
+def _drawn_out(rounds: int) -> float:
+    """By how much the interval of so many rounds is longer than the bootstrap's."""
+    if rounds < 2:
+        raise ValueError("a single round has no interval")
+    return _student(rounds - 1) / _student(10**9) * math.sqrt(rounds / (rounds - 1))
+
+
+#: Quantiles of Student's t at 97.5 %, by degrees of freedom from 1 on.
+_STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+
+
+def _student(freedom: int) -> float:
+    """The quantile at 97.5 % (Abramowitz & Stegun 1964, 26.7.5, beyond the table)."""
+    if freedom <= len(_STUDENT):
+        return _STUDENT[freedom - 1]
+    z = statistics.NormalDist().inv_cdf(0.5 + _LEVEL / 2)
+    second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
+    return z + (z**3 + z) / (4 * freedom) + second / freedom**2
+
+
+def _log_ratio(pairs: Sequence[tuple[float, float]]) -> float:
     over, under = zip(*pairs, strict=True)
-    return first_quartile(over) / first_quartile(under)
+    return math.log(first_quartile(over) / first_quartile(under))
+
+
+def _exp(logarithms: tuple[float, float, float]) -> Ratio:
+    value, low, high = (math.exp(min(each, 700.0)) for each in logarithms)
+    return value, low, high
 
 
 def times_faster(what: str, slow: Timing, fast: Timing) -> Figure:
@@ -74,11 +119,23 @@ def _ordered(found: Ratio, unit: str) -> tuple[float, str, float, float]:
     return value, unit, low, high
 
 
-def fitted_exponent(sizes: Sequence[float], timings: Sequence[Timing]) -> float:
-    """The p of time = c size**p, by least squares on logarithms of size and time."""
+def fitted_exponent(
+    sizes: Sequence[float], timings: Sequence[Timing], *, seed: int = 0
+) -> tuple[float, float, float]:
+    """The p of time = c size**p, by least squares on logarithms of size and time.
+
+    Returns:
+        (p, low, high): with the 95 % interval, from rounds drawn for all sizes alike.
+    """
     x = [math.log(size) for size in sizes]
-    y = [math.log(timing.calm) for timing in timings]
-    return statistics.linear_regression(x, y).slope
+    rounds = list(zip(*(timing.seconds for timing in timings), strict=True))
+    draw = random.Random(seed).choices
+
+    def slope(some: Sequence[tuple[float, ...]]) -> float:
+        y = [math.log(first_quartile(times)) for times in zip(*some, strict=True)]
+        return statistics.linear_regression(x, y).slope
+
+    return interval(slope(rounds), lambda: slope(draw(rounds, k=len(rounds))), rounds)
 
 
 def format_seconds(seconds: float) -> str:

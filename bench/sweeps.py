@@ -31,11 +31,11 @@ def growth(
     """
     low, high = fitted or (sizes[0], sizes[-1])
     pairs = [(s, t) for s, t in zip(sizes, timings, strict=True) if low <= s <= high]
-    exponent = fitted_exponent(*zip(*pairs, strict=True))
+    exponent, least, most = fitted_exponent(*zip(*pairs, strict=True))
     what = f"growth of time with {over}, {label}: exponent ({low:,.4g} to {high:,.4g})"
     names = [timing.name for timing in timings]
     line = Sweep(timings[0].group, label, over, list(sizes), names, exponent, (low, high))
-    return Figure(what, exponent, ""), line
+    return Figure(what, exponent, "", least, most), line
 
 
 def thread_counts(most: int | None = None) -> list[int]:

@@ -13,6 +13,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import timm
 import torch
 from open_clip.transformer import ResidualAttentionBlock
 from torch import Tensor, nn
@@ -25,7 +26,16 @@ from bench.baselines.adamw8bit import adamw8bit
 from bench.baselines.frozen import frozen
 from bench.baselines.full_adamw import full_adamw
 from bench.baselines.index_and_hook import index_and_hook
-from bench.baselines.lora import lora, merged, text_blocks
+from bench.baselines.lora import (
+    ATTENTION,
+    MLP,
+    attention_layers,
+    linear_layers,
+    lora,
+    lora_of_mlps,
+    merged,
+    text_blocks,
+)
 from bench.baselines.masked_adamw import masked_adamw
 from bench.baselines.peft_adapters import pretrained, require_trained
 from bench.baselines.sampled_addmm import pattern, sampled_addmm
@@ -37,7 +47,7 @@ from bench.cases import clip_step
 from bench.cases.clip_step import Way
 from bench.harness import WrongResultError
 from bench.memory import MeasurementError
-from bench.models import ADAMW, SMOKE, Task, candidates, uniform_entries, workload
+from bench.models import ADAMW, SMOKE, Task, candidates, make_task, uniform_entries, workload
 from bench.outcome import Memory
 from bench.registry import CASES, run_case
 from saft_clip.text_tower import padding_reason
@@ -48,7 +58,7 @@ FOLDER = Path(baselines.__file__).parent
 
 #: Methods that train the mask's entries and nothing else.
 OF_THE_MASK = [masked_adamw, index_and_hook, sparse_adam]
-BY_PEFT = [lora, shira, super_tuning]
+BY_PEFT = [lora, lora_of_mlps, shira, super_tuning]
 OF_EVERYTHING = [full_adamw, adamw8bit]
 
 
@@ -261,6 +271,48 @@ def test_lora_trains_adapters_and_nothing_else(task: Task) -> None:
     assert all("lora_" in name for name in trained)
 
 
+@pytest.mark.parametrize(("model", "mlps", "others"), [("saft-tiny", 2, 1), ("test_vit", 2, 2)])
+def test_lora_adapts_mlps_and_attention_of_every_block(model: str, mlps: int, others: int) -> None:
+    task = make_task(model, 2, 2)
+    kinds = (ResidualAttentionBlock, timm.models.vision_transformer.Block)
+    blocks = sum(isinstance(module, kinds) for module in task.model.modules())
+    assert blocks
+    found = linear_layers(task.model, MLP)
+    attention = [*linear_layers(task.model, ATTENTION), *attention_layers(task.model)]
+    assert (len(found), len(attention)) == (mlps * blocks, others * blocks)
+    modules = dict(task.model.named_modules())
+    assert not any(isinstance(modules[name], nn.Conv2d) for name in (*found, *attention))
+
+
+def test_lora_of_a_model_without_such_layers(task: Task) -> None:
+    with pytest.raises(MeasurementError, match="peft finds no layer to adapt"):
+        lora(nn.Sequential(nn.Linear(2, 2)), workload(SMOKE).masks["uniform"], task.loss)
+
+
+def test_lora_of_mlps_trains_these(task: Task) -> None:
+    before = weights_of(task.model)
+    step = lora_of_mlps(task.model, workload(SMOKE).masks["uniform"], task.loss)
+    assert step().item() == pytest.approx(workload(SMOKE).loss, rel=1e-5)
+    require_trained(task.model)
+    correctness.require_untouched(pretrained(task.model), before, None)
+    trained = [name for name, param in task.model.named_parameters() if param.requires_grad]
+    assert trained
+    assert all("lora_" in name and (".c_fc." in name or ".c_proj." in name) for name in trained)
+
+
+def test_floor_computes_the_gradients_of_all_inputs(
+    task: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def detached(model: nn.Module) -> Tensor:
+        return task.loss(model).detach().requires_grad_()
+
+    step = frozen(task.model, workload(SMOKE).masks["uniform"], task.loss)
+    step()
+    step()
+    with pytest.raises(WrongResultError, match="did not get to the first layers"):
+        frozen(task.model, workload(SMOKE).masks["uniform"], detached)()
+
+
 def test_lora_on_packed_prompts_is_that_of_peft(task: Task) -> None:
     lora(task.model, workload(SMOKE).masks["uniform"], task.loss)
     adapters = {n: p for n, p in task.model.named_parameters() if p.requires_grad}
@@ -466,6 +518,20 @@ def test_method_that_trains_something_else_is_refused(
     refused = run_case(CASES["clip_step"], SMOKE)["refused"]
     assert f"{name} is not timed" in refused
     assert reason in refused
+
+
+@pytest.mark.parametrize("name", [clip_step.FULL, *clip_step.ALL_SAMPLED])
+def test_step_in_bf16_that_trains_nothing_is_refused(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = clip_step.with_concentrated_mask(workload(SMOKE), SMOKE.density)
+    bf16 = replace(work.task, precision="amp_bf16")
+    step = clip_step.contender(name, work, bf16)
+    step.check(step.run)
+    monkeypatch.setitem(clip_step.WAYS, name, replace(clip_step.WAYS[name], method=frozen))
+    step = clip_step.contender(name, work, bf16)
+    with pytest.raises(WrongResultError, match="of the entries with larger gradients"):
+        step.check(step.run)
 
 
 def test_readme_lists_every_baseline() -> None:

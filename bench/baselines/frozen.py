@@ -9,6 +9,8 @@ plain product.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
@@ -17,6 +19,7 @@ from torch.nn import functional as F
 
 from saft_kernels import CooMask
 
+from ..harness import require
 from . import Loss, Step
 
 COVERS = "nothing"
@@ -27,23 +30,37 @@ _linear = F.linear
 def frozen(model: nn.Module, mask: CooMask, loss: Loss) -> Step:
     """Train nothing; the mask is not used."""
     model.requires_grad_(False)
-    for kind in (nn.Conv2d, nn.Embedding):
-        layers = [module for module in model.modules() if isinstance(module, kind)]
-        for first in layers[:1]:  # an image classifier has no embedding
-            first.register_forward_hook(_begin_backward_here)
+    reached: list[Tensor] = []
+    first = [
+        layer
+        for kind in (nn.Conv2d, nn.Embedding)
+        for layer in [module for module in model.modules() if isinstance(module, kind)][:1]
+    ]  # an image classifier has no embedding
+
+    def begin_backward_here(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        output.requires_grad_().register_hook(reached.append)
+        return output
+
+    for layer in first:
+        layer.register_forward_hook(begin_backward_here)
 
     def step() -> Tensor:
-        # Where nn.Linear looks it up, and multi_head_attention_forward with its helpers too.
-        with patch.object(F, "linear", _flat_linear):
+        with flat_linear():
             value = loss(model)
         value.backward()
+        require(len(reached) >= len(first), "the backward pass did not get to the first layers")
+        reached.clear()
         return value
 
     return step
 
 
-def _begin_backward_here(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-    return output.requires_grad_()
+@contextmanager
+def flat_linear() -> Iterator[None]:
+    """Let linear layers see their tokens in two dimensions, within this block."""
+    # Where nn.Linear looks it up, and multi_head_attention_forward with its helpers too.
+    with patch.object(F, "linear", _flat_linear):
+        yield
 
 
 def _flat_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -39,8 +39,7 @@ def adapt(model: nn.Module, config: str, **options: Any) -> torch.optim.Optimize
     try:
         peft.inject_adapter_in_model(make(**options), model)
     except ValueError as error:  # the model has none of the layers
-        wanted = ", ".join(options["target_modules"])
-        raise MeasurementError(f"peft finds no layer named {wanted} in this model") from error
+        raise MeasurementError(f"peft finds no layer to adapt in this model ({error})") from error
     adapters = [param for param in model.parameters() if param.requires_grad]
     return torch.optim.AdamW(adapters, fused=True, **ADAMW)
 

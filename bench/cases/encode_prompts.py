@@ -64,7 +64,7 @@ def run(setting: Setting) -> Outcome:
     )
     contenders = [_contender(*way, model) for way in ways]
     group = f"{len(tokens):,} class prompts, forward and backward"
-    effort = Effort(60.0, 2, 7, warm_up=0) if setting.kernels.seconds else setting.kernels
+    effort = Effort(60.0, 3, 7, warm_up=0) if setting.kernels.seconds else setting.kernels
     timings = measure(group, contenders, effort)
     slow, fast = timings.values()
     what = f"text tower on {len(tokens):,} class prompts, packed against padded"

@@ -50,7 +50,7 @@ from ..models import (
     selected_mask,
     uniform_mask,
 )
-from ..outcome import BASELINE, OURS, Figure, Outcome, Timing
+from ..outcome import BASELINE, OURS, Figure, Outcome, Timing, one_after_another
 from ..ratios import times_faster
 from .clip_step import sampled
 
@@ -85,7 +85,7 @@ def run(setting: Setting) -> Outcome:
         *(_packed(kind, mask, task, found) for kind, mask in masks.items()),
     ]
     group = f"training step, {images} images and {prompts:,} prompts"
-    effort = Effort(300.0, 2, 7, warm_up=0) if setting.steps.seconds else setting.steps
+    effort = Effort(300.0, 3, 7, warm_up=0) if setting.steps.seconds else setting.steps
     first, second, *packed = measure(group, contenders, effort).values()
     figures = [
         figure
@@ -108,17 +108,11 @@ def _counted(
 def _figures(group: str, kind: str, first: Timing, second: Timing, packed: Timing) -> list[Figure]:
     what, full = f"{group}, sampled and packed, {kind} mask", "against full and padded"
     bound = times_faster(f"{what}, {full}: lower bound, second pass alone", second, packed)
+    both = one_after_another("both passes", first, second)
     return [
         held_to(f"prompt-step/{kind}", bound),
-        times_faster(f"{what}, {full}: both passes", _sum(first, second), packed),
+        times_faster(f"{what}, {full}: both passes", both, packed),
     ]
-
-
-def _sum(first: Timing, second: Timing) -> Timing:
-    """One after the other, round by round."""
-    pairs = zip(first.seconds, second.seconds, strict=True)
-    cpu = zip(first.cpu_seconds, second.cpu_seconds, strict=True)
-    return Timing(first.group, "both passes", [a + b for a, b in pairs], [a + b for a, b in cpu])
 
 
 # Padded -------------------------------------------------------------------------------------------

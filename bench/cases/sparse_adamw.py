@@ -15,7 +15,13 @@ from saft_kernels import CooMask, SparseAdamW, ops, sparse_adamw_
 
 from ..bars import held_to
 from ..baselines.masked_adamw import masked_step
-from ..correctness import reference_step, require_stepped, require_untouched
+from ..correctness import (
+    reference_step,
+    require_state,
+    require_stepped,
+    require_untouched,
+    stepped,
+)
 from ..harness import Contender, measure, require
 from ..limits import Needs, evict_caches
 from ..models import (
@@ -136,7 +142,7 @@ def steps(work: Workload) -> list[Contender]:
     for kind, mask in work.masks.items():
         for source, step in _sparse_steps(params, mask, work).items():
             name = f"sparse_adamw_, {source} gradients, {kind} mask"
-            check = checks[kind] if step.master is None else _restarting(step, checks[kind])
+            check = _with_state(step, params, mask, work, checks[kind])
             contenders.append(Contender(name, step, check, dense.step, step.needs()))
     mask = work.masks["selected"]
     optimizer = SparseAdamW(model, mask, gradients="dense", **ADAMW)
@@ -147,16 +153,22 @@ def steps(work: Workload) -> list[Contender]:
     return contenders
 
 
-def _restarting(
-    step: Step, check: Callable[[Callable[[], Any]], None]
+def _with_state(
+    step: Step,
+    params: Mapping[str, nn.Parameter],
+    mask: CooMask,
+    work: Workload,
+    check: Callable[[Callable[[], Any]], None],
 ) -> Callable[[Callable[[], Any]], None]:
-    """The check from the exact values that low-precision weights have at that time."""
+    """The check, from the exact values of low-precision weights at that time, and the state's."""
 
-    def restarted(run: Callable[[], Any]) -> None:
+    def checked(run: Callable[[], Any]) -> None:
         step.take_values()
+        expected = stepped(params, work.gradients, mask)
         check(run)
+        require_state(expected, step.exp_avg, step.exp_avg_sq, step.master)
 
-    return restarted
+    return checked
 
 
 def _copy_with_gradients(work: Workload, gradients: Mapping[str, Tensor]) -> nn.Module:
@@ -319,9 +331,10 @@ def _step(weights: Tensor, gradients: Tensor, nnz: int, below: int) -> Contender
     def check(run: Callable[[], Any]) -> None:
         before = weights.clone()
         step.take_values()
-        expected = reference_step({"weights": weights}, {"weights": gradients}, mask)
+        expected = stepped({"weights": weights}, {"weights": gradients}, mask)
         run()
-        require_stepped({"weights": weights}, expected, mask)
+        require_stepped({"weights": weights}, expected.values, mask)
+        require_state(expected, step.exp_avg, step.exp_avg_sq, step.master)
         require_untouched({"weights": weights}, {"weights": before}, mask)
 
     name = f"sparse_adamw_, nnz = {indices.numel():,}, D = {weights.numel():,}"
