@@ -41,6 +41,11 @@ class Verdict:
         """Whether it fails the check."""
         return self.text in FAILED
 
+    @property
+    def reached(self) -> bool:
+        """Whether the whole interval of its figure is on the right side of the bar."""
+        return self.text == "PASS"
+
 
 def bars_of(names: Sequence[str]) -> list[Bar]:
     """The bars of these names, of these cases, or of these origins; all if there are none.
@@ -118,7 +123,7 @@ def summary(found: Sequence[Verdict]) -> str:
     return f"{'; '.join(parts)}."
 
 
-def brief(result: Mapping[str, Any]) -> str:
+def brief(result: dict[str, Any]) -> str:
     """What says most in a result, as Markdown: a table of the headlines, and the others by name.
 
     Raises:
