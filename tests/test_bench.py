@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -30,7 +31,7 @@ from bench.cases import (
     step_account,
 )
 from bench.cli import app, measure_cases
-from bench.environment import watch_load
+from bench.environment import environment, watch_load
 from bench.flops import Flops
 from bench.harness import Contender, Effort, WrongResultError, measure, require
 from bench.limits import Needs, buffer_bytes, buffers, last_level_cache
@@ -662,6 +663,20 @@ def test_result_file_round_trip(result: dict[str, Any], tmp_path: Path) -> None:
     assert again["setting"] == json.loads(json.dumps(asdict(Setting())))
     for key in ("processor", "instruction_set", "threads", "torch", "commit", "load_average"):
         assert key in again["environment"]
+
+
+def test_environment_names_what_multiplies_and_how_threads_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("KMP_BLOCKTIME", "0")
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    found = environment()
+    assert "KMP_BLOCKTIME=0 " in str(found["openmp"])
+    assert "OMP_NUM_THREADS=3" in str(found["openmp"])
+    assert torch.backends.mkl.is_available() == str(found["blas"]).startswith("mkl 2")
+    assert found["timm"] == version("timm")
+    assert found["peft"] == version("peft")
+    assert re.fullmatch(r"not installed|[0-9.]+.*", str(found["bitsandbytes"]))
 
 
 def test_a_case_is_measured_again_among_the_others(result: dict[str, Any], tmp_path: Path) -> None:
