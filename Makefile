@@ -1,4 +1,5 @@
-# Five targets for newcomers: demo, test, bench, lint, wheel; two more where there is a GPU: test-gpu, bench-gpu.
+# Five targets for newcomers: demo, test, bench, lint, wheel; two more where there is a GPU: test-gpu, bench-gpu;
+# bench-docs for whoever measured anew.
 # Each creates .venv and builds what is missing first.
 
 PYTHON ?= python3
@@ -12,12 +13,12 @@ NATIVE := $(shell find csrc cmake -type f) CMakeLists.txt setup.py pyproject.tom
 # One OpenMP thread per test process: several processes share the cores. Tests that need more ask for them.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 
-.PHONY: help demo test bench lint wheel test-gpu bench-gpu build clean
+.PHONY: help demo test bench bench-docs lint wheel test-gpu bench-gpu build clean
 
 help:  ## list these targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+(-docs)?:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo 'on a machine with a GPU:'
-	@awk -F ':.*## ' '/^[a-z]+-gpu:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+-gpu:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: build  ## fine-tune the built-in tiny CLIP with SAFT and with full fine-tuning, and compare (about 3 minutes)
 	$(BIN)/saft demo
@@ -27,6 +28,11 @@ test: build  ## run all tests
 
 bench: build  ## time every kernel beside its baselines (2 minutes; python -m bench --help measures whole steps and memory)
 	$(BIN)/python -m pytest bench -q --benchmark-columns=median,iqr,rounds --benchmark-sort=fullname
+
+bench-docs: build  ## write the figures of README.md and docs/ from the newest result in bench/results
+	$(BIN)/python -m bench report --brief --figures docs/figures --update README.md
+	$(BIN)/python -m bench report --update docs/benchmarks.md
+	$(BIN)/python -m bench report --case step_account --update docs/step_account.md
 
 lint: build  ## check style, types and formatting
 	$(BIN)/ruff check .

@@ -41,6 +41,11 @@ class Verdict:
         """Whether it fails the check."""
         return self.text in FAILED
 
+    @property
+    def reached(self) -> bool:
+        """Whether the whole interval of its figure is on the right side of the bar."""
+        return self.text == "PASS"
+
 
 def bars_of(names: Sequence[str]) -> list[Bar]:
     """The bars of these names, of these cases, or of these origins; all if there are none.

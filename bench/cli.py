@@ -19,7 +19,8 @@ from saft_kernels.errors import SaftError
 from .answer import Question, answer, total_memory
 from .answer import markdown as answer_markdown
 from .answer import record as answer_record
-from .check import agreement, bars_of, cases_of, verdicts
+from .bars import Bar
+from .check import Verdict, agreement, bars_of, cases_of, verdicts
 from .check import brief as brief_markdown
 from .check import markdown as check_markdown
 from .compare import RUNS_THRESHOLD, compare_results
@@ -34,8 +35,10 @@ from .result_file import (
     FORMAT,
     VERSION,
     ResultError,
-    comparable_cases,
+    circumstances,
+    kept_cases,
     read_result,
+    understood,
     update_block,
     write_json,
     write_result,
@@ -197,11 +200,17 @@ def run(
     smoke: Smoke = False,
 ) -> None:
     """Run cases and print the tables."""
+    if keep and (smoke or output_file is not None):
+        raise ResultError(
+            "--keep keeps a whole result under a name of its own; leave out --keep, or --smoke and "
+            "--output"
+        )
     chosen = _choose(cases)
     asked = Setting(model, pretrained, batch, prompts, density, _dtype(dtype), backend, threads)
     setting = _smoke(asked) if smoke else asked
+    _warn_of_ignored(chosen, asked)
     if keep:
-        output_file = _kept(environment())
+        output_file = _kept(environment(gpu=_on_gpu(chosen)))
     result = measure_cases(chosen, setting, output_file)
     print(markdown(result), end="")
     _exit_if_refused(result, chosen)
@@ -224,6 +233,44 @@ def _dtype(name: str) -> str:
     return name
 
 
+def _warn_of_ignored(names: Sequence[str], asked: Setting) -> None:
+    """Name the cases that do not take all that was asked for."""
+    for name in names:
+        ignored = CASES[name].ignored(asked)
+        if ignored:
+            options = ", ".join(f"--{option}" for option in ignored)
+            warn(f"{name} has sizes or types of its own, which {options} cannot change")
+
+
+def _on_gpu(names: Sequence[str]) -> bool:
+    return any(CASES[name].on_gpu for name in names)
+
+
+def _refuse_unused(context: typer.Context, names: Sequence[str], reason: str) -> None:
+    """Make sure that no option was given that would do nothing.
+
+    Args:
+        context: of the command.
+        names: of the parameters that have no effect.
+        reason: why they have none.
+
+    Raises:
+        ResultError: if one of them was given.
+    """
+    given = [
+        max(parameter.opts, key=len)
+        for parameter in context.command.params
+        if parameter.name in names and _was_given(context, parameter.name)
+    ]
+    if given:
+        raise ResultError(f"{reason}; leave out {', '.join(given)}")
+
+
+def _was_given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
 def _choose(names: Sequence[str] | None) -> list[str]:
     for name in names or ():
         if name not in CASES:
@@ -238,6 +285,7 @@ def _exit_if_refused(result: dict[str, Any], names: Sequence[str]) -> None:
 
 @app.command()
 def check(
+    context: typer.Context,
     names: Annotated[
         list[str] | None,
         typer.Argument(
@@ -257,27 +305,35 @@ def check(
         Path | None,
         typer.Option(help="Name the bars that this earlier result reached and this one does not."),
     ] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Fail if a bar is too close to call, too.")
+    ] = False,
     threads: Threads = None,
 ) -> None:
     """Measure what has a bar; exit code 1 if one is missed or could not be measured.
 
-    A bar within the interval of a figure is too close to call, which fails nothing. Whoever wants
-    to know measures again on an idle machine.
+    A bar within the interval of a figure is too close to call, which fails with --strict only:
+    measure again on an idle machine, where intervals are narrower.
     """
     bars = bars_of(names or ())
-    before = None if against is None else verdicts(read_result(against), bars)
+    before = None if against is None else _verdicts_in(against, bars)
     if result_file is not None:
-        result = read_result(result_file)
+        reason = "nothing is measured or written with --result"
+        _refuse_unused(context, ("output_file", "threads"), reason)
+        found = _verdicts_in(result_file, bars)
     else:
-        result = measure_cases(
-            cases_of(bars), Setting(threads=threads, bars_only=True), output_file
-        )
-    found = verdicts(result, bars)
+        setting = Setting(threads=threads, bars_only=True)
+        found = verdicts(measure_cases(cases_of(bars), setting, output_file), bars)
     print(check_markdown(found), end="")
     if before is not None:
         print(f"\n{agreement(found, before, str(against))}")
-    if any(verdict.failed for verdict in found):
+    if any(verdict.failed or (strict and not verdict.reached) for verdict in found):
         raise typer.Exit(1)
+
+
+def _verdicts_in(file: Path, bars: Sequence[Bar]) -> list[Verdict]:
+    with understood(file):
+        return verdicts(read_result(file), bars)
 
 
 @app.command()
@@ -292,12 +348,16 @@ def gpu() -> None:
 def measure_cases(names: Sequence[str], setting: Setting, file: Path | None) -> dict[str, Any]:
     """Run the named cases; the result so far is in the file, if one is named, after each.
 
-    What the file holds of other cases stays, if it was measured on this machine with this setting.
+    What the file holds of other cases stays.
+
+    Raises:
+        ResultError: before anything is measured, if the file cannot be written, or holds a result
+            of another machine, version or setting, or something else.
     """
     if file is not None and not file.parent.is_dir():  # said before anything is measured
         raise ResultError(f"{file.parent} is no folder, so that no result can be kept in it")
     with applied(setting):
-        where = environment(gpu=any(CASES[name].on_gpu for name in names))
+        where = environment(gpu=_on_gpu(names))
     result: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,
@@ -305,10 +365,9 @@ def measure_cases(names: Sequence[str], setting: Setting, file: Path | None) -> 
         "setting": asdict(setting),
         "cases": {},
     }
-    known = {} if file is None else comparable_cases(file, result)
-    when = {key: where[key] for key in ("date", "commit")}
+    known = {} if file is None else kept_cases(file, result)
     for name in names:
-        known[name] = record = {**when, **run_case(CASES[name], setting)}
+        known[name] = record = {**circumstances(result), **run_case(CASES[name], setting)}
         result["cases"] = {name: known[name] for name in CASES if name in known}
         if file is not None:
             write_result(file, result)
@@ -328,6 +387,7 @@ def _warn(record: dict[str, Any]) -> None:
 
 @app.command()
 def report(
+    context: typer.Context,
     result: Annotated[
         Path | None,
         typer.Argument(help="A file that `run` wrote.", show_default="newest in bench/results"),
@@ -359,9 +419,12 @@ def report(
     ] = None,
 ) -> None:
     """Write a result as a page; or print it as Markdown, or put it or its figures into files."""
+    if not to_terminal and update is None:
+        reason = "--brief is about Markdown, which only --markdown and --update write"
+        _refuse_unused(context, ("brief",), reason)
     file = _newest() if result is None else result
-    found = _only(case, read_result(file), file)
-    try:
+    with understood(file):
+        found = _only(case, read_result(file), file)
         if to_terminal or update is not None:
             _put_markdown(brief_markdown(found) if brief else markdown(found), to_terminal, update)
         if figures is not None:
@@ -370,10 +433,6 @@ def report(
             page = output_file or file.with_suffix(".html")
             write_page(found, page)
             say(f"{page} shows {file}")
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ResultError(
-            f"{file} is not what this release writes ({error!r}); run `python -m bench` again"
-        ) from error
 
 
 def _only(cases: Sequence[str] | None, result: dict[str, Any], file: Path) -> dict[str, Any]:
@@ -412,8 +471,14 @@ def _newest() -> Path:
     return max(dates, key=lambda path: dates[path])
 
 
+#: Parameters of ``compare`` that say what two revisions are measured on.
+_MEASURED = ("rounds", "model", "pretrained", "batch", "prompts", "density", "dtype", "backend",
+             "threads", "smoke")  # fmt: skip
+
+
 @app.command()
 def compare(
+    context: typer.Context,
     what: Annotated[
         list[str] | None,
         typer.Argument(
@@ -459,15 +524,19 @@ def compare(
     if base is None:
         if what is None or len(what) != 2 or head is not None:
             raise ResultError("give two result files, or a revision to compare with (--base main)")
+        _refuse_unused(context, _MEASURED, "nothing is measured where two files are compared")
         limit = RUNS_THRESHOLD if threshold is None else threshold / 100
         before, after = (read_result(Path(name)) for name in what)
         title = f"{what[1]} against {what[0]}."
-        found = compare_results(before, after, threshold=limit, force=force)
+        with understood(" or ".join(what)):
+            found = compare_results(before, after, threshold=limit, force=force)
     else:
+        _refuse_unused(context, ("force",), "--force is about two files; revisions always compare")
         limit = THRESHOLD if threshold is None else threshold / 100
         cases = _choose(what or DEFAULT_CASES)
         asked = Setting(model, pretrained, batch, prompts, density, _dtype(dtype), backend, threads)
         setting = _smoke(asked) if smoke else asked
+        _warn_of_ignored(cases, asked)
         title, found = compare_revisions(base, head, cases, setting, rounds=rounds, threshold=limit)
     print(comparison_markdown(title, found, limit), end="")
     if not found.passed:

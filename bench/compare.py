@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from .outcome import OURS, Figure, MemoryUse, Outcome, Timing
 from .ratios import Ratio, format_seconds, ratio_of_runs
-from .result_file import ResultError, outcome_of
+from .result_file import EFFORTS, ResultError, differences, outcome_of
 from .tables import table
 
 #: Two runs of the same code differ by this much on the same machine: their processes got other
@@ -38,15 +38,15 @@ SAME_TIME, SAME_SIZE = "no difference beyond the noise", "no difference"
 COLUMNS = ("work", "by", "before", "after", "after over before (95 % interval)", "")
 
 #: What else may differ between two results on the same machine, and should be known.
-_VERSIONS = ("torch", "python", "open_clip", "compiler", "system", "driver", "toolkit")
+_VERSIONS = (
+    "torch", "blas", "openmp", "python", "open_clip", "timm", "peft", "bitsandbytes",
+    "compiler", "system", "driver", "toolkit",
+)  # fmt: skip
 
 _MACHINE = (
     "processor", "cores", "threads", "instruction_set", "backend",
     "gpu", "gpu_memory", "gpu_backends", "power_limit",
 )  # fmt: skip
-
-#: How often something was timed changes its interval and nothing else; nor does what was left out.
-_EFFORTS = ("kernels", "steps", "bars_only")
 
 #: Figures that are sizes. Peaks, which other figures come from, are compared themselves.
 _SIZE = re.compile(r"(?!peak memory)(.*\b(memory|file|state)\b)")
@@ -135,7 +135,13 @@ class Comparison:
 
 
 def compare_outcomes(
-    case: str, before: Outcome, after: Outcome, ratio_of: RatioOf, threshold: float
+    case: str,
+    before: Outcome,
+    after: Outcome,
+    ratio_of: RatioOf,
+    threshold: float,
+    *,
+    fewer: bool = False,
 ) -> Comparison:
     """Compare all that a case found on both sides.
 
@@ -145,6 +151,7 @@ def compare_outcomes(
         after: in the head.
         ratio_of: ratio of the second's time over the first's, for timings of head and base.
         threshold: a time within 1 +- this did not change.
+        fewer: the head was asked for fewer contenders; otherwise none may be missing in it.
     """
     found = Comparison()
     for old, new in _common(before.timings, after.timings, _contender):
@@ -163,10 +170,16 @@ def compare_outcomes(
         found.shifts += [ratio[0]] * change.baseline
     found.shifts += _limit_shifts(before, after)
     found.changes += _sizes(case, before, after)
-    for side, own, other in (("before", before, after), ("after", after, before)):
-        names = [": ".join(key) for key in _contenders(own) if key not in set(_contenders(other))]
-        found.remarks += [f"Only {side}: {name} ({case})." for name in names]
+    gone = [f"Only before: {name} ({case})." for name in _only_in(before, after)]
+    (found.remarks if fewer else found.failures).extend(gone)
+    found.remarks += [f"Only after: {name} ({case})." for name in _only_in(after, before)]
     return found
+
+
+def _only_in(own: Outcome, other: Outcome) -> list[str]:
+    """Contenders that the other side has not."""
+    theirs = set(_contenders(other))
+    return [": ".join(key) for key in _contenders(own) if key not in theirs]
 
 
 def settled(first: Change, again: Change) -> Change:
@@ -265,51 +278,62 @@ def compare_results(
         ResultError: if machine, threads or setting differ, or no case is in both.
     """
     found = Comparison()
-    differences = _differences(before, after)
-    if differences and not force:
+    obstacles = _obstacles(before, after)
+    if obstacles and not force:
         raise ResultError(
-            f"the two results do not compare: {', '.join(differences)}; measure both alike, or "
+            f"the two results do not compare: {', '.join(obstacles)}; measure both alike, or "
             "compare anyway with --force"
         )
-    if differences:
-        found.remarks.append(f"Compared although not measured alike: {', '.join(differences)}.")
+    if obstacles:
+        found.remarks.append(f"Compared although not measured alike: {', '.join(obstacles)}.")
     environments = before["environment"], after["environment"]
-    versions = _different(_VERSIONS, *environments)
+    versions = differences(_VERSIONS, *environments)
     if versions:
         found.remarks.append(f"Not the same in both: {', '.join(versions)}.")
     cases = before["cases"], after["cases"]
     if not cases[0].keys() & cases[1].keys():
         raise ResultError("the two results have no case in common; run the same cases for both")
-    for side, own, other in (("before", *cases), ("after", *reversed(cases))):
-        found.remarks += [f"Only {side}: the case {name}." for name in own if name not in other]
+    found.failures += [f"Only before: the case {n}." for n in cases[0] if n not in cases[1]]
+    found.remarks += [f"Only after: the case {n}." for n in cases[1] if n not in cases[0]]
     for name in cases[1]:
         if name in cases[0]:
-            found += _compare_records(name, cases[0][name], cases[1][name], threshold)
+            records = cases[0][name], cases[1][name]
+            bars_only = [_bars_only(*pair) for pair in zip(records, (before, after), strict=True)]
+            fewer = bars_only == [False, True]
+            found += _compare_records(name, *records, threshold, fewer)
     return found
+
+
+def _bars_only(record: dict[str, Any], result: dict[str, Any]) -> bool:
+    """Whether a case left out the rivals that no bar is about."""
+    return bool(record.get("efforts", result["setting"]).get("bars_only", False))
 
 
 def _compare_records(
-    case: str, before: dict[str, Any], after: dict[str, Any], threshold: float
+    case: str, before: dict[str, Any], after: dict[str, Any], threshold: float, fewer: bool
 ) -> Comparison:
-    found = compare_outcomes(case, outcome_of(before), outcome_of(after), ratio_of_runs, threshold)
-    if before["refused"]:
-        found.remarks.append(f"{case} was refused before: {before['refused']}.")
-    if after["refused"]:
-        found.failures.append(f"{case} was refused after: {after['refused']}.")
-    return found
+    none_before, none_after = _why_none(before, "before"), _why_none(after, "after")
+    if none_after and (after["refused"] or not none_before):
+        return Comparison(failures=[f"{case} {none_after}"])
+    if none_before or none_after:
+        return Comparison(remarks=[f"{case} {none_before or none_after}"])
+    outcomes = outcome_of(before), outcome_of(after)
+    return compare_outcomes(case, *outcomes, ratio_of_runs, threshold, fewer=fewer)
 
 
-def _differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+def _why_none(record: dict[str, Any], side: str) -> str:
+    """Why a case has no outcome; nothing if it has one."""
+    if record["refused"]:
+        return f"was refused {side}: {record['refused']}."
+    return f"was left out {side}: {record['left_out']}." if record["left_out"] else ""
+
+
+def _obstacles(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """What was not measured alike; how often it was is no obstacle."""
     settings = before["setting"], after["setting"]
-    asked = dict.fromkeys(key for each in settings for key in each if key not in _EFFORTS)
-    machine = _different(_MACHINE, before["environment"], after["environment"])
-    return list(dict.fromkeys([*machine, *_different(asked, *settings)]))
-
-
-def _different(keys: Iterable[str], before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    """What differs, each as "threads (2 against 4)"."""
-    pairs = ((key.replace("_", " "), before.get(key), after.get(key)) for key in keys)
-    return [f"{name} ({old} against {new})" for name, old, new in pairs if old != new]
+    asked = dict.fromkeys(key for each in settings for key in each if key not in EFFORTS)
+    machine = differences(_MACHINE, before["environment"], after["environment"])
+    return list(dict.fromkeys([*machine, *differences(asked, *settings)]))
 
 
 # Showing ------------------------------------------------------------------------------------------

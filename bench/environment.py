@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -44,7 +45,12 @@ def environment(*, gpu: bool = False) -> dict[str, str | int | float]:
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "blas": _blas(),
+        "openmp": _openmp(),
         "open_clip": version("open_clip_torch"),
+        "timm": version("timm"),
+        "peft": _version("peft"),
+        "bitsandbytes": _version("bitsandbytes"),
         "saft_kernels": saft_kernels.__version__,
         "compiler": backends.build_info()["compiler"],
         "commit": _commit(),
@@ -109,6 +115,33 @@ def _ask_nvidia(uuid: str) -> dict[str, str]:
     except (OSError, subprocess.CalledProcessError):
         return {}
     return dict(zip(_ASKED, map(str.strip, done.stdout.split(",")), strict=False))
+
+
+def _version(package: str) -> str:
+    """Of a package that only some baselines need."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _blas() -> str:
+    """Who multiplies torch's matrices: what it was built with, and the version of MKL if it is."""
+    built = torch.__config__.show()
+    name = re.search(r"BLAS_INFO=(\w+)", built)
+    mkl = re.search(r"Math Kernel Library Version (\S+)", built)
+    words = [name[1] if name else "unknown", *([mkl[1]] if mkl else [])]
+    return " ".join(words)
+
+
+def _openmp() -> str:
+    """The variables of the environment that tell threads how to run."""
+    found = sorted(
+        f"{name}={value}"
+        for name, value in os.environ.items()
+        if name.startswith(("OMP_", "KMP_", "GOMP_", "MKL_"))
+    )
+    return " ".join(found) or "no variables set"
 
 
 def _processor() -> str:

@@ -79,6 +79,7 @@ def page_content(result: dict[str, Any], parts: Sequence[Part]) -> dict[str, Any
     cases = result["cases"].items()
     return {
         "conditions": tables.conditions(result),
+        "own_sizes": tables.own_sizes(result),
         "disturbed": tables.DISTURBED if any(part.mark for part in parts) else "",
         "tiles": _tiles(parts),
         "misses": _with_verdict(parts, "MISS"),
@@ -96,7 +97,7 @@ def page_content(result: dict[str, Any], parts: Sequence[Part]) -> dict[str, Any
 
 def _tiles(parts: Sequence[Part]) -> list[dict[str, Any]]:
     figures = [figure for part in parts for figure in part.outcome.figures]
-    labels = ("bars passed", "bars missed", "bars unclear: the interval holds the bar")
+    labels = ("bars passed", "bars missed", "bars too close to call: the interval holds the bar")
     tiles = [
         {
             "value": sum(figure.verdict == verdict for figure in figures),
@@ -124,8 +125,9 @@ _ABOUT = {
     "times": (
         "Shorter is better. A bar is the median over rounds in which all contenders took turns; "
         "the thin line runs from the first to the third quartile. The tick is what this machine "
-        "needs at least for the bytes and operations that the step cannot do without: a bar that "
-        "ends there cannot be beaten on it."
+        "would need for the bytes that the step must move, or for the operations that it did when "
+        "it was checked, at the speed of a copy or of a large matrix product: a bar that ends "
+        "there gets shorter only by doing less."
     ),
     "memory": (
         "Shorter is better. Peak memory of a training step, each in a process of its own; the "
@@ -133,15 +135,16 @@ _ABOUT = {
     ),
     "ratios": (
         "A dot is a ratio of times (first quartiles), the line its 95 % interval. The short "
-        "upright line is the bar: a ratio passes or misses if its whole interval does, and is "
-        "unclear if the interval holds the bar. A hollow dot is inside the noise: its interval "
-        "holds 1, no difference."
+        "upright line is the bar: a ratio passes or misses if its whole interval does, and is too "
+        "close to call if the interval holds the bar. A hollow dot is inside the noise: its "
+        "interval holds 1, no difference."
     ),
     "roofline": (
         "Higher is better. The slanted part of the roof is the speed of a copy, the level part "
         "that of a large matrix product, both measured among the contenders. A point far below "
         "the roof leaves something to gain; work left of the bend waits for memory. Operations "
-        "are those that cannot be done without, so that doing more than these lowers a point."
+        "are those of the contender itself, counted while it was checked or known from its sizes: "
+        "one that does more than it has to is not lower for it, but slower."
     ),
     "bandwidth": (
         "Longer is better. For work that only moves bytes: those that it must move, per second of "

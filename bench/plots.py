@@ -317,7 +317,7 @@ def _memory_legend(uses: Sequence[MemoryUse]) -> list[Patch]:
 # Ratios -------------------------------------------------------------------------------------------
 
 _VERDICTS = {"PASS": "after", "MISS": "bad", "UNCLEAR": "s2", "": "before"}
-_MEANING = {"PASS": "passes", "MISS": "misses", "UNCLEAR": "unclear", "": "has no bar"}
+_MEANING = {"PASS": "passes", "MISS": "misses", "UNCLEAR": "is too close to call", "": "has no bar"}
 
 
 def drawable(figure: Figure) -> bool:

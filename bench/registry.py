@@ -45,13 +45,37 @@ class Case:
         summary: of what it measures.
         run: measures it.
         on_gpu: whether it measures a GPU; then it runs only if it is named.
+        fixed: names of what it does not take from a :class:`Setting`, but has of its own. The tiny
+            model is a request for small sizes all the same.
     """
 
     name: str
     summary: str
     run: Callable[[Setting], Outcome]
     on_gpu: bool = False
+    fixed: tuple[str, ...] = ()
 
+    def ignored(self, asked: Setting) -> list[str]:
+        """What was asked for and does not change this case, as the command line calls it."""
+        return [
+            option_name(name)
+            for name in self.fixed
+            if getattr(asked, name) != getattr(Setting, name)
+        ]
+
+    def own(self, setting: Setting) -> Setting:
+        """The setting that it runs on: what it has of its own as by default, but small sizes."""
+        names = (name for name in self.fixed if name != "model")
+        return replace(setting, **{name: getattr(Setting, name) for name in names})
+
+
+def option_name(field: str) -> str:
+    """What the command line calls a field of the setting."""
+    return {"images": "batch"}.get(field, field)
+
+
+#: Of cases whose layers, models or batches are their own.
+_SIZES = ("model", "pretrained", "images", "prompts")
 
 #: In the order of the data path, the training steps last.
 CASES = {
@@ -62,16 +86,57 @@ CASES = {
             "gather_scatter", "values at the indices, out of weights and back", gather_scatter.run
         ),
         Case("sparse_adamw", "the optimizer step, its state and its growth", sparse_adamw.run),
-        Case("sampled_grad", "a weight gradient at the selected entries only", sampled_grad.run),
-        Case("real_masks", "where real masks' entries lie, and what suits them", real_masks.run),
+        Case(
+            "sampled_grad",
+            "a weight gradient at the selected entries only",
+            sampled_grad.run,
+            fixed=_SIZES,
+        ),
+        Case(
+            "real_masks",
+            "where real masks' entries lie, and what suits them",
+            real_masks.run,
+            fixed=(*_SIZES, "dtype"),
+        ),
         Case("delta", "the delta file: size, writing, applying, reverting", delta.run),
-        Case("encode_prompts", "the text tower without padding", encode_prompts.run),
-        Case("clip_select", "a whole selection, from batches to mask", clip_select.run),
+        Case(
+            "encode_prompts",
+            "the text tower without padding",
+            encode_prompts.run,
+            fixed=("images", "prompts", "density", "dtype"),
+        ),
+        Case(
+            "clip_select",
+            "a whole selection, from batches to mask",
+            clip_select.run,
+            fixed=("dtype",),
+        ),
         Case("clip_step", "a whole training step: time and peak memory", clip_step.run),
-        Case("step_account", "where the time of a training step goes", step_account.run),
-        Case("prompt_step", "a whole training step on ImageNet's 1,000 classes", prompt_step.run),
-        Case("clip_finetune", "whole runs of saft finetune on the tiny CLIP", clip_finetune.run),
-        Case("gpu", "every operation and whole training steps on a GPU", gpu.run, on_gpu=True),
+        Case(
+            "step_account",
+            "where the time of a training step goes",
+            step_account.run,
+            fixed=("dtype",),
+        ),
+        Case(
+            "prompt_step",
+            "a whole training step on ImageNet's 1,000 classes",
+            prompt_step.run,
+            fixed=("pretrained", "images", "prompts", "dtype"),
+        ),
+        Case(
+            "clip_finetune",
+            "whole runs of saft finetune on the tiny CLIP",
+            clip_finetune.run,
+            fixed=(*_SIZES, "density", "dtype"),
+        ),
+        Case(
+            "gpu",
+            "every operation and whole training steps on a GPU",
+            gpu.run,
+            on_gpu=True,
+            fixed=("dtype",),
+        ),
     )
 }
 
@@ -103,7 +168,7 @@ def run_case(case: Case, setting: Setting) -> dict[str, Any]:
     outcome, refused, left_out = Outcome(), None, None
     with watch_load() as load, applied(setting):
         try:
-            outcome = case.run(setting)
+            outcome = case.run(case.own(setting))
             if not setting.has_bars:
                 figures = [without_bar(figure) for figure in outcome.figures]
                 outcome = replace(outcome, figures=figures)
@@ -113,6 +178,7 @@ def run_case(case: Case, setting: Setting) -> dict[str, Any]:
             left_out = str(error)
     return {
         "summary": case.summary,
+        "fixed": [option_name(name) for name in case.fixed],
         "seconds": time.perf_counter() - start,
         "load": asdict(load),
         "refused": refused,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,12 @@ VERSION = 2
 
 BEGIN = "<!-- bench:begin -->"
 END = "<!-- bench:end -->"
+
+#: What of a setting says how often and beside which rivals something was timed, not on what.
+EFFORTS = ("kernels", "steps", "bars_only")
+
+#: What of an environment is another one every time.
+_MOMENT = ("date", "commit", "load_average")
 
 
 class ResultError(SaftError, ValueError):
@@ -76,26 +83,79 @@ def read_result(path: Path) -> dict[str, Any]:
     return result
 
 
-def comparable_cases(path: Path, result: dict[str, Any]) -> dict[str, Any]:
-    """The cases in a file, if they were measured on the same machine with the same setting.
+@contextmanager
+def understood(name: str | Path) -> Iterator[None]:
+    """Say of a file that it lacks something, in a block that looks into it.
 
-    Args:
-        path: of the file; without a result of this version there are none.
-        result: to compare with.
+    Raises:
+        ResultError: if the block misses what every result has.
     """
     try:
+        yield
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ResultError(
+            f"{name} is not what this release writes ({error!r}); run `python -m bench` again"
+        ) from error
+
+
+def kept_cases(path: Path, result: dict[str, Any]) -> dict[str, Any]:
+    """The cases that a file holds, beside which new ones can be written into it.
+
+    Efforts may differ: how often a case was timed, and whether rivals without a bar were left out,
+    is true of that case alone and says nothing of the others. A case keeps its own
+    (:func:`circumstances`).
+
+    Args:
+        path: of the file; if there is none, there are no cases.
+        result: that is to be written: its machine, versions and setting.
+
+    Raises:
+        ResultError: if the file holds anything else than cases of the same machine, versions and
+            setting, which writing would destroy.
+    """
+    if not path.exists():
+        return {}
+    advice = "name another file with --output, or remove that one"
+    try:
         other = read_result(path)
-    except ResultError:  # there is none, or of another version
-        return {}
-    if other["setting"] != result["setting"] or _machine(other) != _machine(result):
-        return {}
-    when = {key: other["environment"][key] for key in ("date", "commit")}
-    return {name: {**when, **case} for name, case in other["cases"].items()}
+    except ResultError as error:
+        raise ResultError(
+            f"{path} exists and is no result of {FORMAT} version {VERSION}; {advice}"
+        ) from error
+    with understood(path):
+        found = _obstacles(other, result)
+        if found:
+            raise ResultError(f"{path} holds a result with other {', '.join(found)}; {advice}")
+        return {n: {**circumstances(other), **case} for n, case in other["cases"].items()}
 
 
-def _machine(result: dict[str, Any]) -> dict[str, Any]:
-    varying = ("date", "commit", "load_average")
-    return {key: value for key, value in result["environment"].items() if key not in varying}
+def _obstacles(kept: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """What was not the same when a kept result was measured."""
+    parts = (("environment", _MOMENT), ("setting", EFFORTS))
+    return [
+        difference
+        for part, varying in parts
+        for difference in differences(
+            [key for key in {**kept[part], **new[part]} if key not in varying],
+            kept[part],
+            new[part],
+        )
+    ]
+
+
+def circumstances(result: dict[str, Any]) -> dict[str, Any]:
+    """When, at which commit and with which efforts the cases of a result were measured."""
+    where, setting = result["environment"], result["setting"]
+    efforts = {key: setting[key] for key in EFFORTS if key in setting}
+    return {"date": where["date"], "commit": where["commit"], "efforts": efforts}
+
+
+def differences(
+    keys: Iterable[str], before: Mapping[str, Any], after: Mapping[str, Any]
+) -> list[str]:
+    """What differs, each as "threads (2 against 1)"."""
+    pairs = ((key, *(each.get(key, "not recorded") for each in (before, after))) for key in keys)
+    return [f"{key.replace('_', ' ')} ({a} against {b})" for key, a, b in pairs if a != b]
 
 
 def update_block(path: Path, text: str, markers: tuple[str, str] = (BEGIN, END)) -> None:

@@ -48,7 +48,7 @@ def markdown(result: dict[str, Any]) -> str:
 def preamble(result: dict[str, Any]) -> list[str]:
     """Paragraphs on what a result was measured on, and what speaks against it."""
     cases = result["cases"].items()
-    parts = [conditions(result)]
+    parts = [conditions(result), *own_sizes(result)]
     if any(mark(case) for _, case in cases):
         parts.append(DISTURBED)
     parts += [f"**{n} was refused:** {case['refused']}" for n, case in cases if case["refused"]]
@@ -77,10 +77,11 @@ DISTURBED = (
 ABOUT_TIMES = (
     "Median times and their quartiles, and the processor time of all threads. Ratios, limits and "
     "what is reached of these are of first quartiles: other programs only ever add time. The limit "
-    "is what this machine needs at least: for the bytes that the work must move at the speed of a "
-    "copy, or for its operations at the speed of a large matrix product, whichever takes longer; "
-    "both ran alongside. Weights and gradients that are selected entry by entry count as whole "
-    "cache lines (on a GPU: sectors). Work that reads more than it writes can beat a copy."
+    "is what this machine would need: for the bytes that the work must move at the speed of a "
+    "copy, or for its operations, counted while it was checked or known from its sizes, at the "
+    "speed of a large matrix product, whichever takes longer; both ran alongside. Weights and "
+    "gradients that are selected entry by entry count as whole cache lines (on a GPU: sectors). "
+    "Work that reads more than it writes can beat a copy."
 )
 ABOUT_MEMORY = (
     "Peak memory, each in a process of its own: of a CPU all that is resident (glibc gives every "
@@ -123,6 +124,14 @@ def conditions(result: dict[str, Any]) -> str:
     if known:
         text += f" Other programs used up to {max(known):.0%} of the processors meanwhile."
     return text
+
+
+def own_sizes(result: dict[str, Any]) -> list[str]:
+    """A paragraph on the cases that the conditions do not wholly describe; none without one."""
+    fixed = {name: case.get("fixed") for name, case in result["cases"].items()}
+    said = [f"{name} ({', '.join(options)})" for name, options in fixed.items() if options]
+    text = "Cases with sizes or types of their own, and what of the above does not change them: "
+    return [f"{text}{'; '.join(said)}."] if said else []
 
 
 def figure_row(figure: Figure, mark: str = "") -> list[str]:

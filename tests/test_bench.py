@@ -6,10 +6,12 @@ import copy
 import json
 import random
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typer.testing import CliRunner
 
-from bench import correctness, tables
+from bench import cli, correctness, tables
 from bench.bars import held_to
 from bench.cases import (
     accumulate_topk,
@@ -29,7 +31,7 @@ from bench.cases import (
     step_account,
 )
 from bench.cli import app, measure_cases
-from bench.environment import watch_load
+from bench.environment import environment, watch_load
 from bench.flops import Flops
 from bench.harness import Contender, Effort, WrongResultError, measure, require
 from bench.limits import Needs, buffer_bytes, buffers, last_level_cache
@@ -312,14 +314,52 @@ def memory_of_this_process(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return asked
 
 
+#: What the command line can set of a setting and a case can ignore.
+OPTIONS = ("model", "pretrained", "images", "prompts", "density", "dtype")
+
+
+class Watched(Setting):
+    """A setting that knows what a case has read of it."""
+
+    read: ClassVar[set[str]] = set()
+    small = property(lambda self: True)  # asks for small sizes, whatever the model
+
+    def __getattribute__(self, name: str) -> Any:
+        # A copy with changes reads everything, and means nothing by it.
+        if name in OPTIONS and sys._getframe(1).f_globals["__name__"] != "dataclasses":
+            Watched.read.add(name)
+        return super().__getattribute__(name)
+
+    def __hash__(self) -> int:  # a cache that looks at all of it means nothing by it, either
+        return id(self)
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+
 @pytest.mark.parametrize("name", ON_CPU)
-def test_case_runs_on_a_tiny_model(name: str, memory_of_this_process: list[str]) -> None:
-    record = run_case(CASES[name], SMOKE)
+def test_case_runs_on_a_tiny_model_and_says_what_it_ignores(
+    name: str, memory_of_this_process: list[str]
+) -> None:
+    Watched.read.clear()
+    record = run_case(CASES[name], Watched(**vars(SMOKE)))
     assert record["refused"] is None
     assert record["left_out"] is None
     assert record["figures"]
     assert record["timings"]
     json.dumps(record, allow_nan=False)
+    assert set(OPTIONS) - Watched.read <= set(CASES[name].fixed)
+    assert ("model" in Watched.read) != ("model" in CASES[name].fixed)
+
+
+def test_what_a_case_has_of_its_own_does_not_reach_it() -> None:
+    case = Case("a", "case", lambda setting: Outcome(), fixed=("model", "images", "dtype"))
+    asked = replace(SMOKE, images=7, prompts=8, dtype="bf16")
+    own = case.own(asked)
+    assert (own.images, own.dtype, own.prompts) == (16, "fp32", 8)
+    assert own.small
+    assert case.ignored(asked) == ["model", "batch", "dtype"]
+    assert case.ignored(Setting(prompts=8)) == []
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
@@ -615,6 +655,19 @@ def test_step_account_leaves_no_kernel_out() -> None:
         assert any("sampled products" in f.what and f.value > 0 for f in half)
 
 
+def test_step_account_says_what_its_phases_need() -> None:
+    forward, backward, optimizer = step_account.run(SMOKE).timings[:3]
+    weights = sum(param.nbytes for param in candidates(workload(SMOKE).task.model).values())
+    for phase in (forward, backward):
+        assert phase.moves == weights
+        assert phase.flops > 0
+        assert min(phase.cpu_seconds) > 0
+        assert phase.floor is not None
+    assert backward.flops > forward.flops
+    assert optimizer.moves is not None
+    assert 0 < optimizer.moves < weights
+
+
 # Reports ------------------------------------------------------------------------------------------
 
 PARTS = {"weights": 10 << 20, "state": 2 << 20, "gradients": 3 << 20, "activations": 5 << 20}
@@ -633,7 +686,8 @@ def result(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     def refuse(setting: Setting) -> Outcome:
         raise WrongResultError("group: other is not timed: it is wrong")
 
-    monkeypatch.setitem(CASES, "one", Case("one", "a case", lambda setting: outcome))
+    one = Case("one", "a case", lambda setting: outcome, fixed=("images", "dtype"))
+    monkeypatch.setitem(CASES, "one", one)
     monkeypatch.setitem(CASES, "two", Case("two", "another", refuse))
     measured = measure_cases(["one", "two"], Setting(), None)
     for case in measured["cases"].values():  # whatever else runs beside the tests
@@ -653,6 +707,7 @@ def test_report_shows_figures_bars_floors_and_refusals(result: dict[str, Any]) -
     assert "**two was refused:** group: other is not timed: it is wrong" in lines
     assert result["environment"]["commit"][:12] in lines[0]
     assert "ViT-B-16 (random weights, fp32, 16 images, 16 prompts" in lines[0]
+    assert lines[2].endswith("what of the above does not change them: one (batch, dtype).")
 
 
 def test_report_marks_what_was_measured_on_a_busy_machine(result: dict[str, Any]) -> None:
@@ -677,6 +732,20 @@ def test_result_file_round_trip(result: dict[str, Any], tmp_path: Path) -> None:
         assert key in again["environment"]
 
 
+def test_environment_names_what_multiplies_and_how_threads_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("KMP_BLOCKTIME", "0")
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    found = environment()
+    assert "KMP_BLOCKTIME=0 " in str(found["openmp"])
+    assert "OMP_NUM_THREADS=3" in str(found["openmp"])
+    assert torch.backends.mkl.is_available() == str(found["blas"]).startswith("mkl 2")
+    assert found["timm"] == version("timm")
+    assert found["peft"] == version("peft")
+    assert re.fullmatch(r"not installed|[0-9.]+.*", str(found["bitsandbytes"]))
+
+
 def test_a_case_is_measured_again_among_the_others(result: dict[str, Any], tmp_path: Path) -> None:
     file = tmp_path / "result.json"
     result["environment"] |= {"date": "2001-02-03T04:05", "commit": "old"}
@@ -691,9 +760,78 @@ def test_a_case_is_measured_again_among_the_others(result: dict[str, Any], tmp_p
     assert again["cases"]["two"]["commit"] == "old"
     assert "2001-02-03" in tables.markdown(again)
     assert " and old" in tables.markdown(again)
-    result["setting"] = {"model": "another"}
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "value", "said"),
+    [
+        ("setting", "model", "RN50", "model (RN50 against ViT-B-16)"),
+        ("setting", "density", 0.5, "density (0.5 against 0.001)"),
+        ("environment", "processor", "abacus", "processor (abacus against "),
+        ("environment", "torch", "1.0", "torch (1.0 against "),
+        ("environment", "blas", None, "blas (not recorded against "),
+    ],
+)
+def test_a_kept_result_of_something_else_is_not_destroyed(
+    part: str, key: str, value: Any, said: str, result: dict[str, Any], tmp_path: Path
+) -> None:
+    file = tmp_path / "result.json"
+    result[part][key] = value
+    if value is None:
+        del result[part][key]
     write_result(file, result)
-    assert list(measure_cases(["one"], Setting(), file)["cases"]) == ["one"]
+    before = file.read_bytes()
+    done = CliRunner().invoke(app, ["run", "one", "--output", str(file)])
+    assert isinstance(done.exception, ResultError)
+    assert f"{file} holds a result with other {said}" in str(done.exception)
+    assert "name another file with --output, or remove that one" in str(done.exception)
+    assert file.read_bytes() == before
+
+
+@pytest.mark.parametrize("text", ["# README", '{"format": "saft-bench", "version": 1}'])
+def test_what_is_no_result_is_not_destroyed(
+    text: str, result: dict[str, Any], tmp_path: Path
+) -> None:
+    file = tmp_path / "file"
+    file.write_text(text)
+    done = CliRunner().invoke(app, ["run", "one", "--output", str(file)])
+    assert isinstance(done.exception, ResultError)
+    assert "exists and is no result of saft-bench version 2; name another" in str(done.exception)
+    assert file.read_text() == text
+
+
+def test_cases_with_other_efforts_stay_and_say_so(result: dict[str, Any], tmp_path: Path) -> None:
+    file = tmp_path / "result.json"
+    measure_cases(["one", "two"], Setting(), file)
+    again = measure_cases(["one"], Setting(bars_only=True, steps=TWO_ROUNDS), file)
+    efforts = {name: case["efforts"] for name, case in again["cases"].items()}
+    assert [efforts[name]["bars_only"] for name in ("one", "two")] == [True, False]
+    assert [efforts[name]["steps"]["least"] for name in ("one", "two")] == [2, 7]
+
+
+def test_results_are_kept_by_what_was_measured(
+    result: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def where(*, gpu: bool = False) -> dict[str, Any]:
+        return {**result["environment"], **({"gpu": "Tensor 9"} if gpu else {})}
+
+    monkeypatch.setattr(cli, "RESULTS", tmp_path)
+    monkeypatch.setattr(cli, "environment", where)
+    monkeypatch.setitem(CASES, "gpu", Case("gpu", "", lambda setting: Outcome(), on_gpu=True))
+    for name in ("one", "gpu"):
+        done = CliRunner().invoke(app, ["run", name, "--keep"])
+        assert done.exit_code == (name == "gpu"), done.exception  # no GPU is described in a table
+    release = result["environment"]["saft_kernels"]
+    files = {path.name: list(read_result(path)["cases"]) for path in tmp_path.iterdir()}
+    assert files.pop(f"tensor-9-{release}.json") == ["gpu"]
+    assert list(files.values()) == [["one"]]
+
+
+@pytest.mark.parametrize("options", [["--smoke"], ["--output", "other.json"]])
+def test_keeping_goes_with_whole_results_only(options: list[str]) -> None:
+    done = CliRunner().invoke(app, ["run", "delta", "--keep", *options])
+    assert isinstance(done.exception, ResultError)
+    assert "leave out --keep, or --smoke and --output" in str(done.exception)
 
 
 def test_update_rewrites_the_block_and_nothing_else(result: dict[str, Any], tmp_path: Path) -> None:
@@ -754,6 +892,14 @@ def test_result_that_could_not_be_kept_is_not_measured(
     done = CliRunner().invoke(app, ["run", "one", "--output", str(tmp_path / "no" / "r.json")])
     assert isinstance(done.exception, ResultError)
     assert "no is no folder" in str(done.exception)
+
+
+def test_options_that_a_case_ignores_are_said(result: dict[str, Any]) -> None:
+    arguments = ["run", "one", "--batch", "8", "--dtype", "fp32", "--density", "0.5"]
+    done = CliRunner().invoke(app, arguments)
+    said = "one has sizes or types of its own, which --batch cannot change"
+    assert said in " ".join(done.stderr.split())
+    assert "of its own" not in CliRunner().invoke(app, ["run", "one"]).stderr
 
 
 def test_unknown_case_is_one_sentence() -> None:

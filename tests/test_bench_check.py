@@ -154,6 +154,38 @@ def test_checks_agree_unless_one_reached_what_the_other_missed() -> None:
     assert agreement(found(0.9), found(1.1), "a") == "a says otherwise of selection/gradients."
 
 
+def test_strict_check_fails_if_a_bar_is_too_close_to_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    for low, high, code in ((0.2, 0.3, 1), (0.2, 0.24, 0)):
+        figure = replace(reached("delta/size"), low=low, high=high)
+        case = Case("delta", "a case", lambda setting, f=figure: Outcome(figures=[f]))  # type: ignore[misc]
+        monkeypatch.setitem(CASES, "delta", case)
+        assert CliRunner().invoke(cli.app, ["check", "delta"]).exit_code == 0
+        assert CliRunner().invoke(cli.app, ["check", "delta", "--strict"]).exit_code == code
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [(["--output", "o.json"], "--output"), (["--threads", "1"], "--threads")],
+)
+def test_options_without_effect_are_refused(options: list[str], named: str, tmp_path: Path) -> None:
+    file = tmp_path / "result.json"
+    write_result(file, whole(result_of([reached("delta/size", 1.1)])))
+    done = CliRunner().invoke(cli.app, ["check", "delta", "--result", str(file), *options])
+    assert isinstance(done.exception, ResultError)
+    assert f"with --result; leave out {named}" in str(done.exception)
+
+
+@pytest.mark.parametrize("option", ["--result", "--against"])
+def test_malformed_result_is_one_sentence(option: str, tmp_path: Path) -> None:
+    file = tmp_path / "result.json"
+    broken = whole(result_of([reached("delta/size")]))
+    del broken["cases"]["all"]["figures"][0]["unit"]
+    write_result(file, broken)
+    done = CliRunner().invoke(cli.app, ["check", "delta", option, str(file)])
+    assert isinstance(done.exception, ResultError)
+    assert f"{file} is not what this release writes" in str(done.exception)
+
+
 @pytest.mark.parametrize(("factor", "code"), [(1.1, 0), (0.9, 1)])
 def test_command_fails_if_a_bar_is_missed(
     factor: float, code: int, monkeypatch: pytest.MonkeyPatch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import os
@@ -39,7 +40,7 @@ def timing(name: str, center: float, noise: float = 0.01, **more: Any) -> Timing
 
 def result(*timings: Timing, **more: Any) -> dict[str, Any]:
     """A result file's content with one case."""
-    record = {"refused": None, **outcome_record(Outcome(list(timings), **more))}
+    record = {"refused": None, "left_out": None, **outcome_record(Outcome(list(timings), **more))}
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -111,15 +112,67 @@ def test_a_slower_baseline_is_no_regression_but_a_warning(tmp_path: Path) -> Non
     assert "Warning" not in run_compare(tmp_path, before, before)[1]
 
 
-def test_what_one_side_has_alone_is_listed(tmp_path: Path) -> None:
-    before = result(timing("gather", 1), timing("old", 1))
-    after = result(timing("gather", 1), timing("new", 1))
+def test_what_came_is_listed(tmp_path: Path) -> None:
+    before, after = result(timing("gather", 1)), result(timing("gather", 1), timing("new", 1))
     after["cases"]["delta"] = after["cases"]["gather_scatter"]
     code, text = run_compare(tmp_path, before, after)
     assert code == 0
-    assert "Only before: gather, uniform mask: old (gather_scatter)." in text
     assert "Only after: gather, uniform mask: new (gather_scatter)." in text
     assert "Only after: the case delta." in text
+
+
+def test_what_vanished_is_a_failure(tmp_path: Path) -> None:
+    before, after = result(timing("gather", 1), timing("old", 1)), result(timing("gather", 1))
+    code, text = run_compare(tmp_path, before, after)
+    assert code == 1
+    assert "**Only before: gather, uniform mask: old (gather_scatter).**" in text
+    more = {**before, "cases": {**before["cases"], "delta": after["cases"]["gather_scatter"]}}
+    assert "**Only before: the case delta.**" in run_compare(tmp_path, more, after)[1]
+    for key in ("efforts", "setting"):  # of the case, or of a file of before these were its own
+        asked_for_less = copy.deepcopy(after)
+        holder = asked_for_less["cases"]["gather_scatter"] if key == "efforts" else asked_for_less
+        holder[key] = {**after["setting"], "bars_only": True}
+        code, text = run_compare(tmp_path, before, asked_for_less)
+        assert code == 0
+        assert "\nOnly before: gather, uniform mask: old (gather_scatter)." in text
+
+
+def test_a_case_that_is_left_out_now_is_a_failure(tmp_path: Path) -> None:
+    good, bad = result(timing("gather", 1)), result(timing("gather", 1))
+    for each in (good, bad):
+        each["cases"]["delta"] = copy.deepcopy(each["cases"]["gather_scatter"])
+    empty = outcome_record(Outcome())
+    bad["cases"]["delta"] |= {**empty, "left_out": "it needs a model with a text tower"}
+    code, text = run_compare(tmp_path, good, bad)
+    assert code == 1
+    assert "**delta was left out after: it needs a model with a text tower.**" in text
+    assert run_compare(tmp_path, bad, good)[0] == 0
+    assert run_compare(tmp_path, bad, bad)[0] == 0
+
+
+def test_malformed_files_are_one_sentence(tmp_path: Path) -> None:
+    good = result(timing("gather", 1))
+    for key in ("environment", "setting", "cases"):
+        bad = {k: v for k, v in good.items() if k != key}
+        code, text = run_compare(tmp_path, good, bad)
+        assert code == 1
+        assert f"b.json is not what this release writes (KeyError('{key}'))" in text
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--model", "RN50"], "--model"),
+        (["--rounds", "15", "--smoke"], "--rounds, --smoke"),
+        (["--batch", "4", "--threads", "1"], "--batch, --threads"),
+    ],
+)
+def test_options_without_effect_are_refused(options: list[str], named: str, tmp_path: Path) -> None:
+    good = result(timing("gather", 1))
+    _, text = run_compare(tmp_path, good, good, *options)
+    assert f"nothing is measured where two files are compared; leave out {named}" in text
+    done = CliRunner().invoke(app, ["compare", "--base", "HEAD", "--force"])
+    assert "revisions always compare; leave out --force" in str(done.exception)
 
 
 def test_grown_memory_and_files_are_caught(tmp_path: Path) -> None:
@@ -170,15 +223,19 @@ def test_results_not_measured_alike_are_refused_unless_forced(
 
 def test_other_versions_and_efforts_are_compared(tmp_path: Path) -> None:
     before, after = result(timing("gather", 1)), result(timing("gather", 1))
-    after["environment"]["torch"] = "2.15"
+    after["environment"] |= {"torch": "2.15", "blas": "mkl 2024.2", "openmp": "OMP_X=1"}
+    before["environment"] |= {"blas": "mkl 2024.2", "openmp": "no variables set"}
     after["setting"]["kernels"]["most"] = 100
     code, text = run_compare(tmp_path, before, after)
     assert code == 0
-    assert "Not the same in both: torch (2.14 against 2.15)." in text
+    said = "torch (2.14 against 2.15), openmp (no variables set against OMP_X=1)"
+    assert f"Not the same in both: {said}." in text
 
 
 def test_a_case_that_is_refused_now_is_a_failure(tmp_path: Path) -> None:
     good, bad = result(timing("gather", 1)), result(timing("gather", 1))
+    for each in (good, bad):
+        each["cases"]["delta"] = copy.deepcopy(each["cases"]["gather_scatter"])
     bad["cases"]["gather_scatter"]["refused"] = "it is wrong"
     code, text = run_compare(tmp_path, good, bad)
     assert code == 1

@@ -212,7 +212,7 @@ def test_page_shows_every_figure_timing_and_use(source: str, page: Page) -> None
 
 
 def test_page_says_what_did_not_pass(page: Page) -> None:
-    tiles = re.search(r"(\d+) bars passed (\d+) bars missed (\d+) bars unclear", page.text)
+    tiles = re.search(r"(\d+) bars passed (\d+) bars missed (\d+) bars too close", page.text)
     assert tiles
     verdicts = [f.verdict for f in (*FIGURES, FIGURES[0])]
     assert [int(n) for n in tiles.groups()] == [
@@ -221,6 +221,7 @@ def test_page_says_what_did_not_pass(page: Page) -> None:
     assert f"delta was refused: the sums are wrong: {NASTY}" in page.text
     assert f"prompt_step was left out: it needs peft {NASTY}." in page.text
     assert "never measured: nan times the time" in page.text
+    assert "Too close to call" in page.text
 
 
 def test_disturbed_cases_are_marked(page: Page) -> None:
@@ -478,6 +479,9 @@ def test_report_writes_where_it_is_told(file: Path, tmp_path: Path) -> None:
 def test_report_prints_markdown_and_writes_nothing(file: Path) -> None:
     assert report(file, "--markdown").stdout == markdown(SMALL)
     assert report(file, "--markdown", "--brief").stdout == brief(SMALL)
+    error = report(file, "--brief").exception
+    assert isinstance(error, ResultError)
+    assert str(error).endswith("only --markdown and --update write; leave out --brief")
     assert not file.with_suffix(".html").exists()
 
 

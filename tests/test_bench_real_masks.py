@@ -32,7 +32,7 @@ from bench.cases.real_masks import (
 )
 from bench.harness import Contender, Effort
 from bench.models import SMOKE, Setting
-from bench.outcome import Outcome, Timing
+from bench.outcome import TIMES_AS_LONG, Figure, Outcome, Timing
 from bench.registry import CASES, run_case
 from saft_clip.domains import MissingExtraError
 from saft_kernels import CooMask
@@ -145,11 +145,24 @@ def test_break_even_outside_the_sweep_is_a_bound() -> None:
     assert break_even([(0.01, 0.9), (0.32, 1.5)]) == (0.32, "or more")
 
 
+def test_break_even_has_the_interval_that_its_ratios_give() -> None:
+    def figure(value: float) -> Figure:
+        return Figure("it", value, TIMES_AS_LONG, value / 2, value * 2)
+
+    found = real_masks.break_even_figure({0.01: figure(4.0), 0.16: figure(0.25)}, "float32")
+    assert found.value == pytest.approx(4)
+    assert (found.low, found.high) == pytest.approx((2, 8))
+    assert found.unit == "%"
+    never = real_masks.break_even_figure({0.01: figure(9.0), 0.16: figure(5.0)}, "float32")
+    assert (never.value, never.unit, never.note) == (16, "% or more", "none up to 16.00%")
+
+
 @pytest.mark.parametrize(
     ("compact", "count", "saved", "note"),
     [
         ([9.0, 8.0], 0, 0.0, ""),
-        ([1.0, 8.0], 1, 25.0, "selected share of their blocks from 41.7% to 41.7%"),
+        ([1.0, 8.0], 1, 100 * 2 / 8.5, "selected share of their blocks from 41.7% to 41.7%"),
+        ([3.0, 8.0], 0, 0.0, "1 are inside the noise"),
     ],
 )
 def test_layers_where_the_compact_product_is_faster(

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
@@ -30,5 +32,22 @@ def test_links_lead_to_files():
 
 def test_make_targets_named_in_the_readme_exist():
     makefile = (ROOT / "Makefile").read_text()
-    for target in re.findall(r"(?:^|`)make ([a-z]+)", README, re.MULTILINE):
+    for target in re.findall(r"(?:^|`)make ([a-z-]+)", README, re.MULTILINE):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+#: Blocks that the benchmarks write: page and name of its markers.
+GENERATED = [
+    (page.relative_to(ROOT).as_posix(), name)
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+    for name in re.findall(r"<!-- (bench[a-z-]*):begin -->", page.read_text())
+]
+
+
+@pytest.mark.xfail(strict=True, reason="no result of this release has been kept yet")
+@pytest.mark.parametrize(("page", "name"), GENERATED)
+def test_what_benchmarks_write_was_written(page, name):
+    text = (ROOT / page).read_text()
+    _, inside = text.split(f"<!-- {name}:begin -->")
+    block, _, _ = inside.partition(f"<!-- {name}:end -->")
+    assert block.strip(), "run make bench-docs; saft bench --update README.md writes the answer"

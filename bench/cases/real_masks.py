@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
@@ -39,22 +39,24 @@ from saft_clip.domains import MissingExtraError
 from saft_clip.methods.base import FROZEN, prompt_loss
 from saft_clip.models import load_model
 from saft_clip.prompts import class_prompts
+from saft_clip.tiny import TINY_NAME
 from saft_kernels import CooMask, ops, select
 from saft_kernels.errors import SaftError
 from saft_kernels.plan import LinearPlan
 
-from ..harness import Contender, Effort, measure, require
-from ..limits import Needs, evict_caches
+from ..harness import Contender, Effort, measure
+from ..limits import Needs, dtype_name, evict_caches
 from ..models import COLUMNS, ROWS, Setting, concentrated_entries
 from ..outcome import BASELINE, OURS, Figure, Outcome, Timing
-from ..ratios import times_faster
+from ..ratios import ratio, times_as_long, times_faster
+from .sampled_grad import check_gradient
 
 DTYPES = (torch.float32, torch.bfloat16)
 
 #: Of the synthetic sweep: how much is selected of a block of ROWS and COLUMNS of the weight.
 SHARES = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32)
 
-#: Of all layers one by one: the least time of each counts, which needs few rounds.
+#: Of all layers one by one: there are many, and none decides alone.
 PER_LAYER = Effort(4.0, 5, 15)
 
 #: Of the logits of unit vectors, for MiniLM: what sentence encoders are usually trained with.
@@ -256,7 +258,7 @@ def _contender(
 
     def check(run: Callable[[], Any]) -> None:
         for actual, expected in zip(run(), exact, strict=True):
-            _require_gradient(actual, expected)
+            check_gradient(expected)(actual.detach)
 
     needs = needs_of(work, strategy)
     role = BASELINE if strategy == "dense" else OURS
@@ -280,14 +282,6 @@ def needs_of(work: Sequence[Work], strategy: str) -> Needs:
         moves += element * tokens * (columns + rows) + 12 * layer.flat.numel()
         flops += 2 * tokens * entries
     return Needs(moves, flops, work[0].x.dtype)
-
-
-def _require_gradient(actual: Tensor, expected: Tensor) -> None:
-    """Within what the sampled_grad case allows a product of random operands to be off."""
-    tolerance = 2**-7 if actual.dtype == torch.bfloat16 else 1e-5
-    scale = expected.square().mean().sqrt()
-    error = (actual.double() - expected).abs() - tolerance * expected.abs()
-    require(bool((error <= 10 * tolerance * scale).all()), "it is not the gradient")
 
 
 # Measuring ----------------------------------------------------------------------------------------
@@ -314,14 +308,10 @@ def _one_mask(mask: RealMask, tokens: int, setting: Setting) -> Outcome:
     for dtype in DTYPES:
         work = make_work(mask.layers, tokens, dtype)
         exact = [each.exact() for each in work]
-        title = f"{mask.name}, {_name(dtype)}"
+        title = f"{mask.name}, {dtype_name(dtype)}"
         outcome += _all_layers(title, work, exact, setting.kernels)
         outcome += _each_layer(title, work, exact, setting)
     return outcome
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _all_layers(
@@ -344,29 +334,38 @@ def _all_layers(
 def _each_layer(
     title: str, work: Sequence[Work], exact: Sequence[Tensor], setting: Setting
 ) -> Outcome:
-    """In which layers the compact product is the faster one, and what it would save there."""
+    """In which layers the compact product is surely the faster one, and what it saves there."""
     effort = PER_LAYER if setting.kernels.seconds else setting.kernels
     timings = measure(f"each layer, {title}", _single_layers(work, exact), effort)
-    sampled = [min(timings[f"sampled, {each.layer.name}"].seconds) for each in work]
-    compact = [min(timings[f"compact, {each.layer.name}"].seconds) for each in work]
-    savings = [slow - fast for slow, fast in zip(sampled, compact, strict=True)]
-    shares = [w.layer.share for w, saving in zip(work, savings, strict=True) if saving > 0]
+    pairs = [(w.layer.share, *_pair(timings, w.layer.name)) for w in work]
+    intervals = [ratio(compact, sampled)[1:] for _, sampled, compact in pairs]
+    faster = [pair for pair, (_, high) in zip(pairs, intervals, strict=True) if high < 1]
+    unsure = sum(low <= 1 <= high for low, high in intervals)
+    notes = [f"{unsure} are inside the noise"] if unsure else []
+    if faster:
+        notes.append(f"selected share of their blocks {_range([share for share, *_ in faster])}")
+    saved = sum(sampled.calm - compact.calm for _, sampled, compact in faster)
     return Outcome(
         figures=[
             Figure(
                 f"layers in which the compact product is faster, {title}",
-                len(shares),
+                len(faster),
                 f"of {len(work)}",
-                note=f"selected share of their blocks {_range(shares)}" if shares else "",
+                note="; ".join(notes),
             ),
             Figure(
                 f"time of the sampled gradient that it would save in these, {title}",
-                100 * sum(saving for saving in savings if saving > 0) / sum(sampled),
+                100 * saved / sum(sampled.calm for _, sampled, _ in pairs),
                 "%",
-                note="of the sum over all layers, least times",
+                note="of the sum over all layers, first quartiles",
             ),
         ]
     )
+
+
+def _pair(timings: Mapping[str, Timing], layer: str) -> tuple[Timing, Timing]:
+    """The sampled and the compact strategy on a layer."""
+    return timings[f"sampled, {layer}"], timings[f"compact, {layer}"]
 
 
 def _single_layers(work: Sequence[Work], exact: Sequence[Tensor]) -> list[Contender]:
@@ -391,25 +390,39 @@ def _sweep(sizes: tuple[int, int, int], dtype: torch.dtype, setting: Setting) ->
     layers = [Layer(f"{flat.numel():,} entries", height, width, flat) for flat in drawn]
     work = make_work(layers, tokens, dtype)
     contenders = _single_layers(work, [each.exact() for each in work])
-    group = f"gradient at more and more entries of a block, {_name(dtype)}"
+    name = dtype_name(dtype)
+    group = f"gradient at more and more entries of a block, {name}"
     timings = measure(group, contenders, setting.kernels)
-    points = [(layer.share, _as_long(timings, layer.name)) for layer in layers]
-    return Outcome(list(timings.values()), [_break_even_figure(points, _name(dtype))])
+    as_long = {}
+    for layer in layers:
+        sampled, compact = _pair(timings, layer.name)
+        what = f"compact product against the sampled gradient, {layer.share:.2%} of a block, {name}"
+        as_long[layer.share] = times_as_long(what, compact, sampled)
+    figures = [break_even_figure(as_long, name), *as_long.values()]
+    return Outcome(list(timings.values()), figures)
 
 
-def _as_long(timings: dict[str, Timing], entries: str) -> float:
-    """The time of the compact product in units of the sampled gradient's."""
-    return timings[f"compact, {entries}"].calm / timings[f"sampled, {entries}"].calm
+def break_even_figure(as_long: Mapping[float, Figure], dtype: str) -> Figure:
+    """From which share on the compact product is faster.
 
-
-def _break_even_figure(points: Sequence[tuple[float, float]], dtype: str) -> Figure:
-    share, bound = break_even(points)
-    ratios = ", ".join(f"{ratio:.2g} at {100 * share:.2g}%" for share, ratio in sorted(points))
-    note = f"compact takes, in times as long as sampled: {ratios}"
-    if bound == "or more":
-        note = f"none up to {100 * share:.2g}%; {note}"
-    what = f"share of the block from which the compact product is faster, {dtype}"
-    return Figure(what, 100 * share, f"% {bound}".strip(), note=note)
+    Args:
+        as_long: share -> the time of the compact product in units of the other's, with interval.
+        dtype: name of the operands' type.
+    """
+    share, bound = break_even([(share, figure.value) for share, figure in as_long.items()])
+    # With all ratios at one end of their intervals, the share is at one end of its own.
+    low, high = (
+        break_even([(share, getattr(figure, end)) for share, figure in as_long.items()])[0]
+        for end in ("low", "high")
+    )
+    return Figure(
+        f"share of the block from which the compact product is faster, {dtype}",
+        100 * share,
+        f"% {bound}".strip(),
+        100 * low,
+        100 * high,
+        note=f"none up to {share:.2%}" if bound == "or more" else "interpolated",
+    )
 
 
 def break_even(points: Sequence[tuple[float, float]]) -> tuple[float, str]:
@@ -442,7 +455,7 @@ def tiny_clip_mask(setting: Setting) -> RealMask:
     Raises:
         MissingExtraError: if the package with the digits is not installed.
     """
-    clip = load_model("saft-tiny")
+    clip = load_model(TINY_NAME)
     digits = load_dataset("builtin:mnist", "train", clip.preprocess_val)
     sample = few_shot(digits, SHOTS, seed=0)
     images = torch.stack([sample[index][0] for index in range(len(sample))])
@@ -469,7 +482,7 @@ def minilm_mask(setting: Setting) -> RealMask:
     Raises:
         LeftOutError: in a smoke run, and if the package with the weights is not installed.
     """
-    if setting.model == "saft-tiny":
+    if setting.small:
         raise LeftOutError("a smoke run leaves MiniLM out, which takes some seconds to load")
     folder = minilm_folder()
     model = _load_minilm(folder)
