@@ -8,6 +8,7 @@ is found in more steps, so that looking (:mod:`bench.allocations`) does not dist
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -48,6 +49,8 @@ def peak_memory(function: str, **arguments: Any) -> Memory:
     Raises:
         MeasurementError: if the process fails.
     """
+    gc.collect()  # models whose hooks refer to them
+    torch.cuda.empty_cache()  # the process may need the same GPU
     module, threads = f"{__package__}.memory", str(torch.get_num_threads())
     command = [sys.executable, "-m", module, function, json.dumps(arguments), threads]
     backend = {"SAFT_BACKEND": backends.requested_backend() or ""}

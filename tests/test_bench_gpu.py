@@ -320,16 +320,6 @@ def test_graph_is_captured_after_a_run_on_another_stream(monkeypatch: pytest.Mon
     ]  # fmt: skip
 
 
-def test_memory_that_is_not_used_goes_to_the_other_process(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    log: list[Any] = []
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: log.append("empty_cache"))
-    monkeypatch.setattr(gpu, "peak_memory", lambda *a, **k: log.append((a, k)))
-    gpu.memory_beside("module:function", name="it")
-    assert log == ["empty_cache", (("module:function",), {"name": "it"})]
-
-
 # Without and with a GPU ---------------------------------------------------------------------------
 
 

@@ -476,9 +476,12 @@ def test_process_runs_on_what_this_one_does(
         peak_memory(f"{here}:tell")
 
 
-def test_failing_work_is_an_error() -> None:
+def test_failing_work_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    given_back: list[str] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: given_back.append("GPU memory"))
     with pytest.raises(MeasurementError, match=r"bench\.memory:nothing could not be measured"):
         peak_memory("bench.memory:nothing")
+    assert given_back == ["GPU memory"]  # which the process may have needed
 
 
 def test_four_steps_are_taken_and_the_third_is_followed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,6 @@ TF32. The same code runs on a CPU, for its tests.
 
 from __future__ import annotations
 
-import gc
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -140,7 +139,7 @@ def gpu() -> Place:
     """
     device, names = current_gpu()
     timers = CudaTimer(device), CudaTimer(device, head_start=0)
-    return Place(device, names, *timers, captured, memory_beside)
+    return Place(device, names, *timers, captured, peak_memory)
 
 
 def captured(work: Callable[[], Any]) -> Callable[[], Any]:
@@ -154,13 +153,6 @@ def captured(work: Callable[[], Any]) -> Callable[[], Any]:
     with torch.cuda.graph(graph):
         work()
     return graph.replay
-
-
-def memory_beside(function: str, **arguments: Any) -> Memory:
-    """:func:`bench.memory.peak_memory`, with the GPU memory that this process has no use for."""
-    gc.collect()  # models whose hooks refer to them
-    torch.cuda.empty_cache()
-    return peak_memory(function, **arguments)
 
 
 @contextmanager
