@@ -215,12 +215,13 @@ class _Own:
         Args:
             batch: how many images.
             effort: how often.
-            gradients: what first steps are held to, in fp32 on the CPU; None: only what must stay
-                is checked.
+            gradients: what first steps are held to, and then to the loss, in fp32 on the CPU;
+                None: their loss must be that of the model where it is.
         """
         task = _images(self.task, batch)
+        reference = task if gradients is None else _images(self.base, batch)
         with torch.no_grad():
-            loss = task.loss(task.model).item()
+            loss = reference.loss(reference.model).item()
         contenders = []
         for name in self.names:
             try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import time
 from collections.abc import Callable, Mapping
@@ -12,17 +11,19 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from bench import answer, cli
 from bench.answer import Answer, Method, Question
+from bench.baselines import Loss, Step, step_of
 from bench.harness import WrongResultError
 from bench.memory import MeasurementError
-from bench.models import SMOKE, Setting, SettingError, Task, make_task
+from bench.models import SMOKE, Setting, SettingError, Task, candidates, make_task
 from bench.outcome import Memory, Timing
 from bench.result_file import ResultError
 from bench.timers import CpuTimer
+from saft_kernels import CooMask
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -233,7 +234,11 @@ def test_steps_on_a_gpu_are_checked_on_the_cpu(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_where_the_first_step_leads_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(answer.clip_step.ADAMW, "lr", 1e-4)
+    def elsewhere(model: nn.Module, mask: CooMask, loss: Loss) -> Step:
+        return step_of(torch.optim.SGD(candidates(model).values(), lr=1e-3), model, loss)
+
+    way = answer.WAYS[answer.METHODS["full fine-tuning"]]
+    monkeypatch.setitem(answer.WAYS, answer.METHODS["full fine-tuning"], type(way)(elsewhere))
     with pytest.raises(WrongResultError, match="is not where one AdamW step leads"):
         answer.answer(Question(SMOKE, memory=10**9))
 
@@ -286,6 +291,48 @@ def test_command_prints_the_answer_and_keeps_it(
     assert (question.setting.model, question.setting.images) == ("RN50", 3)
     assert question.memory == 24 * 10**9
     assert json.loads(file.read_text())["numel"] == found.numel
+
+
+@pytest.mark.parametrize(
+    ("option", "name", "reason"),
+    [
+        ("--output", "missing/answer.json", "missing is no folder"),
+        ("--update", "missing.md", "has no place for the answer"),
+        ("--update", "unmarked.md", "has no place for the answer"),
+    ],
+)
+def test_places_are_looked_at_before_anything_is_measured(
+    option: str, name: str, reason: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(cli, "answer", lambda question: pytest.fail("it measures"))
+    (tmp_path / "unmarked.md").write_text(cli.ANSWER[0])
+    done = CliRunner().invoke(cli.app, ["--model", "RN50", option, str(tmp_path / name)])
+    assert isinstance(done.exception, ResultError)
+    assert reason in str(done.exception)
+
+
+def test_answer_is_printed_even_if_it_cannot_be_kept(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(cli, "answer", lambda question: None)
+    monkeypatch.setattr(cli, "answer_markdown", lambda found: "the answer")
+    monkeypatch.setattr(cli, "answer_record", lambda found: {})
+    monkeypatch.setattr(cli, "write_json", full)
+    arguments = ["--model", "RN50", "--output", str(tmp_path / "answer.json")]
+    done = CliRunner().invoke(cli.app, arguments)
+    assert isinstance(done.exception, OSError)
+    assert done.output == "the answer"
+
+
+def test_options_before_a_command_are_refused() -> None:
+    arguments = ["--model", "RN50", "--output", "x.json", "list"]
+    done = CliRunner().invoke(cli.app, arguments)
+    assert isinstance(done.exception, ResultError)
+    assert "--model and --output before `list` would count for nothing" in str(done.exception)
+    assert CliRunner().invoke(cli.app, ["list"]).exit_code == 0
 
 
 def test_command_needs_a_model_or_a_command() -> None:
