@@ -1,9 +1,10 @@
 """What this package does for one model, batch and machine, in a few minutes.
 
-Full fine-tuning, LoRA and SAFT take training steps side by side at two small batches, which give
-the step time to expect at the asked one, and then at that batch itself, or at the largest part of
-it that the time allows. Each one's peak memory is that of a process of its own, and grows with the
-batch by what its activations take per image. The mask is a uniform one, the worst case there is.
+Full fine-tuning, LoRA and SAFT take training steps side by side with one and with two images, which
+give the step time to expect at the asked batch, and then at that batch itself, or at the largest
+part of it that the time allows. Each one's peak memory is that of a process of its own, with one
+image and with the batch that was measured, and grows along a line. The mask is a uniform one, the
+worst case there is.
 """
 
 from __future__ import annotations
@@ -11,27 +12,30 @@ from __future__ import annotations
 import copy
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from saft_clip.report import file_size
-from saft_kernels import CooMask, SparseDelta
+from saft_kernels import SparseDelta
 
+from .baselines.dense_selection import accumulated
 from .baselines.peft_adapters import pretrained as without_adapters
+from .baselines.peft_adapters import require_trained
 from .cases import clip_step
 from .cases.clip_step import WAYS
 from .cases.delta import perturb
-from .correctness import require_loss, require_untouched
+from .cases.gpu import full_precision
+from .correctness import reference_step, require_loss, require_stepped, require_untouched
 from .flops import Flops
 from .harness import Contender, Effort, measure
 from .memory import MeasurementError, peak_memory
-from .models import Setting, Task, candidates, has_text_tower, make_task, uniform_mask, workload
+from .models import Setting, Task, candidates, has_text_tower, make_task, uniform_mask
 from .outcome import TIMES_AS_LONG, Memory, Timing
 from .ratios import format_seconds, ratio
 from .tables import mebibytes, table
@@ -43,16 +47,19 @@ METHODS = {
     "LoRA": clip_step.LORA,
     "SAFT": clip_step.SAMPLED,
 }
-FULL, SAFT = "full fine-tuning", "SAFT"
+FULL, LORA, SAFT = METHODS
 
-#: Rounds at each of the small batches that the prediction rests on.
-SMALL_ROUNDS = 3
+#: Batches that every prediction rests on; whatever the asked one is, these are affordable.
+SMALL = (1, 2)
+
+#: Of each of them: a checked run is a warm-up, and a huge model takes no more rounds than it must.
+SMALL_EFFORT = Effort(15.0, 2, 3, warm_up=0)
 
 #: Steps of every method that a batch costs, those for its memory and a reference loss included.
 STEPS_PER_BATCH = 9
 
-#: Rounds at the asked batch.
-ROUNDS = 3
+#: At the asked batch.
+EFFORT = Effort(0.0, 3, 3, warm_up=1)
 
 
 @dataclass(frozen=True)
@@ -60,11 +67,11 @@ class Question:
     """A model, a batch and a machine.
 
     Attributes:
-        setting: model, batch, density; how often its efforts say does not count.
+        setting: model, weights, batch, prompts and density; the rest of it does not count.
         precision: ``fp32`` or ``amp_bf16``.
         device: ``cpu`` or ``cuda``.
         memory: bytes that there are for training.
-        seconds: that the answer may take, roughly.
+        seconds: that the answer may take, roughly; with one and two images it takes what it must.
     """
 
     setting: Setting
@@ -84,7 +91,8 @@ class Method:
         limit: seconds that the machine needs at least for that.
         memory: at the measured batch.
         file: bytes of what is shipped: the model, the adapters or the delta.
-        largest: batch that fits into the asked memory; 0 if not even one image does.
+        largest: batch that fits into the asked memory; 0 if not even one image does; None if the
+            peak did not grow with the batch.
     """
 
     predicted: float
@@ -92,7 +100,7 @@ class Method:
     limit: float | None
     memory: Memory
     file: int
-    largest: int
+    largest: int | None
 
 
 @dataclass(frozen=True)
@@ -125,39 +133,40 @@ def answer(question: Question) -> Answer:
         WrongResultError: if a method's first step is not what it should be.
     """
     start = time.perf_counter()
-    device, timer = _place(question.device)
+    timer = _timer(question.device)
     images = question.setting.images
-    first, second = small_batches(images)
-    times, left_out = _checked_steps(question, first, timer)
-    series = {first: times}
-    own = _Own(question, device, list(times))
-    if second != first:
-        series[second] = own.steps(second, Effort(0.0, SMALL_ROUNDS, SMALL_ROUNDS, 1), timer)
-    batch = _affordable(series, images, question.seconds - (time.perf_counter() - start))
-    measured = series.get(batch) or own.steps(batch, Effort(0.0, ROUNDS, ROUNDS, 1), timer)
-    memory = {name: own.memory(name, batch) for name in times}
-    slope = {name: _bytes_per_image(memory, name, batch) for name in memory}
+    with full_precision():
+        own = _Own(question, timer)
+        series = {1: own.checked_steps(), 2: own.steps(2, SMALL_EFFORT)}
+        files = {name: own.file(name) for name in own.names}
+        began = time.perf_counter()
+        memory = {1: own.memory(1)}
+        processes = time.perf_counter() - began  # as many have to start for the measured batch
+        spent = time.perf_counter() - start
+        batch = _affordable(series, images, question.seconds - spent - processes)
+        measured = series.get(batch) or own.steps(batch, EFFORT)
+        largest = _fitted(batch)[1]
+        memory[largest] = own.memory(largest)
     methods = {
         name: Method(
             _predicted(series, {batch: measured}, name, images),
             timing.calm,
             timing.floor,
-            memory[name],
-            own.file(name),
-            _largest(memory[name].peak, slope[name], batch, question.memory),
+            memory[batch][name],
+            files[name],
+            _largest(memory, name, question.memory),
         )
         for name, timing in measured.items()
     }
     ratios = {n: ratio(timing, measured[FULL]) for n, timing in measured.items() if n != FULL}
-    return Answer(question, batch, methods, ratios, left_out, own.numel)
+    return Answer(question, batch, methods, ratios, own.left_out, own.numel)
 
 
-def _place(device: str) -> tuple[torch.device, Timer]:
+def _timer(device: str) -> Timer:
     if device == "cpu":
-        return CPU.device, CPU
+        return CPU
     if device == "cuda" and torch.cuda.is_available():
-        where = torch.device("cuda", torch.cuda.current_device())
-        return where, CudaTimer(where, head_start=0)
+        return CudaTimer(torch.device("cuda", torch.cuda.current_device()), head_start=0)
     raise MeasurementError(f"there is no device {device!r} here; use --device cpu")
 
 
@@ -171,60 +180,97 @@ def total_memory(device: str) -> int:
 # Steps --------------------------------------------------------------------------------------------
 
 
-def _checked_steps(
-    question: Question, batch: int, timer: Timer
-) -> tuple[dict[str, Timing], dict[str, str]]:
-    """Times at the smallest batch, every first step held to the specification; what is left out."""
-    work = workload(replace(question.setting, images=batch))
-    task = replace(work.task, precision=question.precision)
-    if timer is not CPU:
-        task = task.to(timer.device)
-    contenders, left_out = [], {}
-    for name, way in METHODS.items():
-        try:
-            contenders.append(replace(clip_step.contender(way, work, task), name=name))
-        except MeasurementError as reason:
-            left_out[name] = str(reason)
-    effort = Effort(0.0, SMALL_ROUNDS, SMALL_ROUNDS, 1)
-    return measure(_group(question, batch), contenders, effort, timer=timer), left_out
-
-
-def _group(question: Question, batch: int) -> str:
-    return f"{question.setting.model}, {batch} images, {question.precision}"
-
-
 class _Own:
-    """The asked model, its mask, and steps of the methods on parts of its batch."""
+    """The asked model, its mask, and steps of the methods on parts of its batch.
 
-    def __init__(self, question: Question, device: torch.device, names: Sequence[str]) -> None:
+    Attributes:
+        names: of the methods that can be measured here.
+        left_out: why the others cannot, by name; known once :meth:`checked_steps` ran.
+        numel: number of candidate parameters, D.
+    """
+
+    def __init__(self, question: Question, timer: Timer) -> None:
         setting = question.setting
-        self.question, self.device, self.names = question, device, names
-        task = make_task(setting.model, setting.images, setting.prompts, setting.pretrained)
-        task.model.to(setting.torch_dtype)
-        self.mask = uniform_mask(task.model, setting.density)
-        self.numel = sum(param.numel() for param in candidates(task.model).values())
-        self.task = replace(task, precision=question.precision)
-        if device.type != "cpu":
-            self.task = self.task.to(device)
+        self.question, self.timer = question, timer
+        images = max(setting.images, *SMALL)
+        self.base = make_task(setting.model, images, setting.prompts, setting.pretrained)
+        self.mask = uniform_mask(self.base.model, setting.density)
+        self.numel = sum(param.numel() for param in candidates(self.base.model).values())
+        task = replace(self.base, precision=question.precision)
+        self.task = task if timer is CPU else task.to(timer.device)
+        self.names = list(METHODS)
+        self.left_out: dict[str, str] = {}
 
-    def steps(self, batch: int, effort: Effort, timer: Timer) -> dict[str, Timing]:
-        """Times of every method, side by side, from the pretrained weights."""
-        task = replace(self.task, images=self.task.images[:batch], labels=self.task.labels[:batch])
+    def checked_steps(self) -> dict[str, Timing]:
+        """Times with one image, every first step held to the specification."""
+        base = _images(self.base, 1)
+        gradients = accumulated(base.model, [base.loss])
+        return self.steps(1, SMALL_EFFORT, gradients)
+
+    def steps(
+        self, batch: int, effort: Effort, gradients: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Timing]:
+        """Times of every method, side by side, from the pretrained weights.
+
+        Args:
+            batch: how many images.
+            effort: how often.
+            gradients: what first steps are held to, and then to the loss, in fp32 on the CPU;
+                None: their loss must be that of the model where it is.
+        """
+        task = _images(self.task, batch)
+        reference = task if gradients is None else _images(self.base, batch)
         with torch.no_grad():
-            loss = task.loss(task.model).item()
-        contenders = [self._contender(name, task, loss) for name in self.names]
-        return measure(_group(self.question, batch), contenders, effort, timer=timer)
+            loss = reference.loss(reference.model).item()
+        contenders = []
+        for name in self.names:
+            try:
+                contenders.append(self._contender(name, task, loss, gradients))
+            except MeasurementError as reason:
+                self.left_out[name] = str(reason)
+        self.names = [contender.name for contender in contenders]
+        question = self.question
+        group = f"{question.setting.model}, {batch} images, {question.precision}"
+        return measure(group, contenders, effort, timer=self.timer)
 
-    def _contender(self, name: str, task: Task, loss: float) -> Contender:
+    def _contender(
+        self, name: str, task: Task, loss: float, gradients: Mapping[str, Tensor] | None
+    ) -> Contender:
         way, model = WAYS[METHODS[name]], copy.deepcopy(task.model)
         flops, weights = Flops(), sum(p.nbytes for p in candidates(model).values())
         needs = flops.needs(2 * weights, clip_step.PRODUCTS[task.precision])
         step = way.method(model, self.mask, task.loss)
-        check = flops.checked(_check(name, model, task, self.mask, loss))
+        check = flops.checked(self._check(name, model, loss, gradients))
         return Contender(name, step, check, needs=needs, covers=way.covers, role=way.role)
 
-    def memory(self, name: str, batch: int) -> Memory:
-        """Of a process that takes such steps."""
+    def _check(
+        self,
+        name: str,
+        model: nn.Module,
+        loss: float,
+        gradients: Mapping[str, Tensor] | None,
+    ) -> Callable[[Callable[[], Any]], None]:
+        """The first step's loss; in fp32 where it leads; the bits of all that must stay."""
+        base, precision = candidates(self.base.model), self.question.precision
+
+        def check(run: Callable[[], Any]) -> None:
+            require_loss(run().item(), loss, precision)
+            params = _on_cpu(without_adapters(model))
+            if name == LORA:
+                require_trained(model)
+            elif gradients is not None and precision == "fp32":
+                expected = reference_step(base, gradients, self.mask)
+                require_stepped(params, expected, self.mask, other_sums_than=gradients)
+            if name != FULL:
+                require_untouched(params, base, self.mask if name == SAFT else None)
+
+        return check
+
+    def memory(self, batch: int) -> dict[str, Memory]:
+        """Of processes that take such steps, by method."""
+        return {name: self._memory(name, batch) for name in self.names}
+
+    def _memory(self, name: str, batch: int) -> Memory:
         setting = self.question.setting
         with TemporaryDirectory() as folder:
             file = Path(folder, "mask.safetensors")
@@ -236,7 +282,6 @@ class _Own:
                 model=setting.model,
                 images=batch,
                 prompts=setting.prompts,
-                dtype=setting.dtype,
                 precision=self.question.precision,
                 device=self.question.device,
                 pretrained=setting.pretrained,
@@ -244,7 +289,7 @@ class _Own:
 
     def file(self, name: str) -> int:
         """Bytes of what a user of the method ships."""
-        model = self.task.model
+        model = self.base.model
         if name == FULL:
             return sum(tensor.nbytes for tensor in model.state_dict().values())
         tuned = copy.deepcopy(model)
@@ -254,50 +299,38 @@ class _Own:
                 file = Path(folder, "delta.safetensors")
                 SparseDelta.capture(tuned, self.mask, model).save(file)
                 return file.stat().st_size
-        WAYS[METHODS[name]].method(tuned, self.mask, self.task.loss)
+        WAYS[METHODS[name]].method(tuned, self.mask, self.base.loss)
         return sum(param.nbytes for param in tuned.parameters() if param.requires_grad)
 
 
-def _check(
-    name: str, model: nn.Module, task: Task, mask: CooMask, loss: float
-) -> Callable[[Callable[[], Any]], None]:
-    """The first step's loss; the bits of all that must stay."""
+def _images(task: Task, count: int) -> Task:
+    """The first images of a batch, with all prompts."""
+    return replace(task, images=task.images[:count], labels=task.labels[:count])
 
-    def check(run: Callable[[], Any]) -> None:
-        require_loss(run().item(), loss, task.precision)
-        if name != FULL:
-            trained = mask if name == SAFT else None
-            require_untouched(without_adapters(model), candidates(task.model), trained)
 
-    return check
+def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Where the specification is."""
+    return {name: tensor.detach().to(CPU.device) for name, tensor in tensors.items()}
 
 
 # Predicting ---------------------------------------------------------------------------------------
-
-
-def small_batches(images: int) -> tuple[int, int]:
-    """An eighth and a quarter of the asked batch, but one and two images where it is small."""
-    first = max(images // 8, 1)
-    return first, min(max(images // 4, 2), images)
 
 
 def _affordable(series: Mapping[int, Mapping[str, Timing]], images: int, seconds: float) -> int:
     """The asked batch, or half of it, and so on: the first one for which there is time."""
     batch = images
     while batch > max(series):
-        total = sum(_on_line(series, name, batch) for name in next(iter(series.values())))
+        total = sum(_on_line(series, name, batch) for name in series[max(series)])
         if STEPS_PER_BATCH * total <= seconds:
             return batch
         batch //= 2
-    return max(series)
+    return min(images, max(series))
 
 
 def _on_line(series: Mapping[int, Mapping[str, Timing]], name: str, batch: int) -> float:
-    """Seconds of a step, on the line through two batches; in proportion to one."""
+    """Seconds of a step, on the line through two batches."""
     low, high = min(series), max(series)
     first, second = series[low][name].calm, series[high][name].calm
-    if low == high:
-        return first * batch / low
     slope = max((second - first) / (high - low), 0.0)
     return first + slope * (batch - low)
 
@@ -318,21 +351,28 @@ def _predicted(
     return _on_line({min(small): small[min(small)], **measured}, name, images)
 
 
-def _bytes_per_image(memory: Mapping[str, Memory], name: str, batch: int) -> float:
-    """What an image more takes.
+def _fitted(batch: int) -> tuple[int, int]:
+    """The batches whose peaks the line goes through that the largest batch lies on."""
+    return 1, max(batch, 2)
 
-    With few images the peak may lie where activations are few, in full fine-tuning above all; they
-    are never fewer than those of SAFT, which keeps part of the inputs of each layer.
+
+def _bytes_per_image(memory: Mapping[int, Mapping[str, Memory]], name: str) -> float:
+    """By how much the peak grows with an image, between the smallest and the largest batch.
+
+    With few images the peak of full fine-tuning lies in the optimizer's step, where it grows with
+    none of them. Its activations are all of SAFT's and more, so that it grows as SAFT's at least.
     """
-    activations = [memory[each].activations or 0 for each in {name, SAFT}]
-    return max(activations) / batch
+    low, high = min(memory), max(memory)
+    names = {name, SAFT} if name == FULL else {name}
+    return max(0, *((memory[high][n].peak - memory[low][n].peak) / (high - low) for n in names))
 
 
-def _largest(peak: int, slope: float, batch: int, memory: int) -> int:
-    """The batch whose peak is what there is; more images than these need more."""
+def _largest(memory: Mapping[int, Mapping[str, Memory]], name: str, room: int) -> int | None:
+    """The batch whose peak is all the memory there is, on a line through two peaks."""
+    slope, batch = _bytes_per_image(memory, name), max(memory)
     if slope == 0:
-        return 0
-    return max(int(batch + (memory - peak) / slope), 0)
+        return None
+    return max(int(batch + (room - memory[batch][name].peak) / slope), 0)
 
 
 # Telling ------------------------------------------------------------------------------------------
@@ -350,7 +390,10 @@ def markdown(found: Answer) -> str:
     names = list(found.methods)
     rows = [[title, *map(cell, found.methods.values())] for title, cell in _lines(found)]
     left_out = [f"{name} is left out: {reason}." for name, reason in found.left_out.items()]
-    return "\n\n".join([title, table(["", *names], rows), *left_out, _sentence(found)]) + "\n"
+    low, high = _fitted(found.batch)
+    estimate = f"The largest batch is an estimate from the peaks with {low} and {high} images."
+    parts = [title, table(["", *names], rows), *left_out, estimate, _sentence(found)]
+    return "\n\n".join(parts) + "\n"
 
 
 def _lines(found: Answer) -> list[tuple[str, Callable[[Method], str]]]:
@@ -366,13 +409,17 @@ def _lines(found: Answer) -> list[tuple[str, Callable[[Method], str]]]:
         ("gradients", lambda m: mebibytes(m.memory.gradients)),
         ("activations", lambda m: mebibytes(m.memory.activations)),
         ("libraries and temporaries", lambda m: mebibytes(m.memory.rest)),
-        (f"largest batch in {room}, predicted", lambda m: f"{m.largest:,} images"),
+        (f"largest batch in {room}, predicted", lambda m: _batch(m.largest)),
         ("file to ship", lambda m: file_size(m.file)),
     ]
 
 
 def _seconds(value: float | None) -> str:
     return "" if value is None else format_seconds(value)
+
+
+def _batch(largest: int | None) -> str:
+    return "unknown: its peak did not grow" if largest is None else f"{largest:,} images"
 
 
 def _sentence(found: Answer) -> str:

@@ -118,10 +118,12 @@ def answer_for_a_model(
     that model and batch on this machine.
     """
     if context.invoked_subcommand is not None:
+        _refuse_options_before(context, context.invoked_subcommand)
         return
     if model is None:
         raise ResultError("name a model (--model ViT-B-16) or a command (--help lists them)")
     check_precision(precision)
+    _check_places(output_file, update)
     question = Question(
         Setting(model, pretrained, batch, prompts, density, threads=threads),
         precision,
@@ -131,11 +133,38 @@ def answer_for_a_model(
     )
     with applied(question.setting):
         found = answer(question)
+    print(answer_markdown(found), end="")  # first of all: it took minutes
     if output_file is not None:
         write_json(output_file, {"environment": environment(), **answer_record(found)})
-    print(answer_markdown(found), end="")
     if update is not None:
         update_block(update, answer_markdown(found), ANSWER)
+
+
+def _refuse_options_before(context: typer.Context, command: str) -> None:
+    given = [
+        param.opts[0]
+        for param in context.command.params
+        if param.name in context.params
+        and getattr(context.get_parameter_source(param.name), "name", "") == "COMMANDLINE"
+    ]
+    if given:
+        raise ResultError(
+            f"{' and '.join(given)} before `{command}` would count for nothing; "
+            "give options behind the command"
+        )
+
+
+def _check_places(output_file: Path | None, update: Path | None) -> None:
+    """Said before anything is measured."""
+    if output_file is not None and not output_file.parent.is_dir():
+        raise ResultError(f"{output_file.parent} is no folder, so that no answer can be kept in it")
+    if update is not None:
+        text = update.read_text(encoding="utf-8") if update.is_file() else ""
+        if any(text.count(marker) != 1 for marker in ANSWER):
+            raise ResultError(
+                f"{update} has no place for the answer; put {ANSWER[0]} and {ANSWER[1]} on lines "
+                "of their own"
+            )
 
 
 _SIZES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,

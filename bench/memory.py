@@ -1,13 +1,14 @@
 """Peak memory of one piece of work, in a process of its own, and what a training step's is for.
 
-``python -m bench.memory MODULE:FUNCTION ARGUMENTS`` is that process. glibc is told to give every
-block above 64 KiB back to the system as soon as it is freed, so that what is resident is what is in
-use. Whether a training step's tensors are weights, optimizer state, gradients or activations is
-found in more steps, so that looking (:mod:`bench.allocations`) does not disturb the peak.
+``python -m bench.memory MODULE:FUNCTION ARGUMENTS THREADS`` is that process. glibc is told to give
+every block above 64 KiB back to the system as soon as it is freed, so that what is resident is what
+is in use. Whether a training step's tensors are weights, optimizer state, gradients or activations
+is found in more steps, so that looking (:mod:`bench.allocations`) does not disturb the peak.
 """
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 
+from saft_kernels import backends
 from saft_kernels.errors import SaftError
 
 from .allocations import TrainingWork  # in this module, `-m` would make another class of it
@@ -37,6 +39,8 @@ class MeasurementError(SaftError, RuntimeError):
 def peak_memory(function: str, **arguments: Any) -> Memory:
     """Set up a piece of work in a fresh process, run it there, and see what it needs.
 
+    Backend and number of threads are those of this process now, however they were chosen.
+
     Args:
         function: ``module:name`` of a function that sets the work up and returns it, a callable
             without arguments.
@@ -45,10 +49,13 @@ def peak_memory(function: str, **arguments: Any) -> Memory:
     Raises:
         MeasurementError: if the process fails.
     """
-    command = [sys.executable, "-m", f"{__package__}.memory", function, json.dumps(arguments)]
-    done = subprocess.run(
-        command, cwd=_ROOT, env={**os.environ, **ALLOCATOR}, capture_output=True, text=True
-    )
+    gc.collect()  # models whose hooks refer to them
+    torch.cuda.empty_cache()  # the process may need the same GPU
+    module, threads = f"{__package__}.memory", str(torch.get_num_threads())
+    command = [sys.executable, "-m", module, function, json.dumps(arguments), threads]
+    backend = {"SAFT_BACKEND": backends.requested_backend() or ""}
+    environment = {**os.environ, **ALLOCATOR, **backend}
+    done = subprocess.run(command, cwd=_ROOT, env=environment, capture_output=True, text=True)
     if done.returncode != 0:
         reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         raise MeasurementError(f"the memory of {function} could not be measured: {reason}")
@@ -103,4 +110,5 @@ def _status(key: str) -> int:
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(int(sys.argv[3]))
     print(json.dumps(asdict(watch(load_work(sys.argv[1], json.loads(sys.argv[2]))))))

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from bench import answer, cli
 from bench.answer import Answer, Method, Question
+from bench.baselines import Loss, Step, step_of
 from bench.harness import WrongResultError
 from bench.memory import MeasurementError
-from bench.models import SMOKE, Setting, SettingError, make_task
+from bench.models import SMOKE, Setting, SettingError, Task, candidates, make_task
 from bench.outcome import Memory, Timing
 from bench.result_file import ResultError
+from bench.timers import CpuTimer
+from saft_kernels import CooMask
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -31,14 +39,16 @@ SERIES = {2: times(a=3.0), 4: times(a=4.0)}  # 2 seconds, and half a second per 
 
 def test_steps_grow_along_a_line() -> None:
     assert answer._on_line(SERIES, "a", 16) == 10.0
-    assert answer._on_line({4: times(a=4.0)}, "a", 16) == 16.0
     assert answer._on_line({2: times(a=3.0), 4: times(a=2.9)}, "a", 16) == 3.0  # noise
 
 
-@pytest.mark.parametrize(("seconds", "batch"), [(1e9, 16), (91, 16), (89, 8), (55, 8), (1, 4)])
-def test_batch_is_halved_until_there_is_time(seconds: float, batch: int) -> None:
+@pytest.mark.parametrize(
+    ("images", "seconds", "batch"),
+    [(16, 1e9, 16), (16, 91, 16), (16, 89, 8), (16, 55, 8), (16, 1, 4), (16, -9, 4), (1, 1e9, 1)],
+)
+def test_batch_is_halved_until_there_is_time(images: int, seconds: float, batch: int) -> None:
     assert answer.STEPS_PER_BATCH == 9
-    assert answer._affordable(SERIES, 16, seconds) == batch
+    assert answer._affordable(SERIES, images, seconds) == batch
 
 
 def test_a_batch_that_is_not_measured_is_predicted_from_what_is() -> None:
@@ -47,27 +57,81 @@ def test_a_batch_that_is_not_measured_is_predicted_from_what_is() -> None:
     assert answer._predicted(SERIES, {16: times(a=11.0)}, "a", 16) == 10.0  # beside what it took
 
 
-@pytest.mark.parametrize(
-    ("images", "small"), [(1, (1, 1)), (2, (1, 2)), (4, (1, 2)), (16, (2, 4)), (64, (8, 16))]
-)
-def test_small_batches(images: int, small: tuple[int, int]) -> None:
-    assert answer.small_batches(images) == small
-
-
-def test_largest_batch_fills_the_memory() -> None:
-    assert answer._largest(peak=500, slope=10, batch=8, memory=700) == 28
-    assert answer._largest(peak=500, slope=10, batch=8, memory=495) == 7
-    assert answer._largest(peak=500, slope=10, batch=8, memory=1) == 0
-
-
-def test_an_image_takes_at_least_what_saft_keeps_of_it() -> None:
-    memory = {
-        "full fine-tuning": Memory(peak=1, activations=10),
-        "SAFT": Memory(peak=1, activations=80),
-        "LoRA": Memory(peak=1, activations=120),
+def peaks(**both: tuple[int, int]) -> dict[int, dict[str, Memory]]:
+    """Peaks with 1 and 8 images, by method."""
+    return {
+        batch: {name: Memory(peak=two[i], activations=10**9) for name, two in both.items()}
+        for i, batch in enumerate((1, 8))
     }
-    each = {name: answer._bytes_per_image(memory, name, 8) for name in memory}
-    assert each == {"full fine-tuning": 10, "SAFT": 10, "LoRA": 15}
+
+
+@pytest.mark.parametrize(("room", "batch"), [(700, 28), (495, 7), (1, 0)])
+def test_largest_batch_lies_on_a_line_through_two_peaks(room: int, batch: int) -> None:
+    """What does not grow with the batch, as the text tower, is no part of the slope."""
+    assert answer._largest(peaks(LoRA=(430, 500), SAFT=(0, 7000)), "LoRA", room) == batch
+
+
+def test_full_fine_tuning_grows_at_least_as_saft() -> None:
+    memory = peaks(**{"full fine-tuning": (800, 800), "SAFT": (430, 500), "LoRA": (500, 500)})
+    assert answer._largest(memory, "full fine-tuning", 900) == 18
+    assert answer._largest(memory, "LoRA", 900) is None
+    memory = peaks(**{"full fine-tuning": (800, 940), "SAFT": (430, 500)})
+    assert answer._largest(memory, "full fine-tuning", 1000) == 11
+
+
+def test_small_batches_are_measured_and_no_more_if_there_is_no_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """However large the asked batch is; memory is measured at them, too."""
+    measured: list[int] = []
+    steps = answer._Own.steps
+
+    def watched(own: Any, batch: int, *arguments: Any) -> dict[str, Timing]:
+        measured.append(batch)
+        return steps(own, batch, *arguments)
+
+    asked: list[int] = []
+
+    def stand_in(*_: Any, images: int, **__: Any) -> Memory:
+        asked.append(images)
+        return Memory(peak=10**6 * images, weights=0, state=0, gradients=0, activations=0)
+
+    monkeypatch.setattr(answer._Own, "steps", watched)
+    monkeypatch.setattr(answer, "peak_memory", stand_in)
+    found = answer.answer(Question(replace(SMOKE, images=64), memory=10**9, seconds=0))
+    assert (measured, asked) == ([1, 2], [1] * 3 + [2] * 3)
+    assert found.batch == 2
+    assert [method.largest for method in found.methods.values()] == [1000] * 3
+    text = answer.markdown(found)
+    assert "| step with 64 images, predicted |" in text
+    assert "| step with 2 images, measured |" in text
+    assert "The largest batch is an estimate from the peaks with 1 and 2 images." in text
+
+
+def test_processes_are_paid_for_before_the_batch_is_chosen(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Those of the measured batch take as long as those of one image: 3 times 1000 s here."""
+    clock, late = time.perf_counter, 0.0
+
+    def slow(*_: Any, **__: Any) -> Memory:
+        nonlocal late
+        late += 1000
+        return Memory(peak=1, weights=0, state=0, gradients=0, activations=0)
+
+    monkeypatch.setattr(answer, "peak_memory", slow)
+    monkeypatch.setattr(answer.time, "perf_counter", lambda: clock() + late)
+    question = Question(replace(SMOKE, images=8), memory=10**9, seconds=5000)
+    assert answer.answer(question).batch == 2
+    assert answer.answer(replace(question, seconds=7000)).batch == 8
+
+
+def test_one_image_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = Memory(peak=1, weights=0, state=0, gradients=0, activations=1)
+    monkeypatch.setattr(answer, "peak_memory", lambda *_, **__: memory)
+    found = answer.answer(Question(replace(SMOKE, images=1), memory=10**9))
+    assert found.batch == 1
+    assert "unknown: its peak did not grow" in answer.markdown(found)
 
 
 # The whole answer ---------------------------------------------------------------------------------
@@ -128,6 +192,57 @@ def test_wrong_step_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         answer.answer(Question(SMOKE, memory=10**9))
 
 
+def test_steps_on_a_gpu_are_checked_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy on the CPU stands for the GPU's: no check may see it but by way of a copy back."""
+    copies: list[Task] = []
+    back: list[Any] = []
+    checks: list[str] = []
+    to, on_cpu = Task.to, answer._on_cpu
+
+    def there(task: Task, device: torch.device) -> Task:
+        copies.append(to(task, device))
+        return copies[-1]
+
+    def copied_back(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        back.append(on_cpu(tensors))
+        return back[-1]
+
+    def checked(name: str) -> Callable[..., None]:
+        right = getattr(answer, name)
+
+        def check(weights: Any, expected: Any, *more: Any, **options: Any) -> None:
+            assert any(weights is each for each in back)
+            (moved,) = copies
+            theirs = {id(param) for param in moved.model.parameters()}
+            assert not theirs & {id(tensor) for tensor in expected.values()}
+            checks.append(name)
+            right(weights, expected, *more, **options)
+
+        return check
+
+    memory = Memory(peak=1, weights=0, state=0, gradients=0, activations=1)
+    monkeypatch.setattr(answer, "peak_memory", lambda *_, **__: memory)
+    monkeypatch.setattr(answer, "_timer", lambda device: CpuTimer())
+    monkeypatch.setattr(Task, "to", there)
+    monkeypatch.setattr(answer, "_on_cpu", copied_back)
+    for name in ("require_stepped", "require_untouched"):
+        monkeypatch.setattr(answer, name, checked(name))
+    answer.answer(Question(SMOKE, device="cuda", memory=10**9))
+    # Full fine-tuning and SAFT with one image; LoRA and SAFT with 1, 2 and 4.
+    assert checks.count("require_stepped") == 2
+    assert checks.count("require_untouched") == 2 * 3
+
+
+def test_where_the_first_step_leads_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    def elsewhere(model: nn.Module, mask: CooMask, loss: Loss) -> Step:
+        return step_of(torch.optim.SGD(candidates(model).values(), lr=1e-3), model, loss)
+
+    way = answer.WAYS[answer.METHODS["full fine-tuning"]]
+    monkeypatch.setitem(answer.WAYS, answer.METHODS["full fine-tuning"], type(way)(elsewhere))
+    with pytest.raises(WrongResultError, match="is not where one AdamW step leads"):
+        answer.answer(Question(SMOKE, memory=10**9))
+
+
 # Models -------------------------------------------------------------------------------------------
 
 
@@ -176,6 +291,48 @@ def test_command_prints_the_answer_and_keeps_it(
     assert (question.setting.model, question.setting.images) == ("RN50", 3)
     assert question.memory == 24 * 10**9
     assert json.loads(file.read_text())["numel"] == found.numel
+
+
+@pytest.mark.parametrize(
+    ("option", "name", "reason"),
+    [
+        ("--output", "missing/answer.json", "missing is no folder"),
+        ("--update", "missing.md", "has no place for the answer"),
+        ("--update", "unmarked.md", "has no place for the answer"),
+    ],
+)
+def test_places_are_looked_at_before_anything_is_measured(
+    option: str, name: str, reason: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(cli, "answer", lambda question: pytest.fail("it measures"))
+    (tmp_path / "unmarked.md").write_text(cli.ANSWER[0])
+    done = CliRunner().invoke(cli.app, ["--model", "RN50", option, str(tmp_path / name)])
+    assert isinstance(done.exception, ResultError)
+    assert reason in str(done.exception)
+
+
+def test_answer_is_printed_even_if_it_cannot_be_kept(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(cli, "answer", lambda question: None)
+    monkeypatch.setattr(cli, "answer_markdown", lambda found: "the answer")
+    monkeypatch.setattr(cli, "answer_record", lambda found: {})
+    monkeypatch.setattr(cli, "write_json", full)
+    arguments = ["--model", "RN50", "--output", str(tmp_path / "answer.json")]
+    done = CliRunner().invoke(cli.app, arguments)
+    assert isinstance(done.exception, OSError)
+    assert done.output == "the answer"
+
+
+def test_options_before_a_command_are_refused() -> None:
+    arguments = ["--model", "RN50", "--output", "x.json", "list"]
+    done = CliRunner().invoke(cli.app, arguments)
+    assert isinstance(done.exception, ResultError)
+    assert "--model and --output before `list` would count for nothing" in str(done.exception)
+    assert CliRunner().invoke(cli.app, ["list"]).exit_code == 0
 
 
 def test_command_needs_a_model_or_a_command() -> None:

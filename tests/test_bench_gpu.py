@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,11 +18,12 @@ from typer.testing import CliRunner
 
 from bench import cli as command
 from bench import environment, roofline
+from bench.allocations import TrainingWork
 from bench.cases import gpu
 from bench.harness import Contender, Effort, measure
-from bench.memory import MeasurementError
-from bench.models import SMOKE
-from bench.outcome import Outcome
+from bench.memory import MeasurementError, load_work
+from bench.models import SMOKE, candidates
+from bench.outcome import Memory, Outcome
 from bench.registry import CASES, Case, run_case
 from bench.result_file import read_result
 from bench.tables import markdown
@@ -30,15 +32,24 @@ from saft_kernels import backends, ops
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-#: The CPU in the place of a GPU; its "graphs" are calls, its "peaks" one number per call.
-PLACE = gpu.Place(
-    torch.device("cpu"), ("cpu",), CPU, CPU, capture=lambda work: work, peak=lambda work: _run(work)
-)
+#: What the work whose memory was asked for ran on.
+BACKENDS: list[str | None] = []
 
 
-def _run(work: Callable[[], Any]) -> int:
+def in_this_process(function: str, **arguments: Any) -> Memory:
+    """Divides the memory of the work as the process of its own would, which takes longer."""
+    work = load_work(function, json.loads(json.dumps(arguments)))
+    assert isinstance(work, TrainingWork)
+    BACKENDS.append(backends.requested_backend())
     work()
-    return 7 << 20
+    split = work.split()
+    return Memory(peak=split.held, **asdict(split))
+
+
+#: The CPU in the place of a GPU; its "graphs" are calls.
+PLACE = gpu.Place(
+    torch.device("cpu"), ("cpu",), CPU, CPU, capture=lambda work: work, memory=in_this_process
+)
 
 
 def operation_of(name: str) -> str:
@@ -98,11 +109,22 @@ def test_training_steps_of_every_mode(record: dict[str, Any], precision: str) ->
     for mode in ("dense", "streamed", "sampled"):
         assert f"SparseAdamW, {mode} gradients, uniform mask (cpu)" in names
     assert gpu.FULL in names
-    memory = [use for use in record["memory"] if use["group"] == group]
-    assert [use["peak"] for use in memory] == [7 << 20] * len(names)
+    memory = {use["name"]: use for use in record["memory"] if use["group"] == group}
+    assert list(memory) == names
+    numel = sum(p.numel() for p in candidates(gpu.workload(SMOKE).task.model).values())
+    floor, full, dense = (memory[n] for n in (gpu.clip_step.FLOOR, gpu.FULL, f"{gpu.DENSE} (cpu)"))
+    assert floor["state"] < 0.1 * full["state"]
+    assert full["state"] == pytest.approx(8 * numel, rel=0.01)
+    assert 0 < dense["state"] < 0.5 * full["state"]
     what = f"peak memory below full fine-tuning's in {precision}"
-    memory = [figure for figure in record["figures"] if figure["what"].startswith(what)]
-    assert len(memory) == len(names) - 1
+    figures = [figure for figure in record["figures"] if figure["what"].startswith(what)]
+    assert len(figures) == len(names) - 1
+
+
+def test_memory_is_that_of_the_backend(record: dict[str, Any]) -> None:
+    """A process of its own gets it from this one."""
+    ways = [None] * len(gpu.THEIRS) + ["cpu"] * len(gpu.OURS)
+    assert BACKENDS[: 2 * len(ways)] == 2 * ways
 
 
 def test_timings_say_what_must_move(record: dict[str, Any]) -> None:
@@ -296,27 +318,6 @@ def test_graph_is_captured_after_a_run_on_another_stream(monkeypatch: pytest.Mon
         "side waits for current", "side:", "work", "end", "current waits for side",
         "capture:", "work", "end", "replay",
     ]  # fmt: skip
-
-
-def test_peak_is_beyond_what_was_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    allocated, largest = 100, 5000  # of an earlier peak
-    fakes: dict[str, Callable[..., Any]] = {
-        "synchronize": lambda: None,
-        "memory_allocated": lambda: allocated,
-        "max_memory_allocated": lambda: largest,
-    }
-
-    def forget() -> None:
-        nonlocal largest
-        largest = allocated
-
-    def work() -> None:
-        nonlocal largest
-        largest = max(largest, allocated + 30)
-
-    for name, value in {**fakes, "reset_peak_memory_stats": forget}.items():
-        monkeypatch.setattr(torch.cuda, name, value)
-    assert gpu.peak_of(work) == 30
 
 
 # Without and with a GPU ---------------------------------------------------------------------------

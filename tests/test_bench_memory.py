@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache
 from itertools import accumulate
 from pathlib import Path
@@ -30,7 +30,8 @@ from bench.cases import clip_step
 from bench.memory import ALLOCATOR, MeasurementError, peak_memory, watch
 from bench.models import SMOKE, candidates, make_task, uniform_mask
 from bench.outcome import Memory
-from saft_kernels import CooMask, attach
+from bench.registry import applied
+from saft_kernels import CooMask, attach, backends
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -458,9 +459,29 @@ def test_peak_of_training_is_divided(here: str) -> None:
     assert 4 * size + 4 + memory.activations + memory.rest == memory.peak
 
 
-def test_failing_work_is_an_error() -> None:
+def tell() -> Callable[[], object]:
+    """Work that says what it runs on, in the only way there is."""
+    raise RuntimeError(f"backend {backends.requested_backend()}, {torch.get_num_threads()} threads")
+
+
+@pytest.mark.parametrize(("backend", "threads"), [("reference", 3), (None, 1)])
+def test_process_runs_on_what_this_one_does(
+    here: str, backend: str | None, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SAFT_BACKEND", "cpu")
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    setting = replace(SMOKE, backend=backend, threads=threads)
+    said = f"backend {backend}, {threads} threads"
+    with applied(setting), pytest.raises(MeasurementError, match=said):
+        peak_memory(f"{here}:tell")
+
+
+def test_failing_work_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    given_back: list[str] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: given_back.append("GPU memory"))
     with pytest.raises(MeasurementError, match=r"bench\.memory:nothing could not be measured"):
         peak_memory("bench.memory:nothing")
+    assert given_back == ["GPU memory"]  # which the process may have needed
 
 
 def test_four_steps_are_taken_and_the_third_is_followed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory, mkdtemp
 from typing import Any
 
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
 from saft_clip.config import FinetuneConfig
 from saft_clip.console import console
 from saft_clip.data import load_dataset
@@ -140,11 +144,14 @@ class Run:
 
     def __call__(self) -> FinetuneResult:
         """Run it into a new folder."""
-        if self.last is not None:
-            shutil.rmtree(self.last.output)
         output = mkdtemp(dir=self.folder)
         self.last = finetune(self.config.changed(output=output))
         return self.last
+
+    def clear(self) -> None:
+        """Remove the folder of the last run, which no user would wait for."""
+        if self.last is not None:
+            shutil.rmtree(self.last.output)
 
     def contender(self) -> Contender:
         """It reads the weights forward and backward in every step."""
@@ -155,23 +162,37 @@ class Run:
             steps = -(-10 * self.config.shots // self.config.batch_size)
             return Needs(2 * steps * self.last.results["model_bytes"], flops.total)
 
-        covers = COVERS.get(self.name, "")
-        return Contender(self.name, self, flops.checked(self._check), needs=needs, covers=covers)
+        check, covers = flops.checked(self._check), COVERS.get(self.name, "")
+        return Contender(self.name, self, check, self.clear, needs, covers)
 
     def size(self) -> Figure:
         """Of the file that the run is for."""
         assert self.last is not None
-        bytes_ = self.last.results["artefact_bytes"]
-        return Figure(f"file of a run of saft finetune: {self.name}", bytes_ / 1e6, "MB")
+        size = self.last.results["artefact_bytes"]
+        return Figure(f"file of a run of saft finetune: {self.name}", size, "bytes")
 
     def _check(self, run: Callable[[], Any]) -> None:
-        """It has not unlearnt what it knew, and its delta fits the model it started from."""
+        """It has learnt something, not unlearnt what it knew, and its file is of this model."""
         result: FinetuneResult = run()
         accuracy = {line["when"]: line["top1"] for line in result.results["evaluations"]}
         kept = accuracy["after"] >= accuracy["before"] - MAY_LOSE
         require(kept, f"its accuracy fell from {accuracy['before']} to {accuracy['after']}")
-        if self.name != FULL:
-            SparseDelta.load(result.artefact).apply_(load_model(TINY_NAME).model)
+        before, after = _weights(), self._tuned(result.artefact)
+        changed = any(not torch.equal(after[name], weight) for name, weight in before.items())
+        require(changed, "it has changed no weight")
+
+    def _tuned(self, artefact: Path) -> dict[str, Tensor]:
+        """The weights that a run's file stands for."""
+        if self.name == FULL:
+            return load_file(artefact)
+        model = load_model(TINY_NAME).model
+        SparseDelta.load(artefact).apply_(model)
+        return model.state_dict()
+
+
+def _weights() -> dict[str, Tensor]:
+    """Those that every run starts from."""
+    return load_model(TINY_NAME).model.state_dict()
 
 
 @contextmanager

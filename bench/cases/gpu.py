@@ -1,6 +1,6 @@
 """Every operation of the data path on a GPU, under each backend that runs there, and whole steps.
 
-Kernels are timed with a head start for the host (:class:`bench.harness.CudaTimer`), so that the GPU
+Kernels are timed with a head start for the host (:class:`bench.timers.CudaTimer`), so that the GPU
 is measured and not Python; training steps without, as their user waits for both. Operations have
 the names that :mod:`bench.roofline` predicts them by, with the backend behind. Nothing runs in
 TF32. The same code runs on a CPU, for its tests.
@@ -8,11 +8,13 @@ TF32. The same code runs on a CPU, for its tests.
 
 from __future__ import annotations
 
-import gc
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import chain, repeat
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ from saft_kernels import CooMask, SparseAdamW, StreamingTopK, backends, ops, ref
 from saft_kernels.plan import EmbeddingPlan, LinearPlan
 
 from .. import roofline
+from ..allocations import TrainingWork
 from ..baselines import Loss, Step, step_of
 from ..baselines.topk import concatenated, split, topk
 from ..correctness import (
@@ -35,6 +38,7 @@ from ..environment import current_gpu
 from ..flops import Flops
 from ..harness import Contender, measure, require
 from ..limits import Needs, evict_caches
+from ..memory import peak_memory
 from ..models import (
     ADAMW,
     DTYPES,
@@ -44,11 +48,12 @@ from ..models import (
     candidates,
     concentrated_entries,
     lines_touched,
+    make_task,
     uniform_entries,
     with_concentrated_mask,
     workload,
 )
-from ..outcome import BASELINE, Figure, MemoryUse, Outcome
+from ..outcome import BASELINE, Figure, Memory, Outcome
 from ..ratios import times_as_long, times_faster
 from ..timers import CPU, CudaTimer, Timer
 from . import accumulate_topk, clip_step, sampled_grad, sparse_adamw
@@ -102,7 +107,7 @@ class Place:
         kernels: times operations.
         steps: times training steps.
         capture: makes a CUDA graph of some work, and returns its replay; None: there are none.
-        peak: the bytes of memory that some work, which sets itself up, needs at its peak.
+        memory: what some work needs in a process of its own, as :func:`bench.memory.peak_memory`.
     """
 
     device: torch.device
@@ -110,7 +115,7 @@ class Place:
     kernels: Timer
     steps: Timer
     capture: Callable[[Callable[[], Any]], Callable[[], Any]] | None
-    peak: Callable[[Callable[[], Any]], int | None]
+    memory: Callable[..., Memory]
 
     def under(self, backend: str, work: Callable[[], Any]) -> Callable[[], Any]:
         """The work, under one backend."""
@@ -134,7 +139,7 @@ def gpu() -> Place:
     """
     device, names = current_gpu()
     timers = CudaTimer(device), CudaTimer(device, head_start=0)
-    return Place(device, names, *timers, captured, peak_of)
+    return Place(device, names, *timers, captured, peak_memory)
 
 
 def captured(work: Callable[[], Any]) -> Callable[[], Any]:
@@ -148,17 +153,6 @@ def captured(work: Callable[[], Any]) -> Callable[[], Any]:
     with torch.cuda.graph(graph):
         work()
     return graph.replay
-
-
-def peak_of(work: Callable[[], Any]) -> int:
-    """Bytes that some work had allocated at its peak, beyond what was allocated before it."""
-    gc.collect()  # models whose hooks refer to them
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    work()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
 
 
 @contextmanager
@@ -653,14 +647,14 @@ def _embedding(place: Place, setting: Setting) -> Outcome:
 
 
 def _steps(place: Place, work: Workload, precision: str, setting: Setting) -> Outcome:
-    """Whole steps, host included, and what each allocates at its peak."""
+    """Whole steps, host included, and the memory of each in a process of its own."""
     task = replace(work.task, precision=precision)
     ways: list[tuple[str, str, clip_step.Way, str | None]]
     ways = [(name, name, way, None) for name, way in THEIRS.items()]
     ways += [(named(n, b), n, way, b) for n, way in OURS.items() for b in place.backends]
     group = f"training step in {precision}, {setting.images} images and {setting.prompts} prompts"
-    # Before there are other copies of the model.
-    peaks = {name: place.peak(_two_steps(place, way, work, task, b)) for name, _, way, b in ways}
+    # Before there are copies of the model here.
+    memory = {n: _memory(place, kind, work, precision, setting, b) for n, kind, _, b in ways}
     contenders = []
     for name, kind, way, backend in ways:
         own = task.to(place.device)
@@ -674,13 +668,9 @@ def _steps(place: Place, work: Workload, precision: str, setting: Setting) -> Ou
         if name not in THEIRS
         for other in THEIRS
     ]
-    figures += _memory_figures(precision, peaks, work.numel)
-    memory = [
-        MemoryUse(group, name, way.covers, way.role, peak=peak)
-        for name, _, way, _ in ways
-        if (peak := peaks[name]) is not None
-    ]
-    return Outcome(list(timings.values()), figures, memory=memory)
+    figures += _memory_figures(precision, memory, work.numel)
+    uses = [clip_step.memory_use(group, name, memory[name], way) for name, _, way, _ in ways]
+    return Outcome(list(timings.values()), figures, memory=uses)
 
 
 def _counted(
@@ -708,17 +698,57 @@ def _step(
     return make() if backend is None else place.under(backend, place.under(backend, make)())
 
 
-def _two_steps(
-    place: Place, way: clip_step.Way, work: Workload, task: Task, backend: str | None
-) -> Callable[[], None]:
-    """A model of its own; the first step makes the optimizer's state."""
+def _memory(
+    place: Place,
+    name: str,
+    work: Workload,
+    precision: str,
+    setting: Setting,
+    backend: str | None,
+) -> Memory:
+    """Of the steps of one way, under one backend."""
+    with TemporaryDirectory() as folder, backends.use_backend(backend):
+        file = Path(folder, "mask.safetensors")
+        work.masks[(OURS | THEIRS)[name].mask].save(file)
+        return place.memory(
+            f"{__name__}:steps",
+            name=name,
+            mask=str(file),
+            model=setting.model,
+            images=setting.images,
+            prompts=setting.prompts,
+            pretrained=setting.pretrained,
+            dtype=setting.dtype,
+            precision=precision,
+            device=str(place.device),
+        )
 
-    def run() -> None:
-        step = _step(place, way, work, task.to(place.device), backend)
-        step()
-        step()
 
-    return run
+def steps(
+    name: str,
+    mask: str,
+    model: str,
+    images: int,
+    prompts: int,
+    pretrained: str,
+    dtype: str,
+    precision: str,
+    device: str,
+) -> TrainingWork:
+    """The work whose memory is measured: as in :mod:`.clip_step`, of the ways that are here."""
+    own = replace(make_task(model, images, prompts, pretrained), precision=precision)
+    own.model.to(DTYPES[dtype])
+    own = own.to(torch.device(device))
+    batches = chain([own.part(1)], repeat(own))
+    method = (OURS | THEIRS)[name].method
+    step = method(own.model, CooMask.load(mask), lambda model: next(batches).loss(model))
+    return TrainingWork(
+        full_precision()(step),
+        own.model,
+        optimizer=getattr(step, "optimizer", None),
+        batch=[t for t in (own.images, own.labels, own.tokens) if t is not None],
+        device=own.images.device,
+    )
 
 
 def _check_training(
@@ -739,11 +769,11 @@ def _check_training(
     return check
 
 
-def _memory_figures(precision: str, peaks: Mapping[str, int | None], numel: int) -> list[Figure]:
-    figures = []
-    for name, peak in peaks.items():
-        full = peaks[FULL]
-        if name != FULL and peak is not None and full is not None:
-            what = f"peak memory below full fine-tuning's in {precision}, per parameter: {name}"
-            figures.append(Figure(what, (full - peak) / numel, "bytes"))
-    return figures
+def _memory_figures(precision: str, memory: Mapping[str, Memory], numel: int) -> list[Figure]:
+    what = f"peak memory below full fine-tuning's in {precision}, per parameter"
+    full = memory[FULL].peak
+    return [
+        Figure(f"{what}: {name}", (full - each.peak) / numel, "bytes")
+        for name, each in memory.items()
+        if name != FULL
+    ]
