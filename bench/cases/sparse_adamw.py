@@ -160,9 +160,10 @@ def _with_state(
     work: Workload,
     check: Callable[[Callable[[], Any]], None],
 ) -> Callable[[Callable[[], Any]], None]:
-    """The check, from the exact values of low-precision weights at that time, and the state's."""
+    """The check of a first step from the weights at that time, and that of its state."""
 
     def checked(run: Callable[[], Any]) -> None:
+        step.restart()
         step.take_values()
         expected = stepped(params, work.gradients, mask)
         check(run)
