@@ -74,7 +74,8 @@ class Contender:
 class Effort:
     """How often a group is timed: the rounds that fit into ``seconds``, within bounds.
 
-    The checked run is a warm-up; ``warm_up`` more rounds are thrown away.
+    The checked run is a warm-up; ``warm_up`` more rounds are thrown away. The last of these says
+    how long a round takes, as a checked run, which is counted and looked at, takes longer.
     """
 
     seconds: float = 20.0
@@ -157,7 +158,7 @@ def measure(
     runners = [*contenders, *measures]
     if len({runner.name for runner in runners}) != len(runners):
         raise ValueError(f"{group}: two contenders have the same name")
-    samples = _rounds(group, runners, _pace.rounds_of(effort, seconds), effort.warm_up, seed, timer)
+    samples = _rounds(group, runners, effort, seconds, seed, timer)
     walls = {name: [wall for wall, _ in times] for name, times in samples.items()}
     return {
         c.name: Timing(
@@ -174,21 +175,31 @@ def measure(
 
 
 def _rounds(
-    group: str, runners: list[Contender], rounds: int, warm_up: int, seed: int, timer: Timer
+    group: str, runners: list[Contender], effort: Effort, seconds: float, seed: int, timer: Timer
 ) -> dict[str, list[tuple[float, float]]]:
-    """Wall and processor seconds by name."""
+    """Wall and processor seconds by name; ``seconds`` is what all of them took when checked."""
     samples: dict[str, list[tuple[float, float]]] = {runner.name: [] for runner in runners}
     shuffle = random.Random(seed).shuffle
-    with progress(group, rounds * len(runners)) as advance, _no_garbage_collection():
-        for number in range(-warm_up, rounds):
-            shuffle(runners)
-            with _pace.turn(group):
-                for runner in runners:
-                    runner.before()
-                    sample = timer.time(runner.run)
-                    if number >= 0:
-                        samples[runner.name].append(sample)
-                        advance()
+
+    def one_round(advance: Callable[[], None] = nothing) -> None:
+        shuffle(runners)
+        with _pace.turn(group):
+            for runner in runners:
+                runner.before()
+                samples[runner.name].append(timer.time(runner.run))
+                advance()
+
+    with _no_garbage_collection():
+        for _ in range(effort.warm_up):
+            start = time.perf_counter()
+            one_round()
+            seconds = time.perf_counter() - start
+        for times in samples.values():
+            times.clear()
+        rounds = _pace.rounds_of(effort, seconds)
+        with progress(group, rounds * len(runners)) as advance:
+            for _ in range(rounds):
+                one_round(advance)
     return samples
 
 

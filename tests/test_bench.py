@@ -7,6 +7,7 @@ import json
 import random
 import re
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from importlib.metadata import version
@@ -161,6 +162,18 @@ def test_floor_is_the_time_of_a_copy_of_as_many_bytes() -> None:
 def test_effort_bounds_the_rounds() -> None:
     effort = Effort(seconds=10, least=3, most=20)
     assert [effort.rounds(each) for each in (100, 1, 1e-6)] == [3, 10, 20]
+
+
+def test_a_slow_checked_run_does_not_cost_rounds() -> None:
+    runs: list[float] = []
+
+    def run() -> None:
+        time.sleep(0.0 if runs else 0.2)
+        runs.append(0.0)
+
+    contenders = [Contender("slow at first", run, lambda run: run())]
+    effort = Effort(seconds=0.4, least=2, most=30, warm_up=1)
+    assert len(measure("group", contenders, effort)["slow at first"].seconds) == 30
 
 
 # Statistics ---------------------------------------------------------------------------------------
