@@ -379,8 +379,13 @@ def memory_use(group: str, name: str, memory: Memory, way: Way) -> MemoryUse:
     return MemoryUse(group, name, way.covers, way.role, **asdict(memory))
 
 
-def steps(
-    name: str,
+def steps(name: str, *arguments: Any, **options: Any) -> TrainingWork:
+    """The work whose memory is measured, of one method; arguments as in :func:`training_work`."""
+    return training_work(WAYS[name].method, *arguments, **options)
+
+
+def training_work(
+    method: Method,
     mask: str,
     model: str,
     images: int,
@@ -390,13 +395,13 @@ def steps(
     device: str = "cpu",
     pretrained: str = RANDOM,
 ) -> TrainingWork:
-    """The work whose memory is measured: a small step, which makes the state, and whole ones."""
+    """Steps of a method: a small one, which makes the state, and whole ones."""
     own = replace(make_task(model, images, prompts, pretrained), precision=precision)
     own.model.to(DTYPES[dtype])
     if device != "cpu":  # it makes a copy
         own = own.to(torch.device(device))
     batches = chain([own.part(1)], repeat(own))
-    step = WAYS[name].method(own.model, CooMask.load(mask), lambda model: next(batches).loss(model))
+    step = method(own.model, CooMask.load(mask), lambda model: next(batches).loss(model))
     return TrainingWork(
         step,
         own.model,

@@ -12,7 +12,6 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import chain, repeat
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -48,7 +47,6 @@ from ..models import (
     candidates,
     concentrated_entries,
     lines_touched,
-    make_task,
     uniform_entries,
     with_concentrated_mask,
     workload,
@@ -724,31 +722,10 @@ def _memory(
         )
 
 
-def steps(
-    name: str,
-    mask: str,
-    model: str,
-    images: int,
-    prompts: int,
-    pretrained: str,
-    dtype: str,
-    precision: str,
-    device: str,
-) -> TrainingWork:
-    """The work whose memory is measured: as in :mod:`.clip_step`, of the ways that are here."""
-    own = replace(make_task(model, images, prompts, pretrained), precision=precision)
-    own.model.to(DTYPES[dtype])
-    own = own.to(torch.device(device))
-    batches = chain([own.part(1)], repeat(own))
-    method = (OURS | THEIRS)[name].method
-    step = method(own.model, CooMask.load(mask), lambda model: next(batches).loss(model))
-    return TrainingWork(
-        full_precision()(step),
-        own.model,
-        optimizer=getattr(step, "optimizer", None),
-        batch=[t for t in (own.images, own.labels, own.tokens) if t is not None],
-        device=own.images.device,
-    )
+def steps(name: str, *arguments: Any, **options: Any) -> TrainingWork:
+    """The work whose memory is measured, of one of the ways that are here."""
+    work = clip_step.training_work((OURS | THEIRS)[name].method, *arguments, **options)
+    return replace(work, step=full_precision()(work.step))
 
 
 def _check_training(
