@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from saft_clip.report import file_size
 from saft_kernels import SparseDelta
 
+from .baselines import lora
 from .baselines.dense_selection import accumulated
 from .baselines.peft_adapters import pretrained as without_adapters
 from .baselines.peft_adapters import require_trained
@@ -41,10 +42,11 @@ from .ratios import format_seconds, ratio
 from .tables import mebibytes, table
 from .timers import CPU, CudaTimer, Timer
 
-#: What is compared: name in the table -> contender of :mod:`.cases.clip_step`.
+#: What is compared: name in the table -> contender of :mod:`.cases.clip_step`. Of the two LoRAs it
+#: is the one with the shorter step.
 METHODS = {
     "full fine-tuning": clip_step.FULL,
-    "LoRA": clip_step.LORA,
+    "LoRA": clip_step.LORA_OF_MLPS,
     "SAFT": clip_step.SAMPLED,
 }
 FULL, LORA, SAFT = METHODS
@@ -381,14 +383,15 @@ def _largest(memory: Mapping[int, Mapping[str, Memory]], name: str, room: int) -
 def markdown(found: Answer) -> str:
     """The answer as a table, with a sentence for those who read no tables."""
     question, setting = found.question, found.question.setting
+    names = list(found.methods)
     prompts = f" and {setting.prompts} prompts" if has_text_tower(setting.model) else ""
+    adapters = f"; LoRA has rank {lora.OPTIONS['r']} and is on the MLPs" if LORA in names else ""
     title = (
         f"{setting.model}, {found.numel:,} parameters, {setting.images} images{prompts}, "
         f"{question.precision}, on {question.device}; "
-        f"SAFT trains {int(setting.density * found.numel):,} of them, spread uniformly."
+        f"SAFT trains {int(setting.density * found.numel):,} of them, spread uniformly{adapters}."
     )
-    names = list(found.methods)
-    rows = [[title, *map(cell, found.methods.values())] for title, cell in _lines(found)]
+    rows = [[line, *map(cell, found.methods.values())] for line, cell in _lines(found)]
     left_out = [f"{name} is left out: {reason}." for name, reason in found.left_out.items()]
     low, high = _fitted(found.batch)
     estimate = f"The largest batch is an estimate from the peaks with {low} and {high} images."

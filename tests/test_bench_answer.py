@@ -167,6 +167,7 @@ def test_answer_is_a_table_and_a_sentence(found: Answer) -> None:
     assert "| step with 8 images, measured |" in text
     assert "| largest batch in 1 GB, predicted |" in text
     assert "A step of SAFT took" in text
+    assert "LoRA has rank 8 and is on the MLPs." in text
     json.dumps(answer.record(found), allow_nan=False)
 
 
@@ -180,7 +181,9 @@ def test_without_peft_lora_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(answer, "peak_memory", lambda *_, **__: memory)
     found = answer.answer(Question(SMOKE, memory=10**9))
     assert list(found.methods) == ["full fine-tuning", "SAFT"]
-    assert "LoRA is left out: there is no peft." in answer.markdown(found)
+    text = answer.markdown(found)
+    assert "LoRA is left out: there is no peft." in text
+    assert "LoRA has rank" not in text
 
 
 def test_wrong_step_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
