@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -141,12 +141,7 @@ def answer_for_a_model(
 
 
 def _refuse_options_before(context: typer.Context, command: str) -> None:
-    given = [
-        param.opts[0]
-        for param in context.command.params
-        if param.name in context.params
-        and getattr(context.get_parameter_source(param.name), "name", "") == "COMMANDLINE"
-    ]
+    given = _given(context, context.params)
     if given:
         raise ResultError(
             f"{' and '.join(given)} before `{command}` would count for nothing; "
@@ -286,13 +281,18 @@ def _refuse_unused(context: typer.Context, names: Sequence[str], reason: str) ->
     Raises:
         ResultError: if one of them was given.
     """
-    given = [
+    given = _given(context, names)
+    if given:
+        raise ResultError(f"{reason}; leave out {', '.join(given)}")
+
+
+def _given(context: typer.Context, names: Collection[str]) -> list[str]:
+    """Which options among the parameters with these names were given."""
+    return [
         max(parameter.opts, key=len)
         for parameter in context.command.params
         if parameter.name in names and _was_given(context, parameter.name)
     ]
-    if given:
-        raise ResultError(f"{reason}; leave out {', '.join(given)}")
 
 
 def _was_given(context: typer.Context, name: str) -> bool:

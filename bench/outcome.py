@@ -19,11 +19,11 @@ TIMES_AS_LONG = "times the time"
 
 
 def first_quartile(seconds: Sequence[float]) -> float:
-    """The time below which a quarter of the runs stayed: what times are compared by.
+    """The time below which a quarter of the runs stayed: what a calm machine needs.
 
     What else a machine does only ever adds time, in bursts. Where steps of 1 to 6 s were drawn from
-    a trace of matrix products on a shared host (2026-11-26), 7 to 20 for each contender, ratios of
-    first quartiles varied two thirds as much as ratios of medians. Minima vary even less, but their
+    a trace of matrix products on a shared host (2026-11-26), 7 to 20 of each kind, ratios of first
+    quartiles varied two thirds as much as ratios of medians. Minima vary even less, but their
     bootstrap tells nothing, and one lucky run decides.
     """
     if len(seconds) == 1:

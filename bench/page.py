@@ -134,10 +134,10 @@ _ABOUT = {
         "number is the whole peak. Colours show what its tensors were for at that moment."
     ),
     "ratios": (
-        "A dot is a ratio of times (first quartiles), the line its 95 % interval. The short "
-        "upright line is the bar: a ratio passes or misses if its whole interval does, and is too "
-        "close to call if the interval holds the bar. A hollow dot is inside the noise: its "
-        "interval holds 1, no difference."
+        "A dot is a ratio of times within rounds, the line its 95 % interval. The short upright "
+        "line is the bar: a ratio passes or misses if its whole interval does, and is too close "
+        "to call if the interval holds the bar. A hollow dot is inside the noise: its interval "
+        "holds 1, no difference."
     ),
     "roofline": (
         "Higher is better. The slanted part of the roof is the speed of a copy, the level part "

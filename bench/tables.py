@@ -75,13 +75,14 @@ DISTURBED = (
     "so that times and their ratios mean little."
 )
 ABOUT_TIMES = (
-    "Median times and their quartiles, and the processor time of all threads. Ratios, limits and "
-    "what is reached of these are of first quartiles: other programs only ever add time. The limit "
-    "is what this machine would need: for the bytes that the work must move at the speed of a "
-    "copy, or for its operations, counted while it was checked or known from its sizes, at the "
-    "speed of a large matrix product, whichever takes longer; both ran alongside. Weights and "
-    "gradients that are selected entry by entry count as whole cache lines (on a GPU: sectors). "
-    "Work that reads more than it writes can beat a copy."
+    "Median times and their quartiles, and the processor time of all threads. Ratios are those "
+    "within rounds: their mean without the largest and the smallest quarter. The limit is what "
+    "this machine would need: for the bytes that the work must move at the speed of a copy, or for "
+    "its operations, counted while it was checked or known from its sizes, at the speed of a large "
+    "matrix product, whichever takes longer; both ran alongside. What is reached of it is that of "
+    "the first quartile: other programs only ever add time. Weights and gradients that are "
+    "selected entry by entry count as whole cache lines (on a GPU: sectors). Work that reads more "
+    "than it writes can beat a copy."
 )
 ABOUT_MEMORY = (
     "Peak memory, each in a process of its own: of a CPU all that is resident (glibc gives every "
