@@ -388,8 +388,9 @@ def machine_shift(found: Comparison) -> float:
 
 def _about(threshold: float) -> str:
     return (
-        "First quartiles of the times. Slower and faster are those whose interval lies beyond "
-        f"1 ± {threshold:g} as a whole; sizes count beyond 1 ± {SIZE_TOLERANCE:g}."
+        "First quartiles of the times; ratios are those within rounds where both sides took turns. "
+        f"Slower and faster are those whose interval lies beyond 1 ± {threshold:g} as a whole; "
+        f"sizes count beyond 1 ± {SIZE_TOLERANCE:g}."
     )
 
 
