@@ -19,7 +19,7 @@ from saft_kernels.files import atomic_write
 
 from .curves import growth_plot
 from .page import Part, lines_over, memory_groups, parts_of, step_groups
-from .plots import memory_bars, time_bars
+from .plots import TRAINING_STEP, memory_bars, time_bars
 from .result_file import ResultError
 
 #: What is swept in the figure of growth: the first of these that a result has.
@@ -80,7 +80,7 @@ def write_figures(result: dict[str, Any], folder: Path, page: Path | None = None
 
 
 def readme_pictures(parts: Sequence[Part]) -> list[Picture]:
-    """Bars of step time and of peak memory, a figure per group, and one sweep."""
+    """Bars of training steps' time and peak memory, a figure per group, and one sweep."""
     pictures = []
     for part in parts:
         for number, (group, timings) in enumerate(step_groups(part).items(), start=1):
@@ -88,6 +88,8 @@ def readme_pictures(parts: Sequence[Part]) -> list[Picture]:
             svg = time_bars(name, timings, title=group + part.mark)
             pictures.append(Picture(name, f"Median times: {group}", svg))
         for number, (group, uses) in enumerate(memory_groups(part).items(), start=1):
+            if not group.startswith(TRAINING_STEP):  # whole runs, whose peaks are not divided
+                continue
             name = f"memory-{part.name}-{number}"
             svg = memory_bars(name, uses, title=f"peak memory, {group}")
             pictures.append(Picture(name, f"Peak memory: {group}", svg))

@@ -102,7 +102,7 @@ def test_switching_by_a_delta_reads_its_file(monkeypatch: pytest.MonkeyPatch) ->
     # Once by hand; by two contenders in a check and two rounds.
     assert Watched.reads == 1 + 2 * 3
     (figure,) = (f for f in outcome.figures if f.what.startswith("switching"))
-    whole, ours = (timings[name].calm for name in (delta.LOAD_WHOLE, delta.LOAD_AND_APPLY))
+    whole, ours = (timings[name].median for name in (delta.LOAD_WHOLE, delta.LOAD_AND_APPLY))
     assert figure.note == f"{format_seconds(whole)} against {format_seconds(ours)}"
 
 
