@@ -60,7 +60,7 @@ SMALL_EFFORT = Effort(15.0, 2, 3, warm_up=0)
 #: Steps of every method that a batch costs, those for its memory and a reference loss included.
 STEPS_PER_BATCH = 11
 
-#: At the asked batch: of fewer rounds the interval is too long to say which step is the shorter one.
+#: At the asked batch: of fewer rounds the interval is too long to say which step is shorter.
 EFFORT = Effort(0.0, 6, 6, warm_up=0)
 
 
