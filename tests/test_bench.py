@@ -179,13 +179,14 @@ def test_effort_bounds_the_rounds() -> None:
     assert [effort.rounds(each) for each in (100, 1, 1e-6)] == [3, 10, 20]
 
 
-def test_a_slow_checked_run_does_not_cost_rounds() -> None:
-    runs: list[float] = []
+def test_a_slow_checked_run_does_not_cost_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
 
     def run() -> None:
-        time.sleep(0.0 if runs else 0.2)
-        runs.append(0.0)
+        nonlocal now
+        now += 0.01 if now else 1.0
 
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
     contenders = [Contender("slow at first", run, lambda run: run())]
     effort = Effort(seconds=0.4, least=2, most=30, warm_up=1)
     assert len(measure("group", contenders, effort)["slow at first"].seconds) == 30
@@ -245,6 +246,8 @@ def test_ratio_is_one_within_rounds() -> None:
     speeds = [1.0, 1.0, 2.1, 2.0, 2.2, 1.1, 2.0, 1.9]
     slow, fast = ([seconds * speed for speed in speeds] for seconds in (3.0, 2.0))
     assert ratio(timing(*slow), timing(*fast)) == pytest.approx((1.5, 1.5, 1.5))
+    _, low, high = ratio(timing(*slow), timing(*reversed(fast)))  # other rounds say less
+    assert high > 1.5 * low
     slow[4] *= 50
     assert ratio(timing(*slow), timing(*fast))[0] == pytest.approx(1.5)
 
