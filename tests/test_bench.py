@@ -932,7 +932,7 @@ def test_run_prints_the_report_keeps_the_result_and_fails_on_a_refusal(
     file = tmp_path / "result.json"
     done = CliRunner().invoke(app, ["run", "one", "--smoke", "--output", str(file)])
     assert done.exit_code == 0, done.output
-    assert "| speed | 31.5" in done.output
+    assert "| 31.5 (30.2 to 32.9) times faster |" in done.output
     assert list(read_result(file)["cases"]) == ["one"]
     assert CliRunner().invoke(app, ["run", "two", "--smoke"]).exit_code == 1
 
