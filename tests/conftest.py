@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import simulated
+from bench import limits
 from kernel_coverage import EveryKernelRuns
 from saft_kernels import backends
 
@@ -31,6 +32,9 @@ IMPLEMENTATIONS = (
 #: The interpreter computes with NumPy, which has no bf16 and rounds fp16 in its own way.
 _NOT_INTERPRETED = {torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2}
 
+#: The interpreter takes a second for what the simulator, which runs all cases, does in a blink.
+_INTERPRETED_CASES = 4
+
 
 def pytest_configure(config: pytest.Config) -> None:
     """Where the kernels are run by the simulator, a run of all tests must run all of them."""
@@ -40,18 +44,28 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before -m looks at the marks
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark what runs on a GPU; under the interpreter, keep what it can run: fp32 and fp64."""
+    """Mark what runs on a GPU; under the interpreter, keep what it can run, and a part of that."""
     mark_gpu(items, GPU)
     if not backends.interpreting():
         return
-    parameters = {item: getattr(item, "callspec", None) for item in items}
-    kept = [
-        item
-        for item, call in parameters.items()
-        if call and "device" in call.params and not _NOT_INTERPRETED & _dtypes(call.params.values())
-    ]
+    kept = set(_thinned(item for item in items if _can_be_interpreted(item)))
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
-    items[:] = kept
+    items[:] = [item for item in items if item in kept]
+
+
+def _can_be_interpreted(item: pytest.Item) -> bool:
+    values = item.callspec.params if hasattr(item, "callspec") else {}
+    return "device" in values and not _NOT_INTERPRETED & _dtypes(values.values())
+
+
+def _thinned(items: Iterable[pytest.Item]) -> Iterator[pytest.Item]:
+    """Of every test at most :data:`_INTERPRETED_CASES`: the first, the last and some between."""
+    cases: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for each in cases.values():
+        last, count = len(each) - 1, min(len(each), _INTERPRETED_CASES)
+        yield from {each[i * last // max(count - 1, 1)]: None for i in range(count)}
 
 
 def mark_gpu(items: Iterable[pytest.Item], names: Sequence[str]) -> None:
@@ -115,6 +129,22 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     """Runs the test with several numbers of threads."""
     with number_of_threads(request.param):
         yield request.param
+
+
+@pytest.fixture(scope="module")
+def small_limits() -> Iterator[None]:
+    """Benchmarks copy and multiply what is as small as all else in tests, to know the machine."""
+    kept = (limits.buffer_bytes, limits.buffers, limits.matrices)
+    with pytest.MonkeyPatch.context() as patch:
+        for kind in limits.BUFFER_BYTES:
+            patch.setitem(limits.BUFFER_BYTES, kind, 1 << 20)
+            patch.setitem(limits.MATRIX_SIZE, kind, 256)
+        patch.setattr(limits, "last_level_cache", lambda: 0)
+        for function in kept:
+            function.cache_clear()
+        yield
+    for function in kept:
+        function.cache_clear()
 
 
 @pytest.fixture

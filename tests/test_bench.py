@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typer.testing import CliRunner
 
-from bench import cli, correctness, tables
+from bench import cli, correctness, limits, tables
 from bench.bars import held_to
 from bench.cases import (
     accumulate_topk,
@@ -70,7 +70,7 @@ from bench.result_file import (
 )
 from saft_kernels import CooMask, backends
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("small_limits", "one_thread")
 
 #: test_bench_gpu.py has the others.
 ON_CPU = [name for name, case in CASES.items() if not case.on_gpu]
@@ -195,7 +195,9 @@ def test_a_slow_checked_run_does_not_cost_rounds(monkeypatch: pytest.MonkeyPatch
 # Statistics ---------------------------------------------------------------------------------------
 
 
-def test_buffers_are_no_smaller_than_the_caches(tmp_path: Path) -> None:
+def test_buffers_are_no_smaller_than_the_caches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert last_level_cache(tmp_path) == 0
     for cpu in range(4):  # two processors of two cores
         for level, size, shared in ((1, "48K", cpu), (2, "2048K", cpu), (3, "300M", cpu // 2)):
@@ -206,7 +208,10 @@ def test_buffers_are_no_smaller_than_the_caches(tmp_path: Path) -> None:
     assert last_level_cache(tmp_path) == 600 << 20
     source, target = buffers(torch.device("cpu"))
     assert source.nbytes == target.nbytes == buffer_bytes(torch.device("cpu"))
-    assert source.nbytes >= max(128 << 20, last_level_cache())
+    for cache, least, size in ((600, 128, 600), (64, 128, 128)):
+        monkeypatch.setitem(limits.BUFFER_BYTES, "cpu", least)
+        monkeypatch.setattr(limits, "last_level_cache", lambda cache=cache: cache)
+        assert buffer_bytes.__wrapped__(torch.device("cpu")) == size
 
 
 def test_limits_are_held_to_first_quartiles() -> None:

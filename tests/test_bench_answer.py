@@ -25,7 +25,7 @@ from bench.result_file import ResultError
 from bench.timers import CpuTimer
 from saft_kernels import CooMask
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("small_limits", "one_thread")
 
 
 def times(**seconds: float) -> dict[str, Timing]:

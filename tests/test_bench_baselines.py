@@ -52,7 +52,7 @@ from bench.outcome import Memory
 from bench.registry import CASES, run_case
 from saft_clip.text_tower import padding_reason
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("small_limits", "one_thread")
 
 FOLDER = Path(baselines.__file__).parent
 

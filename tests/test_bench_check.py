@@ -24,7 +24,7 @@ from bench.result_file import (
     write_result,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("small_limits", "one_thread")
 
 #: Cases whose bars need no training steps of a real size to be found.
 QUICK = ("accumulate_topk", "sparse_adamw", "sampled_grad", "delta", "prompt_step")

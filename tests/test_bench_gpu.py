@@ -30,7 +30,7 @@ from bench.tables import markdown
 from bench.timers import CPU, CudaTimer
 from saft_kernels import backends, ops
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("small_limits", "one_thread")
 
 #: What the work whose memory was asked for ran on.
 BACKENDS: list[str | None] = []

@@ -33,7 +33,7 @@ from bench.outcome import Memory
 from bench.registry import applied
 from saft_kernels import CooMask, attach, backends
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("small_limits", "one_thread")
 
 CPU = torch.device("cpu")
 

@@ -14,7 +14,7 @@ from bench import test_operations as operations
 from bench.cases import sampled_grad
 from bench.models import SMOKE
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("small_limits", "one_thread")
 
 ROOT = Path(__file__).parent.parent
 

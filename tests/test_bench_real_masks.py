@@ -37,7 +37,7 @@ from bench.registry import CASES, run_case
 from saft_clip.domains import MissingExtraError
 from saft_kernels import CooMask
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("small_limits", "one_thread")
 
 TOKENS = 37
 

@@ -18,7 +18,7 @@ from bench.ratios import format_seconds
 from saft_clip import trainer
 from saft_kernels import SparseDelta, ops
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("small_limits", "one_thread")
 
 
 def selection(images: int) -> dict[str, Timing]:
