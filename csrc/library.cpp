@@ -32,6 +32,10 @@ STABLE_TORCH_LIBRARY(saft_kernels, m) {
       "sampled_embedding_grad(Tensor tokens, Tensor grad_output, Tensor rows, Tensor offsets, Tensor columns) -> "
       "Tensor");
 
+  // 5 delta
+  m.def("encode_indices(Tensor indices, int numel) -> Tensor");
+  m.def("decode_indices(Tensor code, int n, int numel) -> Tensor");
+
   // The argument checks alone, for backends that are not compiled (ops/check_only.cpp)
   m.def(
       "check_accumulate_topk(Tensor acc, Tensor? grad, float scale, bool square, int key, int offset, int k, "

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import torch
+
 #: A candidate's position is ``key << POSITION_BITS | flat index``: ordering positions orders
 #: candidates by parameter first and by flat index second, which is the tie rule. 2**23 parameters
 #: of 2**40 elements fit.
@@ -37,6 +39,29 @@ TOKENS = 16
 
 NO_THRESHOLD = -1
 NO_POSITION = (1 << 63) - 1
+
+
+def index_dtype(numel: int) -> torch.dtype:
+    """The dtype of flat indices into a parameter: int32, from 2**31 elements on int64."""
+    return torch.int32 if numel < 2**31 else torch.int64
+
+
+def index_code(n: int, numel: int) -> tuple[int, int]:
+    """The shape of the code of n sorted indices below ``numel`` (csrc/ops/index_code.h).
+
+    Returns:
+        How many bits of every index are kept as they are, and how many bits hold the rest of all.
+    """
+    if n == 0:
+        return 0, 0
+    low_bits = (numel // n).bit_length() - 1
+    return low_bits, n + ((numel - 1) >> low_bits)
+
+
+def index_code_bytes(n: int, numel: int) -> int:
+    """The size of that code."""
+    low_bits, high_length = index_code(n, numel)
+    return (n * low_bits + 7) // 8 + (high_length + 7) // 8
 
 
 def split_position(position: int) -> tuple[int, int]:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from saft_kernels.errors import DeltaFormatError, MaskError
 from saft_kernels.files import atomic_write, sort_metadata
-from saft_kernels.layout import MAX_ELEMENTS
+from saft_kernels.layout import MAX_ELEMENTS, index_dtype
 
 FORMAT = "saft-mask"
 VERSION = "1"
@@ -32,11 +32,6 @@ VERSION = "1"
 _MAX_DIMENSIONS = 64
 _MAX_NAME = 1000
 _INDEX_DTYPES = {"I32": torch.int32, "I64": torch.int64}
-
-
-def index_dtype(numel: int) -> torch.dtype:
-    """The dtype of flat indices into a parameter: int32, from 2**31 elements on int64."""
-    return torch.int32 if numel < 2**31 else torch.int64
 
 
 def near_matches(name: str, known: Iterable[str]) -> str:

@@ -26,6 +26,8 @@ FLOATING = (torch.float32, torch.bfloat16, torch.float16)
 
 _INT32_MAX = 2**31 - 1
 
+_CPU = torch.device("cpu")
+
 
 #: What torch.compile and opcheck are told an operation returns, without running it.
 _FAKES: dict[str, Callable[..., Any]] = {}
@@ -444,3 +446,44 @@ _fake(
         columns.shape, dtype=torch.promote_types(grad_output.dtype, torch.float32)
     ),
 )
+
+
+# 5 ----------------------------------------------------------------------------- delta files
+
+
+def encode_indices(indices: Tensor, numel: int) -> Tensor:
+    """The bytes that a delta file keeps of sorted flat indices.
+
+    They are at most ``2 + log2(numel / n)`` bits for an index, wherever the indices lie
+    (``csrc/ops/index_code.h`` describes them).
+
+    Args:
+        indices: int32 or int64 [n], strictly increasing, within [0, numel), on the CPU.
+        numel: elements of the parameter, at most ``layout.MAX_ELEMENTS``.
+
+    Returns:
+        uint8 [bytes]; as many as n and ``numel`` say.
+
+    Raises:
+        RuntimeError: if an index is out of range or they do not increase strictly.
+    """
+    code: Tensor = _implementation("encode_indices", backends.resolve(_CPU))(indices, numel)
+    return code
+
+
+def decode_indices(code: Tensor, n: int, numel: int) -> Tensor:
+    """What :func:`encode_indices` made bytes of; no other bytes are taken.
+
+    Args:
+        code: uint8 [bytes], contiguous, on the CPU.
+        n: how many indices there are.
+        numel: elements of the parameter, at most ``layout.MAX_ELEMENTS``.
+
+    Returns:
+        [n], strictly increasing, within [0, numel); int32, from 2**31 elements on int64.
+
+    Raises:
+        RuntimeError: if these are not the bytes of n such indices.
+    """
+    indices: Tensor = _implementation("decode_indices", backends.resolve(_CPU))(code, n, numel)
+    return indices

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import pairwise
 
 import torch
@@ -27,6 +28,9 @@ from saft_kernels.layout import (
     THRESHOLD,
     TIE,
     TOKENS,
+    index_code,
+    index_code_bytes,
+    index_dtype,
 )
 
 
@@ -104,24 +108,23 @@ def _keep_best(
 
 def gather(dense: Tensor, indices: Tensor) -> Tensor:
     """``dense.flatten()[indices]`` in logical row-major order, whatever the memory layout."""
-    _check_indices(dense, indices)
+    _require_increase_below(indices, dense.numel())
     return dense.reshape(-1)[indices.long()]
 
 
-def _check_indices(dense: Tensor, indices: Tensor) -> None:
+def _require_increase_below(indices: Tensor, numel: int) -> None:
     if indices.numel() == 0:
         return
     increase = bool((indices[1:] > indices[:-1]).all())
-    if not increase or int(indices[0]) < 0 or int(indices[-1]) >= dense.numel():
+    if not increase or int(indices[0]) < 0 or int(indices[-1]) >= numel:
         raise RuntimeError(
-            "indices must increase strictly and lie within the "
-            f"{dense.numel()} elements of the tensor"
+            f"indices must increase strictly and lie within the {numel} elements of the tensor"
         )
 
 
 def scatter_(dense: Tensor, indices: Tensor, values: Tensor) -> None:
     """``dense.flatten()[indices] = values`` in logical row-major order, for any memory layout."""
-    _check_indices(dense, indices)
+    _require_increase_below(indices, dense.numel())
     if indices.numel():
         shaped = dense if dense.dim() else dense.view(1)
         shaped[torch.unravel_index(indices.long(), shaped.shape)] = values
@@ -212,3 +215,46 @@ def sampled_embedding_grad(
     dtype = torch.promote_types(grad_output.dtype, torch.float32)
     hits = (tokens[:, None] == row_of_entry).to(dtype)
     return (grad_output[:, columns.long()].to(dtype) * hits).sum(0)
+
+
+def encode_indices(indices: Tensor, numel: int) -> Tensor:
+    """The lower bits of all indices, then bits of which number (upper bits) + i is 1 for index i.
+
+    (Elias 1974 and Fano 1971; csrc/ops/index_code.h has the details.)
+    """
+    if indices.numel() > numel:
+        raise RuntimeError(f"there cannot be {indices.numel()} different indices below {numel}")
+    _require_increase_below(indices, numel)
+    low_bits, high_length = index_code(indices.numel(), numel)
+    order = torch.arange(indices.numel())
+    low = indices.long()[:, None] >> torch.arange(low_bits) & 1
+    high = torch.zeros(high_length, dtype=torch.int64)
+    high[(indices.long() >> low_bits) + order] = 1
+    return torch.cat([_bytes_of(low.flatten()), _bytes_of(high)])
+
+
+def decode_indices(code: Tensor, n: int, numel: int) -> Tensor:
+    """The indices below ``numel`` whose code this is: upper bits from where the ones are."""
+    if not 0 <= n <= numel:
+        raise RuntimeError(f"there cannot be {n} different indices below {numel}")
+    size = index_code_bytes(n, numel)
+    if code.numel() != size:
+        raise RuntimeError(
+            f"the code of {n} indices below {numel} has {size} bytes, not {code.numel()}"
+        )
+    low_bits, _ = index_code(n, numel)
+    bits = (code.long()[:, None] >> torch.arange(8) & 1).flatten()
+    lower = bits[: n * low_bits].view(n, low_bits) << torch.arange(low_bits)
+    ones = bits[-(-n * low_bits // 8) * 8 :].nonzero().flatten()
+    if len(ones) == n:
+        indices = (ones - torch.arange(n) << low_bits) + lower.sum(1)
+        with suppress(RuntimeError):  # not increasing, or out of range
+            if torch.equal(encode_indices(indices, numel), code):
+                return indices.to(index_dtype(numel))
+    raise RuntimeError(f"this is no code of {n} increasing indices below {numel}")
+
+
+def _bytes_of(bits: Tensor) -> Tensor:
+    """Eight bits to a byte, the first being the lowest, the last byte filled up with zeros."""
+    padded = torch.cat([bits, bits.new_zeros(-len(bits) % 8)]).view(-1, 8)
+    return (padded << torch.arange(8)).sum(1).to(torch.uint8)

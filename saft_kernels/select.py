@@ -24,7 +24,8 @@ from saft_kernels.gradient_pass import (
     aligned,
     cut_into_chunks,
 )
-from saft_kernels.mask import CooMask, index_dtype, near_matches
+from saft_kernels.layout import index_dtype
+from saft_kernels.mask import CooMask, near_matches
 from saft_kernels.topk import StreamingTopK
 
 Score = Literal["mean_grad", "fisher", "random", "magnitude"]

@@ -20,9 +20,9 @@ from saft_kernels.layout import (
     STATE_SIZE,
     THRESHOLD,
     TIE,
+    index_dtype,
     split_position,
 )
-from saft_kernels.mask import index_dtype
 
 # Room for candidates beyond the k best. On a GPU one block compacts, alone: for 12 MB it hardly
 # ever has to.

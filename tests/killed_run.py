@@ -20,7 +20,7 @@ from saft_clip import checkpoint
 from saft_clip.config import FinetuneConfig
 from saft_clip.methods import saft
 from saft_clip.train import finetune
-from saft_kernels import delta_file
+from saft_kernels.delta import file as delta_file
 
 
 def kill() -> None:

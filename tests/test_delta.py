@@ -22,8 +22,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from saft_kernels import delta_file, files, ops
+from saft_kernels import files, ops
 from saft_kernels.delta import SparseDelta
+from saft_kernels.delta import file as delta_file
 from saft_kernels.errors import (
     DeltaError,
     DeltaFormatError,
@@ -32,76 +33,20 @@ from saft_kernels.errors import (
 )
 from saft_kernels.fingerprint import fingerprint, same_bits
 from saft_kernels.mask import CooMask
+from small_deltas import (
+    DTYPES,
+    SELECTED,
+    Model,
+    assert_same_bits,
+    change_one_bit,
+    differs,
+    make_base,
+    make_mask,
+    tune,
+    tuned_pair,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-
-
-class Model(nn.Module):
-    """Weights of several layouts and dtypes, a tied pair, a buffer, a scalar."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(20, 8)
-        self.decoder = nn.Linear(8, 20)
-        self.decoder.weight = self.embedding.weight
-        self.conv = nn.Conv2d(4, 6, 3)
-        self.norm = nn.BatchNorm1d(8)
-        self.to(dtype)
-        self.conv.to(memory_format=torch.channels_last)
-        self.scale = nn.Parameter(torch.tensor(2.0))  # fp32 whatever the rest is
-        transposed = torch.randn(5, 7, dtype=dtype).t()
-        self.projection = nn.Parameter(transposed)
-
-
-SELECTED = {"embedding.weight": 30, "conv.weight": 20, "conv.bias": 1, "projection": 9, "scale": 1}
-
-
-def make_base(dtype: torch.dtype = torch.float32) -> Model:
-    torch.manual_seed(0)
-    return Model(dtype)
-
-
-def make_mask(model: nn.Module) -> CooMask:
-    generator = torch.Generator().manual_seed(1)
-    indices = {}
-    for name, count in SELECTED.items():
-        chosen = torch.randperm(model.get_parameter(name).numel(), generator=generator)[:count]
-        indices[name] = chosen.sort().values.to(torch.int32)
-    return CooMask.from_indices(model, indices)
-
-
-def tune(model: nn.Module, mask: CooMask) -> nn.Module:
-    """Change every selected entry, one of them to NaN and one to -0.0."""
-    for name, indices in mask.items():
-        param = model.get_parameter(name)
-        values = ops.gather(param, indices)
-        changed = torch.arange(1, len(values) + 1, dtype=torch.float64).to(param.dtype) * 0.37
-        changed[:2] = torch.tensor([float("nan"), -0.0], dtype=param.dtype)[: len(changed)]
-        with torch.no_grad():
-            ops.scatter_(param, indices, changed)
-    return model
-
-
-def tuned_pair(dtype: torch.dtype = torch.float32) -> tuple[Model, nn.Module, SparseDelta]:
-    base = make_base(dtype)
-    mask = make_mask(base)
-    tuned = tune(copy.deepcopy(base), mask)
-    return base, tuned, SparseDelta.capture(tuned, mask, base, {"note": "a test"})
-
-
-def assert_same_bits(a: nn.Module, b: nn.Module) -> None:
-    for (name, mine), theirs in zip(a.named_parameters(), b.parameters(), strict=True):
-        assert mine.dtype == theirs.dtype
-        assert same_bits(mine, theirs).all(), name
-
-
-def differs(a: nn.Module, b: nn.Module) -> bool:
-    return not all(
-        same_bits(x, y).all() for x, y in zip(a.parameters(), b.parameters(), strict=True)
-    )
-
 
 # Exactness ----------------------------------------------------------------------------------------
 
@@ -269,12 +214,6 @@ def test_a_mask_of_another_model_is_refused() -> None:
 # Wrong models, wrong order ------------------------------------------------------------------------
 
 
-def change_one_bit(model: nn.Module, name: str) -> None:
-    with torch.no_grad():
-        flat = model.get_parameter(name).view(-1)
-        flat[0] = torch.nextafter(flat[0], torch.tensor(100.0))
-
-
 @pytest.mark.parametrize("name", ["norm.weight", "decoder.bias", "conv.bias"])
 def test_another_base_is_refused_by_fingerprint(name: str) -> None:
     _, _, delta = tuned_pair()
@@ -304,13 +243,14 @@ UNFIT: dict[str, tuple[Callable[[Model], Any], str]] = {
     "dtype": (lambda m: m.conv.half(), r"'conv.weight' has dtype .*cast the model after applying"),
     "untied": (untie, "one tied parameter in its base, and two here"),
     "tied": (tie, "two parameters in its base, and one tied here"),
-    "meta": (lambda m: m.conv.to("meta"), "'conv.weight' is on the meta device"),
 }
 
 
 @pytest.mark.parametrize("verify", [True, False])
 @pytest.mark.parametrize("case", UNFIT)
 def test_a_model_that_does_not_fit_is_refused(case: str, verify: bool) -> None:
+    if case == "dtype" and not verify:
+        pytest.skip("allowed, if it is said to be the base")
     change, message = UNFIT[case]
     _, _, delta = tuned_pair()
     model = make_base()
@@ -495,34 +435,28 @@ def edit_row(column: int, value: Any) -> Callable[..., None]:
     return edit_rows(change)
 
 
-def edit_indices(change: Callable[[Tensor], Any]) -> Callable[..., None]:
-    return lambda texts, tensors: change(tensors["indices.int32"])
+def edit_codes(change: Callable[[Tensor], Any]) -> Callable[..., None]:
+    return lambda texts, tensors: change(tensors["indices"])
 
 
 def edit_text(key: str, value: str) -> Callable[..., None]:
     return lambda texts, tensors: texts.update({key: value})
 
 
-def swap_first_two(indices: Tensor) -> None:
-    indices[1:3] = indices[1:3].flip(0).clone()  # entry 0 is the scalar's
-
-
 FORGERIES: dict[str, tuple[Callable[..., Any], str]] = {
-    "unsorted": (edit_indices(swap_first_two), "not sorted"),
-    "repeated": (edit_indices(lambda i: i[2].copy_(i[1])), "not sorted"),
-    "negative": (edit_indices(lambda i: i[1].fill_(-1)), "out of range"),
-    "beyond": (edit_indices(lambda i: i[0].fill_(1)), "out of range"),
-    "far beyond": (edit_indices(lambda i: i[0].fill_(2**31 - 1)), "out of range"),
+    "too few indices": (edit_codes(lambda code: code.zero_()), "indices of .* are malformed"),
+    "too many indices": (edit_codes(lambda code: code.fill_(255)), "indices of .* are malformed"),
+    "another index": (edit_codes(lambda code: code[0].bitwise_xor_(2)), "indices of 'scale' are"),
     "count too large": (edit_row(5, 217), "number of entries of 'conv.weight' is impossible"),
     "count negative": (edit_row(5, -1), "number of entries"),
     "count is a bool": (edit_row(5, True), "number of entries"),
     "count is huge": (edit_row(5, 10**30), "number of entries"),
-    "one more": (edit_row(5, 21), "not sorted|out of range|too short"),
-    "one less": (edit_row(5, 19), "not sorted|out of range|too long"),
+    "one more": (edit_row(5, 21), "are malformed|too short"),
+    "one less": (edit_row(5, 19), "are malformed|too long"),
     "shape negative": (edit_row(3, [-1, 4]), "shape of 'conv.weight' is impossible"),
     "shape too large": (edit_row(3, [2**30, 2**30]), "shape of 'conv.weight' is impossible"),
     "shape too deep": (edit_row(3, [1] * 65), "shape of 'conv.weight' is impossible"),
-    "shape smaller": (edit_row(3, [20]), "out of range|not sorted"),
+    "shape smaller": (edit_row(3, [20]), "are malformed"),
     "shape is text": (edit_row(3, "72"), "shape of 'conv.weight' is impossible"),
     "dtype unknown": (edit_row(2, "float128"), "dtype of 'conv.weight' is unknown"),
     "dtype quantized": (edit_row(2, "quint8"), "cannot be changed in torch.quint8"),
@@ -539,7 +473,7 @@ FORGERIES: dict[str, tuple[Callable[..., Any], str]] = {
     "deep JSON": (edit_text("tensors", "[" * 100_000), "its table is not valid JSON"),
     "metadata": (edit_text("metadata", '{"a": 1}'), "metadata is not text"),
     "density": (edit_text("density", "nan"), "density is impossible"),
-    "version": (edit_text("version", "2"), "has version '2', this release reads '1'"),
+    "version": (edit_text("version", "1"), "has version '1', this release reads '2'"),
     "no pool": (lambda _, tensors: tensors.pop("values.float32"), "'values.float32' is missing"),
     "short pool": (
         lambda _, tensors: tensors.update({"values.float32": torch.ones(3)}),
@@ -550,13 +484,13 @@ FORGERIES: dict[str, tuple[Callable[..., Any], str]] = {
         "too long",
     ),
     "spare pool": (lambda _, t: t.update({"values.float16": torch.ones(1).half()}), "too long"),
-    "matrix": (lambda _, t: t.update({"values.float32": torch.ones(61, 1)}), "not a vector"),
+    "matrix": (lambda _, t: t.update({"values.float32": torch.ones(61, 1)}), "is no vector of F32"),
     "wrong pool": (
         lambda _, t: t.update({"values.float32": torch.ones(61).half()}),
-        "not a vector",
+        "is no vector of F32",
     ),
     "unknown tensor": (lambda _, t: t.update({"extra": torch.ones(1)}), "unknown tensor 'extra'"),
-    "float indices": (lambda _, t: t.update({"indices.float32": torch.ones(1)}), "unknown tensor"),
+    "float indices": (lambda _, t: t.update(indices=torch.ones(61)), "is no vector of U8"),
 }
 
 
@@ -697,6 +631,7 @@ SMALL_DISK = """
 import copy, resource, sys, torch
 from saft_kernels import CooMask
 from saft_kernels.delta import SparseDelta
+from saft_kernels.delta import file as delta_file
 from saft_kernels.errors import FileWriteError
 
 model = torch.nn.Linear(64, 64)

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from saft_kernels.errors import DeltaFormatError, FileWriteError, MaskError
-from saft_kernels.layout import MAX_ELEMENTS
-from saft_kernels.mask import CooMask, index_dtype
+from saft_kernels.layout import MAX_ELEMENTS, index_dtype
+from saft_kernels.mask import CooMask
 
 
 class Tied(nn.Module):

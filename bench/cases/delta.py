@@ -1,4 +1,6 @@
-"""Stage 5: the delta file, its size and what it takes to write, read, apply and revert it."""
+"""Stage 5: the delta file, its size and what it takes to write, read, apply and revert it; and to
+change from one to another.
+"""
 
 from __future__ import annotations
 
@@ -13,19 +15,26 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from saft_kernels import CooMask, SparseDelta, ops
+from saft_kernels.delta import DeltaSwap
 
 from ..bars import held_to
 from ..harness import Contender, measure, require
 from ..limits import Needs
 from ..models import CACHE_LINE, Setting, cache_lines, workload
 from ..outcome import BASELINE, Figure, Outcome
-from ..ratios import times_faster
+from ..ratios import format_seconds, times_faster
 
 #: How far entries move: far enough to be seen in 16 bits.
 LEARNT = 1e-2
 
+#: How many indices are decoded.
+INDICES = 1_000_000
+
 LOAD_WHOLE = "load_file and load_state_dict of the whole model"
+LOAD_STATE = "load_state_dict of the whole model, from memory"
+SWAP = "DeltaSwap.to the next of two deltas"
 LOAD_AND_APPLY = "SparseDelta.load and apply_, base verified"
+DECODE = "decode_indices"
 APPLY_VERIFIED = "SparseDelta.apply_, base verified"
 
 
@@ -37,13 +46,16 @@ def run(setting: Setting) -> Outcome:
     tuned = copy.deepcopy(base)
     perturb(tuned, mask)
     with tempfile.TemporaryDirectory() as folder:
-        return _with_files(Path(folder), base, tuned, mask, setting)
+        outcome = _with_files(Path(folder), base, tuned, mask, setting)
+    outcome += _swapping(base, tuned, mask, setting)
+    outcome += _decoding(setting)
+    return outcome
 
 
 @torch.no_grad()
-def perturb(model: nn.Module, mask: CooMask) -> None:
+def perturb(model: nn.Module, mask: CooMask, seed: int = 0) -> None:
     """Move the selected entries by the same amounts on every device."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     for _, param, chosen in mask.parameters(model):
         indices = chosen.to(param.device)
         values = ops.gather(param, indices)
@@ -146,6 +158,75 @@ def _with_files(
         ),
     ]
     return Outcome(list(timings.values()), figures)
+
+
+def _swapping(base: nn.Module, tuned: nn.Module, mask: CooMask, setting: Setting) -> Outcome:
+    """One model that takes on two deltas by turns, and one that is loaded whole instead."""
+    other = copy.deepcopy(base)
+    perturb(other, mask, seed=1)
+    models = [tuned, other]
+    deltas = [SparseDelta.capture(model, mask, base) for model in models]
+    served, reloaded = copy.deepcopy(base), copy.deepcopy(base)
+    swap = DeltaSwap(served)
+    for delta in deltas:
+        swap.to(delta)
+
+    def other_than_now() -> int:
+        return int(swap.current is deltas[0])
+
+    def next_model() -> nn.Module:
+        return models[other_than_now()]
+
+    states = [model.state_dict() for model in models]
+    lines, weights = (
+        CACHE_LINE * cache_lines(mask, _tensors(base)),
+        sum(p.nbytes for p in base.parameters()),
+    )
+    contenders = [
+        Contender(
+            LOAD_STATE,
+            lambda: reloaded.load_state_dict(states[0]),
+            _becomes(reloaded, tuned),
+            needs=Needs(2 * weights),
+            role=BASELINE,
+        ),
+        Contender(
+            SWAP,
+            lambda: swap.to(deltas[other_than_now()]),
+            lambda run: _becomes(served, next_model())(run),
+            needs=Needs(3 * lines + 4 * 8 * mask.nnz),
+        ),
+    ]
+    timings = measure("one of two deltas for the other", contenders, setting.kernels)
+    what = "changing from one delta to another against loading a whole state_dict"
+    return Outcome(list(timings.values()), [times_faster(what, timings[LOAD_STATE], timings[SWAP])])
+
+
+def _decoding(setting: Setting) -> Outcome:
+    """Many indices of one large parameter: what a file of a large model takes to read."""
+    numel = round(INDICES / setting.density)
+    generator = torch.Generator().manual_seed(0)
+    indices = torch.randint(numel, (INDICES,), generator=generator).unique()
+    indices = indices.to(torch.int32 if numel < 1 << 31 else torch.int64)
+    n, code = len(indices), ops.encode_indices(indices, numel)
+
+    def same(run: Callable[[], Any]) -> None:
+        require(torch.equal(run(), indices), "they are other indices")
+
+    decode = Contender(
+        DECODE,
+        lambda: ops.decode_indices(code, n, numel),
+        same,
+        needs=Needs(code.nbytes + indices.nbytes),
+    )
+    timing = measure(f"{INDICES:,} indices of a file", [decode], setting.kernels)[DECODE]
+    rate = Figure(
+        "indices of a delta file decoded in a second",
+        n / timing.median / 1e6,
+        "million",
+        note=f"{n:,} in {format_seconds(timing.median)}, {code.nbytes / n:.2f} bytes each",
+    )
+    return Outcome([timing], [rate])
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -2,8 +2,7 @@
 
 Tensors, each holding the parameters' entries one after the other in the order of the table:
 
-- ``indices.int32`` and ``indices.int64``: flat indices (int64 for parameters of 2**31 elements or
-  more);
+- ``indices``: flat indices, as :func:`.ops.encode_indices` makes bytes of them;
 - ``values.<dtype>``: new values, one tensor per dtype among the changed parameters;
 - ``originals.<dtype>``: the base's values, optional.
 
@@ -20,7 +19,7 @@ import json
 import math
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,14 +28,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from saft_kernels import ops
 from saft_kernels.errors import DeltaFormatError
 from saft_kernels.files import atomic_write, sort_metadata
 from saft_kernels.fingerprint import is_fingerprint
-from saft_kernels.layout import MAX_ELEMENTS
-from saft_kernels.mask import index_dtype
+from saft_kernels.layout import MAX_ELEMENTS, index_code_bytes, index_dtype
 
 FORMAT = "saft-delta"
-VERSION = "1"
+VERSION = "2"
 
 _TEXTS = ("format", "version", "created_by", "density", "metadata", "tensors")
 _MAX_DIMENSIONS = 64
@@ -44,16 +43,29 @@ _MAX_DIMENSIONS = 64
 # parameter.
 _MAX_HEADER = 1 << 25
 
-_CHANGED_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16}
-_CHANGED_DTYPES["F16"] = torch.float16
-_INDEX_DTYPES = {"I32": torch.int32, "I64": torch.int64}
-_STORED_DTYPES = {**_CHANGED_DTYPES, **_INDEX_DTYPES}
+#: By their names in a safetensors file.
+_CHANGED_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+_INDICES = "indices"
 
 
 def dtype_name(dtype: torch.dtype) -> str:
     """The name of a dtype in the file: ``float32`` and so on."""
     return str(dtype).removeprefix("torch.")
 
+
+#: The tensors that a file may hold, and their dtypes.
+_POOLS = {_INDICES: "U8"} | {
+    f"{kind}.{dtype_name(dtype)}": stored
+    for kind in ("values", "originals")
+    for stored, dtype in _CHANGED_DTYPES.items()
+}
 
 _DTYPES = {
     dtype_name(value): value for value in vars(torch).values() if isinstance(value, torch.dtype)
@@ -129,16 +141,13 @@ def _pool(content: DeltaContent) -> dict[str, Tensor]:
     pieces: defaultdict[str, list[Tensor]] = defaultdict(list)
     for record in content.records:
         if record.indices.numel():
-            pieces[_index_pool(record.shape)].append(record.indices)
+            numel = math.prod(record.shape)
+            pieces[_INDICES].append(ops.encode_indices(record.indices, numel))
             pieces[f"values.{dtype_name(record.dtype)}"].append(record.values)
             if content.originals is not None:
                 originals = content.originals[record.name]
                 pieces[f"originals.{dtype_name(record.dtype)}"].append(originals)
     return {name: torch.cat(parts) for name, parts in pieces.items()}
-
-
-def _index_pool(shape: Sequence[int]) -> str:
-    return f"indices.{dtype_name(index_dtype(math.prod(shape)))}"
 
 
 def _row(record: TensorRecord) -> list[Any]:
@@ -220,13 +229,10 @@ def _read_tensors(file: Any) -> dict[str, Tensor]:
     tensors = {}
     for name in file.keys():  # noqa: SIM118 (a safetensors file is not iterable)
         view = file.get_slice(name)
-        dtype = _STORED_DTYPES.get(view.get_dtype())
-        kind, _, claimed = name.partition(".")
-        known = _INDEX_DTYPES if kind == "indices" else _CHANGED_DTYPES
-        if kind not in ("indices", "values", "originals") or dtype not in known.values():
+        if name not in _POOLS:
             raise DeltaFormatError(f"is broken: it holds an unknown tensor {name[:100]!r}")
-        if str(dtype) != f"torch.{claimed}" or len(view.get_shape()) != 1:
-            raise DeltaFormatError(f"is broken: tensor {name!r} is not a vector of that dtype")
+        if view.get_dtype() != _POOLS[name] or len(view.get_shape()) != 1:
+            raise DeltaFormatError(f"is broken: tensor {name!r} is no vector of {_POOLS[name]}")
         # A copy, so that the delta does not change if the file is later overwritten in place.
         tensors[name] = file.get_tensor(name).clone()
     return tensors
@@ -301,13 +307,13 @@ def _record(row: Row, cursor: _Cursor) -> TensorRecord:
         # Without values; a file may name dtypes that no plain tensor can have.
         return TensorRecord(name, tied, dtype, shape, fingerprint, indices, torch.empty(0))
     _require(dtype in _CHANGED_DTYPES.values(), f"{name!r} cannot be changed in {dtype}")
-    indices = cursor.take(_index_pool(shape), count)
+    # Values first: what indices are made from may be a sixteenth of what they take.
     values = cursor.take(f"values.{dtype_name(dtype)}", count)
-    _require(bool((indices[1:] > indices[:-1]).all()), f"the indices of {name!r} are not sorted")
-    _require(
-        int(indices[0]) >= 0 and int(indices[-1]) < math.prod(shape),
-        f"an index of {name!r} is out of range",
-    )
+    code = cursor.take(_INDICES, index_code_bytes(count, math.prod(shape)))
+    try:
+        indices = ops.decode_indices(code, count, math.prod(shape))
+    except RuntimeError as error:
+        raise DeltaFormatError(f"the indices of {name!r} are malformed: {error}") from error
     return TensorRecord(name, tied, dtype, shape, fingerprint, indices, values)
 
 

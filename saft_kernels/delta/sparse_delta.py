@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from saft_kernels import delta_file, ops
-from saft_kernels.delta_file import DeltaContent, TensorRecord
+from saft_kernels import ops
+from saft_kernels.delta import file as delta_file
+from saft_kernels.delta.base import Base
+from saft_kernels.delta.file import DeltaContent, TensorRecord
+from saft_kernels.delta.places import (
+    Place,
+    Target,
+    everywhere,
+    is_sharded,
+    place_of,
+    write,
+)
 from saft_kernels.errors import DeltaError
 from saft_kernels.fingerprint import count_different_bits, fingerprints, same_bits
-from saft_kernels.mask import CooMask, index_dtype, near_matches
+from saft_kernels.layout import index_dtype
+from saft_kernels.mask import CooMask, near_matches
 
 
 class SparseDelta:
@@ -29,20 +43,24 @@ class SparseDelta:
     from in the applied state, so that :meth:`revert_` turns it back into the base.
 
     Attributes:
+        base: the parameters of the model that it was made from.
+        records: what it changes in each of them.
         metadata: text that the maker of the delta wrote down about it.
         density: selected entries over the entries of all candidate parameters.
         created_by: the release that captured it.
     """
 
     def __init__(self, content: DeltaContent) -> None:
-        self._records = content.records
+        self.records = content.records
+        self.base = Base(content.records)
         self.metadata: dict[str, str] = dict(content.metadata)
         self.density = content.density
         self.created_by = content.created_by
         # Those of the base that the fingerprints describe, and those of each model by itself, which
         # may differ from them if it was applied to without verification.
         self._originals: Mapping[str, Tensor] | None = content.originals
-        self._applied: WeakKeyDictionary[nn.Module, Mapping[str, Tensor]] = WeakKeyDictionary()
+        self._applied: WeakKeyDictionary[nn.Module, list[Tensor]] = WeakKeyDictionary()
+        self._awaited: WeakKeyDictionary[nn.Module, RemovableHandle] = WeakKeyDictionary()
 
     @classmethod
     def capture(
@@ -75,14 +93,14 @@ class SparseDelta:
         params = _params_with_names(model)
         bases = [_base_of(param, names[0], base) for param, names in params]
         records, originals = [], {}
-        for (param, (name, *tied)), before, fingerprint in zip(
+        for (param, (name, *tied)), before, of_base in zip(
             params, bases, fingerprints(bases), strict=True
         ):
             indices = _indices(mask, [name, *tied], param)
             values, originals[name] = _changes(name, param, before, indices)
-            kind = (param.dtype, tuple(param.shape), fingerprint)
+            kind = (param.dtype, tuple(param.shape), of_base)
             records.append(TensorRecord(name, tuple(tied), *kind, indices, values))
-        return cls(DeltaContent(tuple(records), texts, mask.density, _release(), originals))
+        return cls(DeltaContent(tuple(records), texts, mask.density, release(), originals))
 
     # What it holds ------------------------------------------------------------------------------
 
@@ -92,30 +110,44 @@ class SparseDelta:
             yield record.name, record.indices, record.values
 
     @property
+    def originals(self) -> Mapping[str, Tensor]:
+        """Parameter name -> the base's values at its indices, for every changed parameter.
+
+        Raises:
+            DeltaError: if they are not known.
+        """
+        if self._originals is None:
+            raise DeltaError(
+                "the original values are not known; apply the delta to its base first, or save "
+                "deltas with originals=True"
+            )
+        return self._originals
+
+    @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every parameter of the base, by name."""
-        return {record.name: record.shape for record in self._records}
+        return {record.name: record.shape for record in self.records}
 
     @property
     def nnz(self) -> int:
         """The number of entries it replaces."""
-        return sum(record.indices.numel() for record in self._records)
+        return sum(record.indices.numel() for record in self.records)
 
     @property
     def nbytes(self) -> int:
         """The size of indices and values."""
-        return sum(record.indices.nbytes + record.values.nbytes for record in self._records)
+        return sum(record.indices.nbytes + record.values.nbytes for record in self.records)
 
     def __repr__(self) -> str:
         """Its size."""
         changed = sum(1 for _ in self._changed())
         return (
             f"SparseDelta(nnz={self.nnz:,}, density={self.density:.3g}, "
-            f"parameters={changed} of {len(self._records)}, nbytes={self.nbytes:,})"
+            f"parameters={changed} of {len(self.records)}, nbytes={self.nbytes:,})"
         )
 
     def _changed(self) -> Iterator[TensorRecord]:
-        return (record for record in self._records if record.indices.numel())
+        return (record for record in self.records if record.indices.numel())
 
     # Files --------------------------------------------------------------------------------------
 
@@ -132,12 +164,10 @@ class SparseDelta:
             FileWriteError: if the file cannot be written; one that was there before stays as it
                 was.
         """
-        if originals and self._originals is None:
-            raise DeltaError("the original values are not known; apply the delta to its base first")
-        stored = self._originals if originals else None
+        stored = self.originals if originals else None
         delta_file.write(
             path,
-            DeltaContent(self._records, self.metadata, self.density, self.created_by, stored),
+            DeltaContent(self.records, self.metadata, self.density, self.created_by, stored),
         )
 
     @classmethod
@@ -153,35 +183,48 @@ class SparseDelta:
     # Applying -----------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def apply_(self, model: nn.Module, *, verify: bool = True) -> None:
+    def apply_(self, model: Target, *, verify: bool = True) -> None:
         """Turn a copy of the base into the fine-tuned model, in place: all of it or nothing.
 
-        Parameters that the base did not have are left alone.
+        Parameters that the base did not have are left alone. If parameters are sharded
+        (``DTensor``), every process calls this, and each writes its shards.
+
+        A model on the ``meta`` device has nothing to be written to yet: the delta is then applied
+        by the ``load_state_dict`` that brings the base's values (with ``assign=True``, or after
+        ``to_empty``), and whatever is wrong is raised there.
 
         Args:
-            model: a model with the base's parameters, on any device.
+            model: a model with the base's parameters, or a ``state_dict``, on any device.
             verify: compare the fingerprint of every parameter with the base's, which reads the
-                whole model once. False checks names, shapes and dtypes only, for a model known to
-                be the base.
+                whole model once. False checks names and shapes only, for a model known to be the
+                base; it may then be the base cast to another floating dtype, and becomes the
+                fine-tuned model cast to that dtype.
 
         Raises:
             DeltaError: naming the parameter, if the model is not the base or the delta is applied
                 already; the model is then as it was.
         """
-        params = self._find(model)
+        params = self.base.find(model, same_dtype=verify)
+        if isinstance(model, nn.Module) and any(param.is_meta for param in params.values()):
+            self._apply_once_loaded(model, verify)
+            return
+        places = self.places(params)
         if verify:
-            self._require_base(params)
-        elif self._is_applied(params):
+            self._require_base(params, places)
+        elif self._is_applied(places):
             raise DeltaError("the delta is applied to this model already; revert_ it first")
-        originals = {r.name: ops.gather(params[r.name], _at(r, params)) for r in self._changed()}
-        self._write(params, {r.name: r.values for r in self._changed()}, originals)
-        originals = {name: values.cpu() for name, values in originals.items()}
-        self._applied[model] = originals
-        if verify:
-            self._originals = originals
+        originals = [place.gather() for place in places]
+        write(places, self._values(places), originals)
+        if isinstance(model, nn.Module):
+            self._applied[model] = [values.cpu() for values in originals]
+        if verify and not any(map(is_sharded, params.values())):
+            self._originals = {
+                place.record.name: values.cpu()
+                for place, values in zip(places, originals, strict=True)
+            }
 
     @torch.no_grad()
-    def revert_(self, model: nn.Module, *, verify: bool = True) -> None:
+    def revert_(self, model: Target, *, verify: bool = True) -> None:
         """Turn the fine-tuned model back into the base, bit for bit: all of it or nothing.
 
         Args:
@@ -193,123 +236,109 @@ class SparseDelta:
             DeltaError: naming the parameter, if the model is not in the applied state, or the
                 original values are not known; the model is then as it was.
         """
-        params = self._find(model)
-        originals = self._applied.get(model, self._originals)
-        if originals is None:
-            raise DeltaError(
-                "the original values are not known here; revert_ with the SparseDelta that was "
-                "applied, or save deltas with originals=True"
-            )
-        for record in self._changed():
-            if not _holds(record, params):
+        if isinstance(model, nn.Module) and model in self._awaited:
+            self._awaited.pop(model).remove()
+            return
+        params = self.base.find(model, same_dtype=verify)
+        places = self.places(params)
+        values = self._values(places)
+        for place, written in zip(places, values, strict=True):
+            if not everywhere(place.holds(written), [place]):
                 raise DeltaError(
-                    f"the delta is not applied to this model: {record.name!r} has other values "
-                    "than it wrote; load the base weights again instead"
+                    f"the delta is not applied to this model: {place.record.name!r} has other "
+                    "values than it wrote; load the base weights again instead"
                 )
-        values = {record.name: record.values for record in self._changed()}
-        self._write(params, originals, values)
-        differing = self._first_difference(params) if verify else None
+        originals = self._originals_at(model, places)
+        write(places, originals, values)
+        differing = self.base.first_difference(params) if verify else None
         if differing is not None:
-            self._write(params, values, originals)
+            write(places, values, originals)
             raise DeltaError(
                 f"reverting would not give the base: {differing!r} was changed outside the delta's "
                 "entries after it was applied; load the base weights again"
             )
-        self._applied.pop(model, None)
+        if isinstance(model, nn.Module):
+            self._applied.pop(model, None)
 
-    def _find(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        """The model's parameters that the records stand for; they must be of the same kind."""
-        found = dict(model.named_parameters(remove_duplicate=False))
-        owners: dict[nn.Parameter, str] = {}
-        for record in self._records:
-            param = found.get(record.name)
-            if param is None:
-                raise DeltaError(
-                    f"the delta does not fit this model: it has no parameter {record.name!r}"
-                    + near_matches(record.name, found)
-                )
-            _require_kind(record, param)
-            for other in record.tied:
-                if found.get(other, param) is not param:
-                    raise DeltaError(
-                        f"the delta does not fit this model: {record.name!r} and {other!r} are one "
-                        "tied parameter in its base, and two here"
-                    )
-            if owners.setdefault(param, record.name) != record.name:
-                raise DeltaError(
-                    f"the delta does not fit this model: {owners[param]!r} and {record.name!r} are "
-                    "two parameters in its base, and one tied here"
-                )
-        return {record.name: found[record.name] for record in self._records}
+    # Interpolating ------------------------------------------------------------------------------
 
-    def _first_difference(self, params: Mapping[str, Tensor]) -> str | None:
-        """The first parameter whose fingerprint is not the base's."""
-        prints = fingerprints([params[record.name] for record in self._records])
-        for record, fingerprint in zip(self._records, prints, strict=True):
-            if record.fingerprint != fingerprint:
-                return record.name
-        return None
+    def scale(self, alpha: float) -> SparseDelta:
+        """The delta of the model ``(1 - alpha) base + alpha fine-tuned``.
 
-    def _require_base(self, params: Mapping[str, Tensor]) -> None:
-        differing = self._first_difference(params)
+        That is the interpolation in weight space of WiSE-FT (Wortsman et al. 2022, equation 1): all
+        other entries are the same in both models, and so in the interpolated one. Computed in
+        double precision and rounded once; 0 and 1 give the base and the fine-tuned model bit for
+        bit.
+
+        Args:
+            alpha: 0 is the base, 1 the fine-tuned model; others than those between extrapolate.
+
+        Raises:
+            DeltaError: if the original values are not known, or alpha is not finite.
+        """
+        if not math.isfinite(alpha):
+            raise DeltaError(f"alpha must be a finite number, not {alpha}")
+        originals = self.originals
+        records = []
+        for record in self.records:
+            values = record.values
+            if record.indices.numel() and alpha != 1:
+                base = originals[record.name]
+                between = (1 - alpha) * base.double() + alpha * values.double()
+                values = between.to(record.dtype) if alpha else base.clone()
+            records.append(replace(record, values=values))
+        metadata = {**self.metadata, "alpha": repr(float(alpha))}
+        return SparseDelta(
+            DeltaContent(tuple(records), metadata, self.density, release(), originals)
+        )
+
+    # Applying, in detail ------------------------------------------------------------------------
+
+    def _apply_once_loaded(self, model: nn.Module, verify: bool) -> None:
+        if model in self._awaited:
+            raise DeltaError("the delta waits for the weights of this model already")
+
+        def loaded(module: nn.Module, incompatible_keys: object) -> None:
+            if not any(param.is_meta for param in module.parameters()):
+                self._awaited.pop(module).remove()
+                self.apply_(module, verify=verify)
+
+        self._awaited[model] = model.register_load_state_dict_post_hook(loaded)
+
+    def places(self, params: Mapping[str, Tensor]) -> list[Place]:
+        """Where the changed entries lie in the parameters that :meth:`Base.find` found."""
+        return [place_of(record, params[record.name]) for record in self._changed()]
+
+    def _values(self, places: Sequence[Place]) -> list[Tensor]:
+        return [place.of_them(place.record.values) for place in places]
+
+    def _originals_at(self, model: Target, places: Sequence[Place]) -> list[Tensor]:
+        """What stood at these places: in this very model if it is known, else in the base."""
+        known = self._applied.get(model) if isinstance(model, nn.Module) else None
+        if known is not None:
+            pairs = zip(places, known, strict=True)
+            return [values.to(place.tensor.device) for place, values in pairs]
+        if self._originals is None:
+            raise DeltaError(
+                "the original values are not known here; revert_ with the SparseDelta that was "
+                "applied, or save deltas with originals=True"
+            )
+        return [place.of_them(self._originals[place.record.name]) for place in places]
+
+    def _require_base(self, params: Mapping[str, Tensor], places: Sequence[Place]) -> None:
+        differing = self.base.first_difference(params)
         if differing is None:
             return
-        if self._is_applied(params):
+        if self._is_applied(places):
             raise DeltaError("the delta is applied to this model already; revert_ it first")
         raise DeltaError(
             f"the model is not the base that the delta was made from: {differing!r} has other "
             "values; load the base weights first"
         )
 
-    def _is_applied(self, params: Mapping[str, Tensor]) -> bool:
-        return all(_holds(record, params) for record in self._changed())
-
-    def _write(
-        self, params: Mapping[str, Tensor], new: Mapping[str, Tensor], old: Mapping[str, Tensor]
-    ) -> None:
-        """Write ``new`` at the records' indices; on any error or interrupt put ``old`` back."""
-        begun: list[TensorRecord] = []
-        try:
-            for record in self._changed():
-                begun.append(record)
-                _scatter(record, params, new)
-        except BaseException:
-            for record in begun:
-                _scatter(record, params, old)
-            raise
-
-
-def _scatter(
-    record: TensorRecord, params: Mapping[str, Tensor], values: Mapping[str, Tensor]
-) -> None:
-    param = params[record.name]
-    ops.scatter_(param, _at(record, params), values[record.name].to(param.device))
-
-
-def _at(record: TensorRecord, params: Mapping[str, Tensor]) -> Tensor:
-    """The indices of a record, on the device of its parameter."""
-    return record.indices.to(params[record.name].device)
-
-
-def _holds(record: TensorRecord, params: Mapping[str, Tensor]) -> bool:
-    """Whether the parameter has the delta's values, bit for bit."""
-    now = ops.gather(params[record.name], _at(record, params)).cpu()
-    return bool(same_bits(now, record.values).all())
-
-
-def _require_kind(record: TensorRecord, param: Tensor) -> None:
-    for what, wanted, found in (
-        ("shape", list(record.shape), list(param.shape)),
-        ("dtype", record.dtype, param.dtype),
-    ):
-        if wanted != found:
-            hint = "; cast the model after applying" if what == "dtype" else ""
-            raise DeltaError(
-                f"the delta does not fit this model: parameter {record.name!r} has {what} {found}, "
-                f"its base had {wanted}{hint}"
-            )
-    if param.device.type == "meta":
-        raise DeltaError(f"parameter {record.name!r} is on the meta device; load its weights first")
+    def _is_applied(self, places: Sequence[Place]) -> bool:
+        pairs = zip(places, self._values(places), strict=True)
+        return everywhere(all(place.holds(values) for place, values in pairs), places)
 
 
 # Capturing ----------------------------------------------------------------------------------------
@@ -325,6 +354,11 @@ def _params_with_names(model: nn.Module) -> list[tuple[nn.Parameter, list[str]]]
 
 def _base_of(param: Tensor, name: str, base: Mapping[str, Tensor]) -> Tensor:
     """The base's tensor of that name, which must be of the parameter's kind."""
+    if is_sharded(param) or param.is_meta:
+        raise DeltaError(
+            f"parameter {name!r} is {'on the meta device' if param.is_meta else 'sharded'}; "
+            "capture a model that holds its whole weights"
+        )
     if name not in base:
         raise DeltaError(
             f"the base has no parameter {name!r}{near_matches(name, base)}; give the model that "
@@ -376,7 +410,8 @@ def _changes(name: str, param: Tensor, original: Tensor, indices: Tensor) -> tup
     return values, before
 
 
-def _release() -> str:
+def release() -> str:
+    """What ``created_by`` says of this release."""
     import saft_kernels  # the package imports this module
 
     return f"saft-kernels {saft_kernels.__version__}"
