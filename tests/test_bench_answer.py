@@ -162,7 +162,7 @@ def test_answer_for_a_tiny_model(found: Answer) -> None:
     weights = sum(t.nbytes for t in make_task("saft-tiny", 1, 1).model.state_dict().values())
     assert full.file == weights
     entries = int(1e-2 * found.numel)
-    assert 8 * entries < saft.file < 9 * entries + 20_000
+    assert 5 * entries < saft.file < 5.2 * entries + 20_000
     assert 0 < lora.file < full.file
     assert full.memory.state == pytest.approx(8 * found.numel, rel=0.01)
     for method in found.methods.values():
