@@ -26,8 +26,6 @@ FLOATING = (torch.float32, torch.bfloat16, torch.float16)
 
 _INT32_MAX = 2**31 - 1
 
-_CPU = torch.device("cpu")
-
 
 #: What torch.compile and opcheck are told an operation returns, without running it.
 _FAKES: dict[str, Callable[..., Any]] = {}
@@ -467,7 +465,7 @@ def encode_indices(indices: Tensor, numel: int) -> Tensor:
     Raises:
         RuntimeError: if an index is out of range or they do not increase strictly.
     """
-    code: Tensor = _implementation("encode_indices", backends.resolve(_CPU))(indices, numel)
+    code: Tensor = _implementation("encode_indices", _backend_of_files())(indices, numel)
     return code
 
 
@@ -485,5 +483,12 @@ def decode_indices(code: Tensor, n: int, numel: int) -> Tensor:
     Raises:
         RuntimeError: if these are not the bytes of n such indices.
     """
-    indices: Tensor = _implementation("decode_indices", backends.resolve(_CPU))(code, n, numel)
+    indices: Tensor = _implementation("decode_indices", _backend_of_files())(code, n, numel)
     return indices
+
+
+def _backend_of_files() -> str:
+    """Files are read and written on the CPU, whatever backend was asked for tensors on a GPU."""
+    backend = "reference" if backends.requested_backend() == "reference" else "cpu"
+    backends.require(backend)
+    return backend

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from contextlib import suppress
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from saft_kernels import ops, reference
+from saft_kernels import backends, ops, reference
 from saft_kernels.layout import MAX_ELEMENTS, index_code, index_code_bytes, index_dtype
 
 #: (n, numel): nothing, one, all; below and above powers of two; 64 and more high bits in a word
@@ -104,10 +103,14 @@ def test_a_changed_bit_is_refused_or_gives_other_indices_in_range(
     code = ops.encode_indices(indices, numel)
     bit = data.draw(st.integers(0, 8 * len(code) - 1))
     code[bit // 8] ^= 1 << (bit % 8)
-    again = None
-    with suppress(RuntimeError):
+    try:
         again = ops.decode_indices(code, n, numel)
-    if again is None:
+    except RuntimeError as refusal:
+        message = str(refusal)
+    else:
+        message = ""
+    if message:
+        assert f"this is no code of {n} increasing indices below {numel}" in message
         return
     assert not torch.equal(again, indices)
     assert bool((again[1:] > again[:-1]).all())
@@ -124,6 +127,16 @@ def test_codes_may_begin_anywhere_in_memory() -> None:
         assert torch.equal(
             ops.decode_indices(padded[begin : begin + len(code)], 300, 9000), indices
         )
+
+
+@pytest.mark.parametrize("asked", ["cuda", "triton", "reference"])
+def test_files_are_the_cpus_whatever_backend_was_asked_for(
+    monkeypatch: pytest.MonkeyPatch, asked: str
+) -> None:
+    """Inside use_backend, tensors on the CPU are refused; those of a file are not."""
+    monkeypatch.setattr(backends, "_requested", asked)
+    indices = some(30, 500)
+    assert torch.equal(ops.decode_indices(ops.encode_indices(indices, 500), 30, 500), indices)
 
 
 BAD_INDICES = {

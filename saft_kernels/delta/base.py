@@ -85,6 +85,19 @@ class Base:
                 )
         return {tensor.name: found[tensor.name] for tensor in self._tensors}
 
+    def require(self, params: Mapping[str, Tensor]) -> None:
+        """Make sure that parameters are the base's, by their fingerprints.
+
+        Raises:
+            DeltaError: naming the first one that is not.
+        """
+        differing = self.first_difference(params)
+        if differing is not None:
+            raise DeltaError(
+                f"the model is not the base that the delta was made from: {differing!r} has other "
+                "values; load the base weights first"
+            )
+
     def first_difference(self, params: Mapping[str, Tensor]) -> str | None:
         """The first parameter whose fingerprint is not the base's; None if all are the base's.
 

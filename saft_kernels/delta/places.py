@@ -133,17 +133,18 @@ def write(places: Sequence[Place], new: Sequence[Tensor], old: Sequence[Tensor])
             begun.append(place)
             place.scatter_(values)
     except BaseException:
-        _restore(begun, old)
+        put(begun, old)
         everywhere(False, places)
         raise
     if not everywhere(True, places):
-        _restore(places, old)
+        put(places, old)
         raise DeltaError("another process could not write its part; the model is as it was")
 
 
-def _restore(places: Sequence[Place], old: Sequence[Tensor]) -> None:
-    for place, values in zip(places, old, strict=False):
-        place.scatter_(values)
+def put(places: Sequence[Place], values: Sequence[Tensor]) -> None:
+    """Write values at all places, of which there may be fewer than values."""
+    for place, its in zip(places, values, strict=False):
+        place.scatter_(its)
 
 
 def everywhere(condition: bool, places: Iterable[Place]) -> bool:

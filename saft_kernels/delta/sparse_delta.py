@@ -29,6 +29,8 @@ from saft_kernels.fingerprint import count_different_bits, fingerprints, same_bi
 from saft_kernels.layout import index_dtype
 from saft_kernels.mask import CooMask, near_matches
 
+_APPLIED = "the delta is applied to this model already; revert_ it first"
+
 
 class SparseDelta:
     """New values for the selected entries of a model, exact to apply and exact to take back.
@@ -126,7 +128,7 @@ class SparseDelta:
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every parameter of the base, by name."""
-        return {record.name: record.shape for record in self.records}
+        return self.base.shapes
 
     @property
     def nnz(self) -> int:
@@ -212,7 +214,7 @@ class SparseDelta:
         if verify:
             self._require_base(params, places)
         elif self._is_applied(places):
-            raise DeltaError("the delta is applied to this model already; revert_ it first")
+            raise DeltaError(_APPLIED)
         originals = [place.gather() for place in places]
         write(places, self._values(places), originals)
         if isinstance(model, nn.Module):
@@ -326,15 +328,12 @@ class SparseDelta:
         return [place.of_them(self._originals[place.record.name]) for place in places]
 
     def _require_base(self, params: Mapping[str, Tensor], places: Sequence[Place]) -> None:
-        differing = self.base.first_difference(params)
-        if differing is None:
-            return
-        if self._is_applied(places):
-            raise DeltaError("the delta is applied to this model already; revert_ it first")
-        raise DeltaError(
-            f"the model is not the base that the delta was made from: {differing!r} has other "
-            "values; load the base weights first"
-        )
+        try:
+            self.base.require(params)
+        except DeltaError:
+            if self._is_applied(places):
+                raise DeltaError(_APPLIED) from None
+            raise
 
     def _is_applied(self, places: Sequence[Place]) -> bool:
         pairs = zip(places, self._values(places), strict=True)

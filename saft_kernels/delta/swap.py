@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from saft_kernels.delta.base import Base
-from saft_kernels.delta.places import Place, is_sharded, write
+from saft_kernels.delta.places import Place, is_sharded, put
 from saft_kernels.delta.sparse_delta import SparseDelta
 from saft_kernels.errors import DeltaError
 
@@ -20,6 +20,9 @@ class _Prepared:
 
     places: list[Place]
     values: list[Tensor]
+
+
+_NOTHING = _Prepared([], [])
 
 
 class DeltaSwap:
@@ -79,23 +82,20 @@ class DeltaSwap:
             self.prepare(delta)
         if delta is self._current:
             return
-        old = None if self._current is None else self._prepared[self._current]
-        if old is not None:
-            self._require_untouched(old)
-            write(old.places, self._originals, old.values)
+        old = _NOTHING if self._current is None else self._prepared[self._current]
+        new = _NOTHING if delta is None else self._prepared[delta]
+        self._require_untouched(old)
+        originals: list[Tensor] = []
         try:
-            originals = [] if delta is None else self._write(self._prepared[delta])
+            put(old.places, self._originals)
+            originals = [place.gather() for place in new.places]
+            put(new.places, new.values)
         except BaseException:
-            if old is not None:
-                write(old.places, old.values, self._originals)
+            if originals:
+                put(new.places, originals)
+            put(old.places, old.values)
             raise
         self._current, self._originals = delta, originals
-
-    @staticmethod
-    def _write(new: _Prepared) -> list[Tensor]:
-        originals = [place.gather() for place in new.places]
-        write(new.places, new.values, originals)
-        return originals
 
     def _require_untouched(self, current: _Prepared) -> None:
         for place, values in zip(current.places, current.values, strict=True):
@@ -115,12 +115,8 @@ class DeltaSwap:
                 "use SparseDelta.apply_"
             )
         if self._base is None:
-            differing = delta.base.first_difference(params) if self._verify else None
-            if differing is not None:
-                raise DeltaError(
-                    f"the model is not the base that the delta was made from: {differing!r} has "
-                    "other values; load the base weights first"
-                )
+            if self._verify:
+                delta.base.require(params)
             self._base = delta.base
         places = delta.places(params)
         return _Prepared(places, [place.of_them(place.record.values) for place in places])
