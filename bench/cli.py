@@ -55,7 +55,7 @@ RESULTS = _BESIDE if _BESIDE.is_dir() else Path("bench-results")
 
 #: What a GPU is measured on: batches that keep it busy, and more rounds, since they are short.
 GPU_SETTING = Setting(
-    images=128, prompts=100, kernels=Effort(6, 15, 100, 2), steps=Effort(60, 7, 40, 2)
+    images=128, prompts=100, kernels=Effort(6, 15, 100, 2), steps=Effort(30, 7, 40, 2)
 )
 
 app = typer.Typer(
@@ -366,12 +366,19 @@ def _verdicts_in(file: Path, bars: Sequence[Bar]) -> list[Verdict]:
 
 
 @app.command()
-def gpu() -> None:
+def gpu(
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[CASE]...", help="Cases.", show_default="all")
+    ] = None,
+) -> None:
     """Measure the GPU and keep the result in bench/results, in a file with its name."""
+    on_gpu = [case.name for case in CASES.values() if case.on_gpu]
+    if unknown := sorted({*(names or [])} - {*on_gpu}):
+        raise typer.BadParameter(f"there are {', '.join(on_gpu)} to measure, not {unknown[0]}")
     file = _kept(environment(gpu=True))
-    result = measure_cases(["gpu"], GPU_SETTING, file)
+    result = measure_cases(names or on_gpu, GPU_SETTING, file)
     print(markdown(result), end="")
-    _exit_if_refused(result, ["gpu"])
+    _exit_if_refused(result, names or on_gpu)
 
 
 def measure_cases(names: Sequence[str], setting: Setting, file: Path | None) -> dict[str, Any]:

@@ -16,9 +16,8 @@ import torch
 import xxhash
 from torch import Tensor
 
-BLOCK = (
-    1 << 20
-)  #: elements that are copied at most, of tensors that are not contiguous or not on the CPU
+#: Elements that are copied at most at a time, of tensors that are not contiguous or not on the CPU.
+BLOCK = 1 << 20
 
 _LENGTH = 32  # hexadecimal digits
 

@@ -22,7 +22,7 @@ from bench.allocations import TrainingWork
 from bench.cases import gpu
 from bench.harness import Contender, Effort, measure
 from bench.memory import MeasurementError, load_work
-from bench.models import SMOKE, candidates
+from bench.models import SMOKE, Setting, candidates
 from bench.outcome import Memory, Outcome
 from bench.registry import CASES, Case, run_case
 from bench.result_file import read_result
@@ -64,13 +64,20 @@ def operation_of(name: str) -> str:
 # The case -----------------------------------------------------------------------------------------
 
 
+def everything(setting: Setting) -> Outcome:
+    outcome = gpu.operations_at(PLACE, setting)
+    outcome += gpu.choices_at(PLACE, setting)
+    outcome += gpu.steps_at(PLACE, setting)
+    return outcome
+
+
 @pytest.fixture(scope="module")
 def record() -> dict[str, Any]:
-    """All of the case, once; it leaves what is shared as it was."""
+    """All of the cases, once; they leave what is shared as it was."""
     work = gpu.workload(SMOKE)
     weights = [param.detach().clone() for param in work.task.model.parameters()]
     gradients = [gradient.clone() for gradient in work.gradients.values()]
-    case = Case("gpu", "on the CPU", lambda setting: gpu.run_at(PLACE, setting))
+    case = Case("gpu", "on the CPU", everything)
     record = run_case(case, SMOKE)
     assert all(map(torch.equal, work.task.model.parameters(), weights))
     assert all(map(torch.equal, work.gradients.values(), gradients))
@@ -98,6 +105,18 @@ def test_operations_are_compared_with_their_baselines(record: dict[str, Any]) ->
     assert any("CUDA graph" in what for what in compared)
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_what_the_cost_model_chooses_stands_beside_what_is_faster(
+    record: dict[str, Any], dtype: str
+) -> None:
+    for kind, densities in gpu.DENSITIES.items():
+        for density in densities:
+            what = f"packing included, {kind} mask of density {density:g}, 20 tokens, {dtype}"
+            tiles, sampled = (f for f in record["figures"] if f["what"].endswith(what))
+            assert re.search("; chosen: (tiles|entries)$", tiles["note"])
+            assert re.search("; chosen: (dense|sampled)$", sampled["note"])
+
+
 @pytest.mark.parametrize("precision", ["fp32", "amp_bf16"])
 def test_training_steps_of_every_mode(record: dict[str, Any], precision: str) -> None:
     group = f"training step in {precision}, 4 images and 4 prompts"
@@ -120,8 +139,19 @@ def test_training_steps_of_every_mode(record: dict[str, Any], precision: str) ->
 
 def test_memory_is_that_of_the_backend(record: dict[str, Any]) -> None:
     """A process of its own gets it from this one."""
-    ways = [None] * len(gpu.THEIRS) + ["cpu"] * len(gpu.OURS)
-    assert BACKENDS[: 2 * len(ways)] == 2 * ways
+    assert ["cpu"] * 2 * len(gpu.OURS | gpu.THEIRS) == BACKENDS
+
+
+@pytest.mark.parametrize(
+    ("free", "reserved", "processes"), [(80, 20, 2), (141, 20, 4), (24, 20, 1), (80, None, 1)]
+)
+def test_memory_is_measured_in_as_many_processes_as_fit(
+    free: int, reserved: int | None, processes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free << 30, free << 30))
+    memory = Memory(peak=1, reserved=reserved and reserved << 30)
+    assert gpu._at_once(torch.device("cuda"), memory) == processes
+    assert gpu._at_once(torch.device("cpu"), memory) == 1
 
 
 def test_timings_say_what_must_move(record: dict[str, Any]) -> None:
@@ -326,7 +356,9 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("no_gpu")
-@pytest.mark.parametrize("arguments", [["gpu"], ["run", "gpu"], ["run", "gather_scatter", "gpu"]])
+@pytest.mark.parametrize(
+    "arguments", [["gpu"], ["run", "gpu_steps"], ["run", "gather_scatter", "gpu_operations"]]
+)
 def test_without_a_gpu_it_says_so_at_once(arguments: list[str]) -> None:
     done = CliRunner().invoke(command.app, arguments)
     assert isinstance(done.exception, MeasurementError)
@@ -346,9 +378,10 @@ def test_without_a_gpu_the_command_fails_in_one_sentence() -> None:
 
 
 def test_gpu_is_measured_only_when_asked_for() -> None:
-    assert CASES["gpu"].on_gpu
-    assert command._choose(None) == [name for name in CASES if name != "gpu"]
-    assert command._choose(["gpu"]) == ["gpu"]
+    on_gpu = ["gpu_operations", "gpu_choices", "gpu_steps"]
+    assert [name for name, case in CASES.items() if case.on_gpu] == on_gpu
+    assert command._choose(None) == [name for name in CASES if name not in on_gpu]
+    assert command._choose(["gpu_steps"]) == ["gpu_steps"]
 
 
 @pytest.fixture
@@ -404,15 +437,21 @@ def test_gpu_without_kernels_is_an_error(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_command_keeps_the_result_under_the_gpus_name(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    case = Case("gpu", "a case", lambda setting: Outcome(), on_gpu=True)
-    monkeypatch.setitem(CASES, "gpu", case)
+    on_gpu = ["gpu_operations", "gpu_choices", "gpu_steps"]
+    for name in on_gpu:
+        case = Case(name, "a case", lambda setting: Outcome(), on_gpu=True)
+        monkeypatch.setitem(CASES, name, case)
     monkeypatch.setattr(command, "RESULTS", tmp_path)
     done = CliRunner().invoke(command.app, ["gpu"])
     assert done.exit_code == 0, done.output
     (file,) = tmp_path.iterdir()
     assert file.name.startswith("nvidia-h100-80gb-hbm3-")
     result = read_result(file)
-    assert list(result["cases"]) == ["gpu"]
+    assert list(result["cases"]) == on_gpu
+    for name, code in (("gpu_steps", 0), ("gather_scatter", 2), ("gpu", 2)):
+        done = CliRunner().invoke(command.app, ["gpu", name])
+        assert done.exit_code == code
+        assert code == 0 or "gpu_operations, gpu_choices, gpu_steps" in done.output
     assert "on NVIDIA H100 80GB HBM3 (driver " in markdown(result)
     assert (result["setting"]["model"], result["setting"]["density"]) == ("ViT-B-16", 1e-3)
     assert roofline.measured_gpu(result).name == "H100"

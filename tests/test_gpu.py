@@ -38,7 +38,10 @@ from saft_kernels import (
     select,
     sparse_adamw_,
 )
+from saft_kernels.delta import DeltaSwap
+from saft_kernels.fingerprint import same_bits
 from saft_kernels.plan import EmbeddingPlan, LinearPlan
+from small_deltas import DTYPES, assert_same_bits, make_base, make_mask, tuned_pair
 from tolerances import assert_close
 from training import (
     MODES,
@@ -469,6 +472,66 @@ def test_tiny_clip_selects_and_trains_as_on_the_cpu(cuda: torch.device) -> None:
     delta.revert_(other.model)
     for name, value in other.model.state_dict().items():
         assert torch.equal(value, base[name]), name
+
+
+def tuned_on_the_cpu(
+    dtype: torch.dtype = torch.float32,
+) -> tuple[nn.Module, nn.Module, SparseDelta]:
+    """A base, what it was tuned to, and the delta."""
+    with backends.use_backend("cpu"):
+        return tuned_pair(dtype)
+
+
+def on_cpu(model: nn.Module) -> nn.Module:
+    return copy.deepcopy(model).cpu()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_deltas_change_what_they_change_on_the_cpu(
+    cuda: torch.device, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    base, tuned, delta = tuned_on_the_cpu(dtype)
+    model = make_base(dtype).to(cuda)
+    delta.apply_(model)
+    assert_same_bits(on_cpu(model), tuned)
+    again = SparseDelta.capture(model, make_mask(model), base, {"note": "a test"})
+    again.save(tmp_path / "again.safetensors")
+    delta.save(tmp_path / "delta.safetensors")
+    files = [(tmp_path / f"{name}.safetensors").read_bytes() for name in ("again", "delta")]
+    assert files[0] == files[1]
+    delta.revert_(model)
+    assert_same_bits(on_cpu(model), base)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+def test_delta_from_a_file_on_the_gpu(cuda: torch.device, tmp_path: Path, alpha: float) -> None:
+    base, _, delta = tuned_on_the_cpu()
+    delta.scale(alpha).save(tmp_path / "delta.safetensors")
+    loaded = SparseDelta.load(tmp_path / "delta.safetensors")
+    model, own = make_base().to(cuda), make_base()
+    loaded.apply_(model)
+    with backends.use_backend("cpu"):
+        delta.scale(alpha).apply_(own)
+    assert_same_bits(on_cpu(model), own)
+    states = base.to(cuda).state_dict()
+    loaded.apply_(states)
+    for name, value in model.state_dict().items():
+        assert same_bits(value.cpu(), states[name].cpu()).all(), name
+
+
+def test_one_model_on_the_gpu_takes_on_many_deltas(cuda: torch.device) -> None:
+    base, tuned, delta = tuned_on_the_cpu()
+    half = delta.scale(0.5)
+    with backends.use_backend("cpu"):
+        halfway = make_base()
+        half.apply_(halfway)
+    known = [(base, None), (tuned, delta), (halfway, half)]
+    model = make_base().to(cuda)
+    swap = DeltaSwap(model)
+    for i in (1, 2, 1, 0, 2, 2, 0, 1):
+        expected, wanted = known[i]
+        swap.to(wanted)
+        assert_same_bits(on_cpu(model), expected)
 
 
 NONE = torch.empty(0, dtype=torch.int32)

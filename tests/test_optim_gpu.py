@@ -65,6 +65,8 @@ class Scaled:
 def test_a_step_waits_for_nothing(
     device: torch.device, mode: str, dtype: torch.dtype, take: Step
 ) -> None:
+    if isinstance(take, Scaled) and (device.type, dtype) == ("cuda", torch.bfloat16):
+        pytest.skip("torch's GradScaler knows no bf16 gradients on a GPU")
     model = model_on(device, dtype)
     optimizer = make_optimizer(model, mode)
     take(model, optimizer, 0)

@@ -289,7 +289,9 @@ def test_positions_outside_the_representable_range_raise(device: torch.device) -
 
 
 def test_memory_is_bounded_by_k_and_by_the_total(device: torch.device) -> None:
+    """A candidate takes 12 bytes; a GPU's buffer has room for 2**20 beside the k at least."""
+    room = 2**20 if device.type == "cuda" else 0
     fixed = StreamingTopK(0, total=0, device=device).nbytes
-    assert StreamingTopK(100_000, device=device).nbytes <= fixed + 12 * 200_000
+    assert StreamingTopK(100_000, device=device).nbytes <= fixed + 12 * max(200_000, 100_000 + room)
     assert StreamingTopK(10, total=50, device=device).nbytes <= fixed + 12 * 50
     assert StreamingTopK(2**20, device=device).nbytes <= fixed + 12 * 2**21

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from saft_kernels import CooMask, SparseAdamW, StreamingTopK, backends, ops, reference
+from saft_kernels import CooMask, SparseAdamW, StreamingTopK, backends, cost_model, ops, reference
 from saft_kernels.plan import EmbeddingPlan, LinearPlan
 
 from .. import roofline
@@ -51,7 +52,7 @@ from ..models import (
     with_concentrated_mask,
     workload,
 )
-from ..outcome import BASELINE, Figure, Memory, Outcome
+from ..outcome import BASELINE, Figure, Memory, Outcome, Timing, one_after_another
 from ..ratios import times_as_long, times_faster
 from ..timers import CPU, CudaTimer, Timer
 from . import accumulate_topk, clip_step, sampled_grad, sparse_adamw
@@ -68,6 +69,13 @@ DENSE = "SparseAdamW, dense gradients, uniform mask"
 SMALL_TOKENS, SMALL_LAYER, SMALL_EMBEDDING = (20, 50), (48, 32), (60, 16)
 
 
+#: What the ways to a weight gradient are compared at, and how its entries are drawn.
+DENSITIES = {
+    "uniform": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
+    "concentrated": (1e-3, 3e-3, 1e-2, 2.5e-2),
+}
+DRAWN = {"uniform": uniform_entries, "concentrated": concentrated_entries}
+
 #: The kernels of a sampled gradient: the one that is chosen, and each by name.
 WAYS_TO_SUM = {
     "sampled_grad": None,
@@ -81,7 +89,7 @@ def dense(model: nn.Module, mask: CooMask, loss: Loss) -> Step:
     return step_of(SparseAdamW(model, mask, gradients="dense", **ADAMW), model, loss)
 
 
-#: Training steps: those of this package run under every backend.
+#: Training steps.
 OURS = {
     DENSE: clip_step.Way(dense),
     **{
@@ -170,13 +178,23 @@ def full_precision() -> Iterator[None]:
 # Running ------------------------------------------------------------------------------------------
 
 
-def run(setting: Setting) -> Outcome:
-    """On the current GPU."""
-    return run_at(gpu(), setting)
+def run_operations(setting: Setting) -> Outcome:
+    """Every operation, on the current GPU."""
+    return operations_at(gpu(), setting)
 
 
-def run_at(place: Place, setting: Setting) -> Outcome:
-    """Operation by operation in the order of the data path, then whole steps."""
+def run_choices(setting: Setting) -> Outcome:
+    """What is chosen from for a weight gradient, on the current GPU."""
+    return choices_at(gpu(), setting)
+
+
+def run_steps(setting: Setting) -> Outcome:
+    """Whole training steps, on the current GPU."""
+    return steps_at(gpu(), setting)
+
+
+def operations_at(place: Place, setting: Setting) -> Outcome:
+    """In the order of the data path."""
     work = with_concentrated_mask(workload(setting), setting.density)
     outcome = Outcome()
     with full_precision():
@@ -189,6 +207,23 @@ def run_at(place: Place, setting: Setting) -> Outcome:
             outcome += _optimizer(place, work, dtype, setting)
         outcome += _weight_gradients(place, setting)
         outcome += _embedding(place, setting)
+    return outcome
+
+
+def choices_at(place: Place, setting: Setting) -> Outcome:
+    """In both dtypes."""
+    outcome = Outcome()
+    with full_precision():
+        for dtype in PRECISIONS:
+            outcome += _densities(place, dtype, setting)
+    return outcome
+
+
+def steps_at(place: Place, setting: Setting) -> Outcome:
+    """In both precisions."""
+    work = with_concentrated_mask(workload(setting), setting.density)
+    outcome = Outcome()
+    with full_precision():
         for precision in ("fp32", "amp_bf16"):
             outcome += _steps(place, work, precision, setting)
     return outcome
@@ -564,19 +599,21 @@ def _layer(place: Place, dtype: str, sizes: tuple[int, int, int], setting: Setti
     x, dy = (t.to(place.device) for t in sampled_grad.operands(DTYPES[dtype], sizes))
     exact = sampled_grad.exact_gradient(x, dy)
     size = f"{tokens:,} tokens, {dtype}"
-    check = sampled_grad.check_gradient(exact)
-    moves = x.element_size() * (x.numel() + dy.numel() + exact.numel())
-    needs = Needs(moves, 2 * tokens * exact.numel(), x.dtype)
-    product = Contender(
-        f"dense product, {size}", lambda: dy.t() @ x, check, place.cold, needs, role=BASELINE
-    )
+    product = _product(place, f"dense product, {size}", x, dy, exact)
     contenders = [product]
     count = max(1, int(setting.density * height * width))
-    for kind, draw in (("uniform", uniform_entries), ("concentrated", concentrated_entries)):
+    for kind, draw in DRAWN.items():
         flat = draw(height, width, count).to(place.device)
         for backend in place.backends:
             contenders += _sampled(place, backend, f"{kind} mask, {size}", flat, x, dy, exact)
     return _measured(place, f"weight gradient, {size}", contenders, setting)
+
+
+def _product(place: Place, name: str, x: Tensor, dy: Tensor, exact: Tensor) -> Contender:
+    moves = x.element_size() * (x.numel() + dy.numel() + exact.numel())
+    needs = Needs(moves, 2 * len(x) * exact.numel(), x.dtype)
+    check = sampled_grad.check_gradient(exact)
+    return Contender(name, lambda: dy.t() @ x, check, place.cold, needs, role=BASELINE)
 
 
 def _sampled(
@@ -607,6 +644,74 @@ def _sampled(
     pack = place.under(backend, lambda: ops.pack_columns(x, columns))
     name = named(f"pack_columns, {what}", backend)
     return [*contenders, Contender(name, pack, check_packed, place.cold, Needs(2 * packed.nbytes))]
+
+
+def _densities(place: Place, dtype: str, setting: Setting) -> Outcome:
+    """Every way to a layer's weight gradient over densities: what :mod:`~saft_kernels.cost_model`
+    chooses from, on the backend which a user gets.
+
+    The dense one stands for all masks; the gathering of its entries is left out. The concentrated
+    masks end where all places of their rows and columns are taken.
+    """
+    small = setting.small
+    height, width = SMALL_LAYER if small else (roofline.HEIGHT, roofline.WIDTH)
+    tokens = SMALL_TOKENS[0] if small else cost_model.TOKENS
+    x, dy = (
+        t.to(place.device) for t in sampled_grad.operands(DTYPES[dtype], (tokens, height, width))
+    )
+    exact = sampled_grad.exact_gradient(x, dy)
+    group = f"weight gradient over density, {tokens:,} tokens, {dtype}"
+    contenders = [
+        product := _product(place, f"dense product, all densities, {dtype}", x, dy, exact)
+    ]
+    layers = {}
+    for kind, densities in DENSITIES.items():
+        for density in densities:
+            count = max(1, int(density * height * width))
+            flat = DRAWN[kind](height, width, count).to(place.device)
+            what = f"{kind} mask of density {density:g}, {tokens:,} tokens, {dtype}"
+            contenders += _sampled(place, place.backends[0], what, flat, x, dy, exact)
+            rows, columns = (t.unique().numel() for t in (flat // width, flat % width))
+            layers[what] = cost_model.Layer(height, width, count, rows, columns, x.dtype)
+    timings = measure(group, contenders, setting.kernels, timer=place.kernels)
+    found = [
+        _choices(what, layer, timings[product.name], _ways(what, timings, place.backends[0]))
+        for what, layer in layers.items()
+    ]
+    return Outcome(list(timings.values()), [figure for figures in found for figure in figures])
+
+
+def _ways(what: str, timings: Mapping[str, Timing], backend: str) -> dict[bool, Timing]:
+    """Packing and sampling: entry by entry, and by tiles of the product."""
+    pack = timings[named(f"pack_columns, {what}", backend)]
+    return {
+        product: one_after_another("packed", pack, timings[named(f"{way}, {what}", backend)])
+        for way, product in WAYS_TO_SUM.items()
+        if product is not None
+    }
+
+
+def _choices(
+    what: str, layer: cost_model.Layer, dense: Timing, ways: Mapping[bool, Timing]
+) -> list[Figure]:
+    """How the ways that the cost model compares do against each other, and which one it takes."""
+    by_tiles = cost_model.prefers_product(layer.n, layer.rows, layer.columns, layer.dtype)
+    tiles = times_faster(
+        f"tiles against entries, packing included, {what}", ways[False], ways[True]
+    )
+    sampled = times_faster(
+        f"the sampled gradient against the dense product, packing included, {what}",
+        dense,
+        ways[by_tiles],
+    )
+    return [
+        _chosen(tiles, "tiles" if by_tiles else "entries"),
+        _chosen(sampled, "dense" if cost_model.is_crowded(layer) else "sampled"),
+    ]
+
+
+def _chosen(figure: Figure, way: str) -> Figure:
+    return replace(figure, note=f"{figure.note}; chosen: {way}")
 
 
 def _embedding(place: Place, setting: Setting) -> Outcome:
@@ -645,14 +750,18 @@ def _embedding(place: Place, setting: Setting) -> Outcome:
 
 
 def _steps(place: Place, work: Workload, precision: str, setting: Setting) -> Outcome:
-    """Whole steps, host included, and the memory of each in a process of its own."""
+    """Whole steps, host included, and the memory of each in a process of its own.
+
+    Under the backend which a user gets: the operations show how another one compares.
+    """
     task = replace(work.task, precision=precision)
+    default = place.backends[0]
     ways: list[tuple[str, str, clip_step.Way, str | None]]
     ways = [(name, name, way, None) for name, way in THEIRS.items()]
-    ways += [(named(n, b), n, way, b) for n, way in OURS.items() for b in place.backends]
+    ways += [(named(name, default), name, way, default) for name, way in OURS.items()]
     group = f"training step in {precision}, {setting.images} images and {setting.prompts} prompts"
     # Before there are copies of the model here.
-    memory = {n: _memory(place, kind, work, precision, setting, b) for n, kind, _, b in ways}
+    memory = _memories(place, work, precision, setting, default)
     contenders = []
     for name, kind, way, backend in ways:
         own = task.to(place.device)
@@ -666,8 +775,8 @@ def _steps(place: Place, work: Workload, precision: str, setting: Setting) -> Ou
         if name not in THEIRS
         for other in THEIRS
     ]
-    figures += _memory_figures(precision, memory, work.numel)
-    uses = [clip_step.memory_use(group, name, memory[name], way) for name, _, way, _ in ways]
+    figures += _memory_figures(precision, {n: memory[kind] for n, kind, *_ in ways}, work.numel)
+    uses = [clip_step.memory_use(group, n, memory[kind], way) for n, kind, way, _ in ways]
     return Outcome(list(timings.values()), figures, memory=uses)
 
 
@@ -696,30 +805,41 @@ def _step(
     return make() if backend is None else place.under(backend, place.under(backend, make)())
 
 
-def _memory(
-    place: Place,
-    name: str,
-    work: Workload,
-    precision: str,
-    setting: Setting,
-    backend: str | None,
-) -> Memory:
-    """Of the steps of one way, under one backend."""
+def _memories(
+    place: Place, work: Workload, precision: str, setting: Setting, backend: str
+) -> dict[str, Memory]:
+    """Of the steps of every way; the baselines do not care about the backend."""
     with TemporaryDirectory() as folder, backends.use_backend(backend):
-        file = Path(folder, "mask.safetensors")
-        work.masks[(OURS | THEIRS)[name].mask].save(file)
-        return place.memory(
-            f"{__name__}:steps",
-            name=name,
-            mask=str(file),
-            model=setting.model,
-            images=setting.images,
-            prompts=setting.prompts,
-            pretrained=setting.pretrained,
-            dtype=setting.dtype,
-            precision=precision,
-            device=str(place.device),
-        )
+        for name, mask in work.masks.items():
+            mask.save(Path(folder, name))
+
+        def measured(name: str) -> Memory:
+            return place.memory(
+                f"{__name__}:steps",
+                name=name,
+                mask=str(Path(folder, (OURS | THEIRS)[name].mask)),
+                model=setting.model,
+                images=setting.images,
+                prompts=setting.prompts,
+                pretrained=setting.pretrained,
+                dtype=setting.dtype,
+                precision=precision,
+                device=str(place.device),
+            )
+
+        full = measured(FULL)  # which takes the most
+        others = [name for name in OURS | THEIRS if name != FULL]
+        with ThreadPoolExecutor(_at_once(place.device, full)) as pool:
+            return {FULL: full, **dict(zip(others, pool.map(measured, others), strict=True))}
+
+
+def _at_once(device: torch.device, memory: Memory) -> int:
+    """How many processes that need so much fit on the device beside each other; each takes long to
+    start, and what one of them allocates is its own."""
+    if device.type == "cpu" or memory.reserved is None:
+        return 1
+    free, _ = torch.cuda.mem_get_info(device)
+    return min(max(int(free / (1.5 * memory.reserved)), 1), 4)
 
 
 def steps(name: str, *arguments: Any, **options: Any) -> TrainingWork:
