@@ -33,6 +33,7 @@ bench-docs: build  ## write the figures of README.md and docs/ from the newest r
 	$(BIN)/python -m bench report --brief --figures docs/figures --update README.md
 	$(BIN)/python -m bench report --update docs/benchmarks.md
 	$(BIN)/python -m bench report --case step_account --update docs/step_account.md
+	$(BIN)/python -m bench.roofline --measured bench/results/nvidia-h200-*.json --update docs/gpu.md
 
 lint: build  ## check style, types and formatting
 	$(BIN)/ruff check .

@@ -495,11 +495,16 @@ def _put_figures(shown: str, update: Path | None) -> None:
 
 
 def _newest() -> Path:
-    """The file in bench/results that was measured last: files of a checkout are all as new."""
+    """The file in bench/results that was measured last: files of a checkout are all as new.
+
+    Of a CPU: what a GPU measured is named.
+    """
     dates = {}
     for path in RESULTS.glob("*.json"):
         with suppress(ResultError):  # of another version
-            dates[path] = str(read_result(path)["environment"]["date"])
+            where = read_result(path)["environment"]
+            if "gpu" not in where:
+                dates[path] = str(where["date"])
     if not dates:
         raise ResultError(
             f"there is no result of this version in {RESULTS}; name a file that `run` wrote"

@@ -38,6 +38,9 @@ CACHE_LINE = 64
 #: largest mean gradients of a pretrained sentence encoder touched (MiniLM with a sentiment loss).
 COLUMNS, ROWS = 0.08, 0.32
 
+#: Where tensors are that several contenders share.
+CPU = torch.device("cpu")
+
 _SEED = 0
 
 
@@ -259,17 +262,29 @@ class Workload:
         return sum(gradient.numel() for gradient in self.gradients.values())
 
 
+def workload(setting: Setting, device: torch.device = CPU) -> Workload:
+    """Everything that the cases share, made once; loss and mask are those of fp32 weights.
+
+    Args:
+        setting: model and batch.
+        device: where loss and gradients are computed; the result is on the CPU.
+    """
+    return _workload(setting, device)
+
+
 @cache
-def workload(setting: Setting) -> Workload:
-    """Everything that the cases share, made once; loss and mask are those of fp32 weights."""
+def _workload(setting: Setting, device: torch.device) -> Workload:
     own = make_task(setting.model, setting.images, setting.prompts, setting.pretrained)
-    selected = selected_mask(own, setting.density)
-    loss = own.loss(own.model)
+    there = own if device == CPU else own.to(device)
+    selected = selected_mask(there, setting.density)
+    loss = there.loss(there.model)
     loss.backward()
-    dtype = setting.torch_dtype
-    gradients = {n: _take_gradient(param).to(dtype) for n, param in candidates(own.model).items()}
+    gradients = {
+        name: _take_gradient(param).to(CPU, setting.torch_dtype)
+        for name, param in candidates(there.model).items()
+    }
     masks = {"uniform": uniform_mask(own.model, setting.density), "selected": selected}
-    own.model.to(dtype)
+    own.model.to(setting.torch_dtype)
     return Workload(own, loss.item(), gradients, masks)
 
 

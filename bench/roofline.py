@@ -31,7 +31,6 @@ import typer
 from saft_clip.console import say
 from saft_kernels import topk
 from saft_kernels.errors import SaftError
-from saft_kernels.machine import H100, LAUNCH, MATRIX, PLAIN, SCATTERED, STREAMED, Gpu
 
 from . import result_file
 from .outcome import Timing
@@ -40,7 +39,20 @@ from .result_file import outcome_of
 from .tables import table
 
 # Assumptions --------------------------------------------------------------------------------------
-# Those that the choice of kernels rests on too are in saft_kernels.machine.
+
+#: Seconds from the end of a launch to the start of the next one in the same stream.
+LAUNCH = 2e-6
+
+#: Share of the peak bandwidth that reading and writing in order reaches.
+STREAMED = 0.85
+
+#: Share of it that sectors reach which lie apart.
+SCATTERED = 0.5
+
+#: Shares of the peak rate that torch's large matrix products reach on matrix units, and without
+#: them.
+MATRIX = 0.6
+PLAIN = 0.9
 
 #: Seconds of the host for one operation called from Python, its share of the model's Python
 #: included.
@@ -55,9 +67,33 @@ CACHED = 1 / 3
 
 # GPUs ---------------------------------------------------------------------------------------------
 
+
+@dataclass(frozen=True)
+class Gpu:
+    """What a vendor says of a GPU.
+
+    Attributes:
+        name: in tables.
+        bandwidth: of its memory, bytes/s.
+        bf16: rate of dense bf16 products on matrix units, FLOP/s; that of fp16 is the same.
+        fp32: rate of fp32 arithmetic without them, FLOP/s.
+        sector: bytes that an access moves at least.
+        source: of these numbers.
+        known_as: what torch calls it; other variants have other numbers.
+    """
+
+    name: str
+    bandwidth: float
+    bf16: float
+    fp32: float
+    sector: int
+    source: str
+    known_as: str
+
+
 GPUS = (
     Gpu("A100", 2.039e12, 312e12, 19.5e12, 32, "NVIDIA A100 80GB SXM datasheet", "A100-SXM4-80GB"),
-    H100,
+    Gpu("H100", 3.35e12, 989e12, 67e12, 32, "NVIDIA H100 SXM datasheet", "H100 80GB HBM3"),
     Gpu("H200", 4.8e12, 989e12, 67e12, 32, "NVIDIA H200 datasheet", "H200"),
     # A line of the second level cache is 128 bytes.
     Gpu(

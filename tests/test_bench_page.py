@@ -495,9 +495,10 @@ def test_report_of_some_cases(file: Path) -> None:
 
 def test_report_of_the_newest_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli, "RESULTS", tmp_path)
-    for name, date in (("a", "2026-11-25"), ("b", "2026-11-24"), ("old", "2027-01-01")):
+    dates = {"a": "2026-11-25", "b": "2026-11-24", "old": "2027-01-01", "gpu": "2027-01-02"}
+    for name, date in dates.items():
         result = copy.deepcopy(SMALL)
-        result["environment"]["date"] = date
+        result["environment"] |= {"date": date} | ({"gpu": "one"} if name == "gpu" else {})
         result["version"] -= name == "old"
         (tmp_path / f"{name}.json").write_text(json.dumps(result))
     assert report().exit_code == 0

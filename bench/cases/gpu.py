@@ -195,9 +195,9 @@ def run_steps(setting: Setting) -> Outcome:
 
 def operations_at(place: Place, setting: Setting) -> Outcome:
     """In the order of the data path."""
-    work = with_concentrated_mask(workload(setting), setting.density)
     outcome = Outcome()
     with full_precision():
+        work = with_concentrated_mask(workload(setting, place.device), setting.density)
         for dtype in PRECISIONS:
             outcome += _accumulation(place, work, dtype, setting)
         outcome += _selection(place, work, setting)
@@ -221,9 +221,9 @@ def choices_at(place: Place, setting: Setting) -> Outcome:
 
 def steps_at(place: Place, setting: Setting) -> Outcome:
     """In both precisions."""
-    work = with_concentrated_mask(workload(setting), setting.density)
     outcome = Outcome()
     with full_precision():
+        work = with_concentrated_mask(workload(setting, place.device), setting.density)
         for precision in ("fp32", "amp_bf16"):
             outcome += _steps(place, work, precision, setting)
     return outcome

@@ -4,11 +4,11 @@
 // Bytes, for T tokens, C packed columns, R used rows, n entries and b bytes per number. Packing reads the sectors of x
 // that hold a used column (all of x where C is near I) and writes T C b. The sum reads the sectors of dy that hold a
 // used row and T C b of packed columns from memory, once as long as L2 holds what the entries of a part share; from L2
-// each entry reads T b of its column. For a matrix of 3072 x 768 in bf16, T = 12,800 and one entry in a thousand
-// (n = 2,359, R = 1,640, C = 733) on an H100 (3.35 TB/s; all predicted, nothing measured):
+// each entry reads T b of its column. For a matrix of 3072 x 768 in bf16, T = 25,216 and one entry in a thousand
+// (n = 2,359, R = 1,666, C = 733), measured on an H200 (4.25 TB/s copied; docs/gpu.md):
 //
-//   pack     20 MB read, 19 MB written                                       12 us
-//   entries  79 MB of dy and 19 MB of columns, 60 MB of columns from L2      29 us
+//   pack     39 MB read, 37 MB written                                        28 us, of 18 at the speed of a copy
+//   entries  155 MB of dy and 37 MB of columns, 119 MB of columns from L2     76 us, of 45 without those from L2
 //
 // A warp's 32 entries are neighbours in row order, so that for one token they read a short piece of dy: one load of a
 // few sectors. 16 tokens of a packed column are whole sectors, loaded as 16-byte pieces.

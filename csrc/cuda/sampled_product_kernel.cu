@@ -3,10 +3,9 @@
 // Where entries share rows and columns, tile by tile: 64 used rows by 64 packed columns, on tensor cores for bf16 and
 // fp16. P is never in memory: a tile's entries are picked from it in shared memory, and tiles without entries end at
 // once. Per tile and 16 tokens: 64 x 16 numbers of dy and as many of x, from L2 (4 KB in bf16, 1 KB per warp), and
-// 65,536 multiply-adds. The memory's bytes are those of the sum entry by entry (sampled_grad_kernel.cu). For R = C =
-// 768 used rows and columns, T = 12,800 tokens in bf16 on an H100: 0.04 GB from memory, 12 us at 3.35 TB/s; 0.47 GB
-// from L2, 86 us at 5.5 TB/s; 15 GFLOP, 50 us at 300 TFLOP/s (predictions, nothing was measured).
-// saft_kernels/cost_model.py chooses.
+// 65,536 multiply-adds. The memory's bytes are those of the sum entry by entry (sampled_grad_kernel.cu). Measured on an
+// H200: 2.2 TB/s of operands, in fp32 and in bf16, which makes 35 and 72 TFLOP/s: in bf16 a tenth of what torch's dense
+// product reaches. It pays where tiles are full and few (docs/gpu.md). saft_kernels/cost_model.py chooses.
 //
 // The sum over 16 tokens may take them in any order as long as both factors take the same. A lane of the tensor core's
 // operands has tokens 2q, 2q + 1, 2q + 8 and 2q + 9 of 16 (q = lane % 4); here it brings tokens 4q to 4q + 3 in their
