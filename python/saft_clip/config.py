@@ -141,6 +141,8 @@ class FinetuneConfig:
     save_frequency: int = option(1, "epochs between checkpoints", at_least=1, may_change=True)
     log_every_n_steps: int = option(1, "steps between lines of metrics.jsonl", at_least=1)
     workers: int = option(0, "processes that load images", at_least=0, may_change=True)
+    license: str | None = option(None, "licence, to keep with the delta", may_change=True)
+    notes: str | None = option(None, "notes, to keep with the delta", may_change=True)
     tensorboard: bool = option(False, "also log for TensorBoard", may_change=True)
 
     def __post_init__(self) -> None:
@@ -165,6 +167,11 @@ class FinetuneConfig:
         """Field name -> value, in types that YAML and JSON know."""
         values = {item.name: getattr(self, item.name) for item in fields(self)}
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+    def training(self) -> dict[str, Any]:
+        """What says how the delta came about: the settings that a resumed run must share."""
+        fixed = {item.name for item in fields(self) if not item.metadata.get("may_change")}
+        return {name: value for name, value in self.to_dict().items() if name in fixed}
 
     @classmethod
     def from_dict(cls, values: Any, source: str = "the configuration") -> FinetuneConfig:

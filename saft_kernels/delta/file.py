@@ -52,6 +52,9 @@ _CHANGED_DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
+#: What a delta can hold new values of.
+CHANGEABLE = frozenset(_CHANGED_DTYPES.values())
+
 _INDICES = "indices"
 
 
@@ -306,7 +309,7 @@ def _record(row: Row, cursor: _Cursor) -> TensorRecord:
         indices = torch.empty(0, dtype=index_dtype(math.prod(shape)))
         # Without values; a file may name dtypes that no plain tensor can have.
         return TensorRecord(name, tied, dtype, shape, fingerprint, indices, torch.empty(0))
-    _require(dtype in _CHANGED_DTYPES.values(), f"{name!r} cannot be changed in {dtype}")
+    _require(dtype in CHANGEABLE, f"{name!r} cannot be changed in {dtype}")
     # Values first: what indices are made from may be a sixteenth of what they take.
     values = cursor.take(f"values.{dtype_name(dtype)}", count)
     code = cursor.take(_INDICES, index_code_bytes(count, math.prod(shape)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -127,7 +128,10 @@ class Saft(Method):
             "train_data": config.train_data,
             "shots": str(config.shots),
             "seed": str(config.seed),
+            "score": "mean_grad" if config.mask is None else "a mask file's",
+            "training": json.dumps(config.training()),
         }
+        about |= {key: text for key in ("license", "notes") if (text := getattr(config, key))}
         if config.force_quick_gelu:  # no weight shows it, and without it accuracy is lower
             about["force_quick_gelu"] = "yes"
         SparseDelta.capture(self.model, self.mask, base(), about).save(path)
