@@ -18,8 +18,8 @@ from soak.cycle import Setting, run_cycle
 
 TESTS = Path(__file__).parent
 
-#: Which between them have all modes and dtypes.
-SEEDS = range(6)
+#: Short ones, which between them have all modes and dtypes.
+SEEDS = (10, 44, 97)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -62,9 +62,8 @@ def test_a_write_outside_the_mask_is_noticed(
         return model
 
     monkeypatch.setattr(cycle.Run, "finish", careless)
-    setting = next(s for s in map(Setting.drawn, range(100)) if s.density < 0.1)
     with pytest.raises(AssertionError, match=r"head\.weight"):
-        run_cycle(setting, tmp_path, Counter())
+        run_cycle(Setting.drawn(SEEDS[0]), tmp_path, Counter())
 
 
 def test_a_wrong_delta_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,7 +86,7 @@ def test_memory_that_grows_is_noticed() -> None:
 
 def test_command(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])}
-    command = [sys.executable, "-m", "soak", "--only", "3"]
+    command = [sys.executable, "-m", "soak", "--only", str(SEEDS[0])]
     done = subprocess.run(
         command, cwd=TESTS, env=environment, capture_output=True, text=True, check=True
     )
