@@ -21,13 +21,15 @@ import hashlib
 import json
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from saft_clip.config import FinetuneConfig
 from saft_clip.data import ImageDataset
-from saft_clip.errors import CheckpointError, ConfigError
+from saft_clip.errors import CheckpointError, ConfigError, LockedError
 from saft_clip.run_lock import RunLock
+from saft_kernels.errors import FileWriteError
 from saft_kernels.files import atomic_write, make_folder, remove_leftovers
 
 _OURS = (
@@ -63,8 +65,8 @@ class RunFolder:
         return self.results.exists()
 
     def complete(self) -> bool:
-        """Whether nothing at all is left to do here."""
-        return self.finished() and self.report.exists() and not self.checkpoints.exists()
+        """Whether all that a run writes is here."""
+        return self.finished() and self.report.exists()
 
     def check(self, config: FinetuneConfig) -> None:
         """Make sure that a run with these settings may start or go on here; nothing is written.
@@ -169,6 +171,14 @@ class RunFolder:
         """Remove the checkpoints and whatever else a finished run has no use for."""
         shutil.rmtree(self.checkpoints, ignore_errors=True)
         self._remove_leftovers()
+
+    def tidy(self) -> None:
+        """Settle what a process that was killed at the very end has left, where that is allowed."""
+        if not self.checkpoints.exists() and not any(self.path.glob(".*")):
+            return
+        with suppress(LockedError, FileWriteError), self.lock as lock:
+            lock.acquire()
+            self.settle()
 
 
 def describe_data(dataset: ImageDataset, *, content: bool) -> dict[str, Any]:

@@ -75,9 +75,10 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
     """
     make_method = find_method(config.method)
     folder = RunFolder(config.output)
-    if config.resume and folder.complete():  # on a disk that is read-only by now, it may be
+    if config.resume and folder.complete():  # maybe on a disk that is read-only by now
         folder.check(config)
         say(f"the run in {folder.path} is finished already")
+        folder.tidy()
     else:
         with folder.lock:
             _work_in(folder, config, make_method)
