@@ -7,8 +7,9 @@ import json
 import os
 import re
 import secrets
+import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -35,11 +36,11 @@ _ADVICE = {
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Replace a file in one step: it holds the old content or all of the new one, never a part.
 
-    Yields the path of an empty temporary file in the same folder; write the content to it inside
-    the block. On leaving the block it is flushed to the disk and renamed to ``path``. On any
-    exception it is removed and the old file stays as it was. A symbolic link is followed, and an
-    existing file keeps its permissions. A process that is killed leaves at most a hidden
-    ``.<name>.<random>.tmp`` behind.
+    Yields the path of an empty temporary file in a hidden folder beside ``path``; write the content
+    to it inside the block. On leaving the block it is flushed to the disk and renamed to ``path``.
+    On any exception it is removed and the old file stays as it was. A symbolic link is followed,
+    and an existing file keeps its permissions. A process that is killed leaves at most the hidden
+    folder ``.<name>.<random>.tmp`` behind, see :func:`remove_leftovers`.
 
     Args:
         path: the file to write; its folder must exist.
@@ -49,7 +50,8 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
             the operating system refuses inside the block; the message says what to do about it.
     """
     target = Path(os.path.realpath(path))
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    hidden = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    temporary = hidden / target.name
     try:
         mode = _create(temporary, target)
         yield temporary
@@ -59,10 +61,23 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     except FileWriteError:
         raise
     except (OSError, SafetensorError) as error:
-        raise _explain(error, path) from error
+        raise explain_refusal(error, path) from error
     finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        shutil.rmtree(hidden, ignore_errors=True)
+
+
+def remove_leftovers(folder: str | os.PathLike[str], names: Iterable[str]) -> None:
+    """Remove what a process that was killed in :func:`atomic_write` has left in a folder.
+
+    Call it only where no other process is writing.
+
+    Args:
+        folder: need not exist.
+        names: patterns (``fnmatch``) of the names of the files that were being written.
+    """
+    for name in names:
+        for hidden in Path(folder).glob(f".{name}.{'[0-9a-f]' * 8}.tmp"):
+            shutil.rmtree(hidden, ignore_errors=True)
 
 
 def require_writable(path: str | os.PathLike[str]) -> None:
@@ -93,7 +108,19 @@ def make_folder(path: str | os.PathLike[str]) -> None:
         with TemporaryFile(dir=path):
             pass
     except OSError as error:
-        raise _explain(error, path) from error
+        raise explain_refusal(error, path) from error
+
+
+def explain_refusal(
+    error: OSError | SafetensorError, path: str | os.PathLike[str]
+) -> FileWriteError:
+    """The error that says what the operating system refused, of what path, and what to do."""
+    number = error.errno if isinstance(error, OSError) else _os_error(str(error))
+    reason = os.strerror(number) if number else str(error)
+    advice = _ADVICE.get(number or 0, "write to another place")
+    explained = FileWriteError(f"{os.fspath(path)} could not be written ({reason}): {advice}")
+    explained.errno = number
+    return explained
 
 
 def sort_metadata(path: str | os.PathLike[str]) -> None:
@@ -119,6 +146,7 @@ def _create(temporary: Path, target: Path) -> int:
     """Make the temporary file and return the permissions that the final one shall have."""
     if target.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    os.mkdir(temporary.parent)  # a writer may put files of its own beside, as safetensors does
     descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
     try:
         existing = target if target.exists() else temporary
@@ -146,15 +174,6 @@ def _flush_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-
-
-def _explain(error: OSError | SafetensorError, path: str | os.PathLike[str]) -> FileWriteError:
-    number = error.errno if isinstance(error, OSError) else _os_error(str(error))
-    reason = os.strerror(number) if number else str(error)
-    advice = _ADVICE.get(number or 0, "write to another place")
-    explained = FileWriteError(f"{os.fspath(path)} could not be written ({reason}): {advice}")
-    explained.errno = number
-    return explained
 
 
 def _os_error(message: str) -> int | None:

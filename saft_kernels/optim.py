@@ -306,7 +306,12 @@ class SparseAdamW(Optimizer):
         for state, i, entry in saved:
             state.load(i, entry)
         self.param_groups = [
-            {**self.defaults, **new, "params": own["params"], "param_names": own["param_names"]}
+            {
+                **new,  # first, so that a file of the state has the same bytes as without a stop
+                **{key: value for key, value in self.defaults.items() if key not in new},
+                "params": own["params"],
+                "param_names": own["param_names"],
+            }
             for own, new in zip(self.param_groups, groups, strict=True)
         ]
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():

@@ -55,3 +55,12 @@ def cut_short(path: Path, share: float = 0.5) -> Path:
     content = path.read_bytes()
     path.write_bytes(content[: int(len(content) * share)])
     return path
+
+
+def left_by_a_kill(path: Path) -> Path:
+    """Make what a process that is killed while it writes a file leaves beside it."""
+    hidden = path.with_name(f".{path.name}.01ab89ef.tmp")
+    hidden.mkdir(parents=True)
+    for name in (path.name, ".tmpAb3dE6"):  # the second one is of safetensors
+        (hidden / name).write_bytes(b"half of it")
+    return hidden

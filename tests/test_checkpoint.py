@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from clip_helpers import cut_short
+from clip_helpers import cut_short, left_by_a_kill
 from saft_clip.checkpoint import (
     find_checkpoints,
     load_checkpoint,
@@ -54,7 +54,7 @@ def test_round_trip(tmp_path):
 
 
 def test_the_last_two_are_kept(tmp_path):
-    (tmp_path / ".step-00000001.safetensors.ab12.tmp").write_bytes(b"left by a kill")
+    left_by_a_kill(tmp_path / "step-00000001.safetensors")
     for step in (1, 2, 10, 9):
         save_checkpoint(tmp_path, step, {"step": step})
     names = sorted(path.name for path in tmp_path.iterdir())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import stat
 import subprocess
 import sys
@@ -14,14 +15,15 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from clip_helpers import left_by_a_kill
 from saft_kernels import files
 from saft_kernels.errors import FileWriteError, SaftError
-from saft_kernels.files import atomic_write, sort_metadata
+from saft_kernels.files import atomic_write, remove_leftovers, sort_metadata
 
 
 def test_a_new_file_holds_what_was_written(tmp_path: Path) -> None:
     with atomic_write(tmp_path / "a.txt") as temporary:
-        assert temporary.parent == tmp_path
+        assert temporary.parent.parent == tmp_path
         temporary.write_text("new")
     assert (tmp_path / "a.txt").read_text() == "new"
     assert os.listdir(tmp_path) == ["a.txt"]
@@ -34,6 +36,28 @@ def test_the_old_content_stays_until_the_block_ends(tmp_path: Path) -> None:
         temporary.write_text("new")
         assert target.read_text() == "old"
     assert target.read_text() == "new"
+
+
+def test_what_a_killed_writer_leaves_is_hidden_and_can_be_removed(tmp_path: Path) -> None:
+    mine = ["a.safetensors.01ab89ef.tmp", ".tmpAb3dE6", ".b.txt.01ab89ef.tmp", ".a.safetensors.tmp"]
+    for name in mine:
+        (tmp_path / name).write_text("of somebody else")
+    left_by_a_kill(tmp_path / "a.safetensors")
+    code = f"""
+import os, signal, torch
+from safetensors.torch import save_file
+from saft_kernels.files import atomic_write
+with atomic_write({str(tmp_path / "a.safetensors")!r}) as temporary:
+    save_file({{"x": torch.zeros(9)}}, temporary)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    subprocess.run([sys.executable, "-c", code], check=False)
+    left = sorted(set(os.listdir(tmp_path)) - set(mine))
+    assert len(left) == 2
+    assert all(re.fullmatch(r"\.a\.safetensors\.[0-9a-f]{8}\.tmp", name) for name in left)
+    remove_leftovers(tmp_path, ["a.*"])
+    assert sorted(os.listdir(tmp_path)) == sorted(mine)
+    remove_leftovers(tmp_path / "missing", ["a.*"])
 
 
 @pytest.mark.parametrize("error", [ValueError("no"), KeyboardInterrupt()])

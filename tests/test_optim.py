@@ -862,6 +862,19 @@ def test_loading_casts_nothing_to_the_dtype_of_the_weights() -> None:
     assert dtypes == {torch.float32, torch.int32}
 
 
+def test_a_loaded_state_is_saved_as_it_was() -> None:
+    """Options in the same order, too: a checkpoint of a resumed run then has the same bytes."""
+    model = small_model()
+    optimizer = make_optimizer(model, "dense")
+    one_step(model, optimizer)
+    saved = optimizer.state_dict()
+    resumed = make_optimizer(small_model(), "dense")
+    resumed.load_state_dict(copy.deepcopy(saved))
+    again = resumed.state_dict()
+    assert again["param_groups"] == saved["param_groups"]
+    assert list(map(list, again["param_groups"])) == list(map(list, saved["param_groups"]))
+
+
 def test_loading_copies() -> None:
     model = small_model()
     optimizer = make_optimizer(model, "dense")

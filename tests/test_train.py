@@ -6,7 +6,6 @@ import math
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -347,44 +346,13 @@ def test_tensorboard_that_is_not_installed(tmp_path, monkeypatch):
         MetricsLog(tmp_path / "metrics.jsonl", tensorboard=tmp_path / "tensorboard")
 
 
-# Going on
-
-
-def run_and_kill(config, moment):
-    """Run in a process of its own until it dies at ``moment``."""
-    file = Path(config.output).with_suffix(".yaml")
-    config.save(file)
-    died = subprocess.run(
-        [sys.executable, Path(__file__).with_name("killed_run.py"), moment, file],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert died.returncode == -signal.SIGKILL, died.stderr
+# Going on: after a kill, that is what tests/crashes is for
 
 
 def record(output):
     """The lines of a run's record, without what depends on the clock."""
     lines = read_metrics(Path(output) / "metrics.jsonl")
     return [{k: v for k, v in line.items() if k != "images_per_s"} for line in lines]
-
-
-@pytest.mark.parametrize(
-    ("precision", "moments"),
-    [("fp32", ["selection", "step", "checkpoint"]), ("amp_bf16", ["step", "export"])],
-)
-def test_killed_run_continues_bit_for_bit(config, tmp_path, precision, moments):
-    """Kill it again and again, then let it finish: same delta, same record, no line twice."""
-    ours = config.changed(precision=precision, grad_clip_norm=1.0)
-    expected = finetune(ours)
-    killed = ours.changed(output=str(tmp_path / "killed"), resume=True)
-    for moment in moments:
-        run_and_kill(killed, moment)
-        assert not (tmp_path / "killed" / "delta.safetensors").exists()
-    finished = finetune(killed.changed(workers=1))
-    assert finished.artefact.read_bytes() == expected.artefact.read_bytes()
-    assert record(killed.output) == record(ours.output)
 
 
 def stop_at(monkeypatch, step, action):

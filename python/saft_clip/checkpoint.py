@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from saft_clip.errors import CheckpointError
-from saft_kernels.files import atomic_write, sort_metadata
+from saft_kernels.files import atomic_write, remove_leftovers, sort_metadata
 
 FORMAT = "saft-checkpoint"
 VERSION = "1"
@@ -133,10 +133,10 @@ def set_random_states(states: Mapping[str, Any], device: torch.device) -> None:
 
 
 def _prune(folder: Path) -> None:
-    # A process that was killed while writing leaves a temporary file behind.
-    for path in [*find_checkpoints(folder)[:-KEPT], *folder.glob(".step-*.tmp")]:
+    for path in find_checkpoints(folder)[:-KEPT]:
         with suppress(OSError):
             path.unlink()
+    remove_leftovers(folder, [_PATTERN])
 
 
 def _take_apart(value: Any, tensors: dict[str, Tensor]) -> Any:

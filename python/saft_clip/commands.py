@@ -19,6 +19,7 @@ from saft_clip.methods.base import FROZEN
 from saft_clip.methods.saft import Saft
 from saft_clip.models import load_model
 from saft_clip.prompts import class_prompts
+from saft_clip.shortages import explained_shortages
 from saft_clip.train import RunData, finetune, load_base
 from saft_kernels.delta import SparseDelta
 from saft_kernels.files import atomic_write, require_writable
@@ -28,6 +29,7 @@ from saft_kernels.select import select
 DEFAULT_MODEL = "ViT-B-16"
 
 
+@explained_shortages()
 def evaluate_command(
     data: Sequence[str],
     *,
@@ -130,6 +132,7 @@ def _remark(evaluation: Mapping[str, Any]) -> str:
     return " (shifted)" if evaluation["shifted"] else ""
 
 
+@explained_shortages()
 def select_command(config: FinetuneConfig, score: str, file: Path) -> CooMask:
     """Select a mask on the training images, as ``saft finetune`` does, and save it."""
     require_writable(file)

@@ -45,9 +45,10 @@ from saft_clip.models import ClipModel, load_model
 from saft_clip.prompts import class_prompts
 from saft_clip.results import environment
 from saft_clip.run_folder import RunFolder, write_json
+from saft_clip.run_lock import RunLock
 from saft_clip.tiny import TINY_NAME
 from saft_clip.trainer import Trainer
-from saft_kernels.files import make_folder
+from saft_kernels.files import make_folder, remove_leftovers
 
 DIGITS = ("mnist", "uci", "fonts", "inverted", "noisy", "blurred", "sketch", "colour")
 NEW_CLASSES = "letters"
@@ -146,6 +147,7 @@ def run_demo(folder: Path, plan: Plan | None = None) -> dict[str, Any]:
 
     Raises:
         ConfigError: if the domain cannot be trained on, or the folder holds a fine-tuning run.
+        LockedError: if another process is at work in the folder.
         FileWriteError: if the folder cannot be written to.
         MissingExtraError: if the packages with the images are not installed.
     """
@@ -155,10 +157,17 @@ def run_demo(folder: Path, plan: Plan | None = None) -> dict[str, Any]:
         raise ConfigError(f"the demo trains on {' or '.join(trainable)}, not on {plan.trained!r}")
     if RunFolder(folder).started():
         raise ConfigError(f"{folder} holds a run of saft finetune: give another --output")
-    start = time.perf_counter()
     make_folder(folder / "samples")
+    with RunLock(folder) as lock:
+        lock.acquire()
+        return _compare(folder, plan)
+
+
+def _compare(folder: Path, plan: Plan) -> dict[str, Any]:
+    start = time.perf_counter()
     for left in folder.glob(f"{_SCRATCH}*"):  # by a demo that was killed
         shutil.rmtree(left, ignore_errors=True)
+    remove_leftovers(folder, [SUMMARY, "report.html"])
     say("comparing SAFT with full fine-tuning on the built-in tiny CLIP")
     clip = load_model(TINY_NAME)
     data = load_domains(plan, clip)

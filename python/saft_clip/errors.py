@@ -17,6 +17,18 @@ class CheckpointError(SaftError, ValueError):
     """A checkpoint file is broken, cut short, or belongs to another run or model."""
 
 
+class LockedError(SaftError, RuntimeError):
+    """Another process is writing into the folder."""
+
+
+class WorkerError(SaftError, RuntimeError):
+    """A process that loads images has died."""
+
+
+class OutOfMemoryError(SaftError, MemoryError):
+    """There was not enough memory for what was asked."""
+
+
 class TrialError(SaftError, RuntimeError):
     """A process that ran a part of the work has died."""
 

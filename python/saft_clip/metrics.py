@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from saft_clip.errors import CheckpointError, ConfigError
-from saft_kernels.errors import FileWriteError
+from saft_kernels.files import explain_refusal
 
 
 class MetricsLog:
@@ -36,12 +38,11 @@ class MetricsLog:
         self, path: Path, *, tensorboard: Path | None = None, keep: int = 0, step: int = 0
     ) -> None:
         self.path = path
-        try:
-            self._file = path.open("ab")
+        with self._explained():
+            # Without a buffer: one that could not be written would be tried again on closing.
+            self._file = path.open("ab", buffering=0)
             self._cut(keep)
-        except OSError as error:
-            raise self._failure(error) from error
-        self._writer = None if tensorboard is None else _open_tensorboard(tensorboard, step)
+            self._writer = None if tensorboard is None else _open_tensorboard(tensorboard, step)
 
     def _cut(self, keep: int) -> None:
         size = os.fstat(self._file.fileno()).st_size
@@ -59,31 +60,46 @@ class MetricsLog:
             FileWriteError: if the disk is full.
         """
         line = json.dumps({"kind": kind, "step": step, **values}, ensure_ascii=False) + "\n"
-        try:
+        with self._explained():
             # A file name that is not UTF-8 holds surrogates; \udcff is JSON for one.
-            self._file.write(line.encode(errors="backslashreplace"))
-            self._file.flush()
-        except OSError as error:
-            raise self._failure(error) from error
-        if self._writer is not None:
-            prefix = "/".join([kind, *(str(values[k]) for k in ("dataset",) if k in values)])
-            for name, value in values.items():
-                if isinstance(value, int | float):
-                    self._writer.add_scalar(f"{prefix}/{name}", value, step)
+            self._append(line.encode(errors="backslashreplace"))
+            self._log_scalars(kind, step, values)
+
+    def _append(self, content: bytes) -> None:
+        while content:  # a disk that is nearly full takes a part first, and then refuses
+            content = content[self._file.write(content) :]
+
+    def _log_scalars(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+        if self._writer is None:
+            return
+        prefix = "/".join([kind, *(str(values[k]) for k in ("dataset",) if k in values)])
+        for name, value in values.items():
+            if isinstance(value, int | float):
+                self._writer.add_scalar(f"{prefix}/{name}", value, step)
 
     def size(self) -> int:
-        """Bytes written so far, after making sure that they are on the disk."""
-        os.fsync(self._file.fileno())
-        return os.fstat(self._file.fileno()).st_size
+        """Bytes written so far, after making sure that they are on the disk.
+
+        Raises:
+            FileWriteError: if the disk is full.
+        """
+        with self._explained():
+            os.fsync(self._file.fileno())
+            return os.fstat(self._file.fileno()).st_size
 
     def close(self) -> None:
         """Close the files."""
         self._file.close()
         if self._writer is not None:
-            self._writer.close()
+            with self._explained():
+                self._writer.close()
 
-    def _failure(self, error: OSError) -> FileWriteError:
-        return FileWriteError(f"{self.path} cannot be written: {error.strerror or error}")
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise explain_refusal(error, self.path) from error
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

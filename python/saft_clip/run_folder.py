@@ -10,6 +10,9 @@ delta.safetensors   the result (saft), or model.safetensors (full)
 results.json        evaluations before and after, sizes, times, environment; written last but one
 report.html         the page about it all
 =================== ==========================================================================
+
+While a process is at work here there is ``.saft-lock``, too: see :mod:`saft_clip.run_lock`. One
+that is killed may leave it, and hidden temporary folders; whoever comes next removes them.
 """
 
 from __future__ import annotations
@@ -18,13 +21,16 @@ import hashlib
 import json
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from saft_clip.config import FinetuneConfig
 from saft_clip.data import ImageDataset
-from saft_clip.errors import CheckpointError, ConfigError
-from saft_kernels.files import atomic_write, make_folder
+from saft_clip.errors import CheckpointError, ConfigError, LockedError
+from saft_clip.run_lock import RunLock
+from saft_kernels.errors import FileWriteError
+from saft_kernels.files import atomic_write, make_folder, remove_leftovers
 
 _OURS = (
     *("config.yaml", "inputs.json", "mask.safetensors", "metrics.jsonl", "results.json"),
@@ -48,6 +54,7 @@ class RunFolder:
         self.tensorboard = self.path / "tensorboard"
         self.results = self.path / "results.json"
         self.report = self.path / "report.html"
+        self.lock = RunLock(self.path)
 
     def started(self) -> bool:
         """Whether a run has begun here."""
@@ -56,6 +63,10 @@ class RunFolder:
     def finished(self) -> bool:
         """Whether the run here has come to its end."""
         return self.results.exists()
+
+    def complete(self) -> bool:
+        """Whether all that a run writes is here."""
+        return self.finished() and self.report.exists()
 
     def check(self, config: FinetuneConfig) -> None:
         """Make sure that a run with these settings may start or go on here; nothing is written.
@@ -88,31 +99,52 @@ class RunFolder:
                 "would be overwritten: give another --output"
             )
 
-    def abandon(self) -> None:
-        """Remove what a run has written that failed before it had selected or trained anything."""
-        if (self.path / "mask.safetensors").exists() or any(self.checkpoints.glob("*")):
-            return
-        for path in (self.config, self.inputs, self.metrics):  # the one that makes it a run first
+    def abandon(self) -> bool:
+        """Remove what a run has written that failed before it had selected or trained anything.
+
+        Returns:
+            Whether it had not.
+        """
+        if self._has_results():
+            return False
+        for path in (self.metrics, self.inputs, self.config):  # the one that makes it a run last
             path.unlink(missing_ok=True)
         shutil.rmtree(self.checkpoints, ignore_errors=True)
+        return True
+
+    def _has_results(self) -> bool:
+        """Whether something has been selected or trained here."""
+        return (self.path / "mask.safetensors").exists() or any(self.checkpoints.glob("*"))
 
     def start(self, config: FinetuneConfig, inputs: dict[str, dict[str, Any]]) -> None:
-        """Write settings and fingerprints, or compare them with those of the resumed run.
+        """Lock the folder and write settings and fingerprints, or compare those of a resumed run.
 
         Args:
-            config: the settings, which :meth:`check` has passed.
+            config: the settings.
             inputs: what the run reads: name -> its properties, see :func:`describe_data`.
 
         Raises:
             FileWriteError: if the folder cannot be written to.
-            ConfigError: if an input has changed; the message names it.
+            LockedError: if another process is at work here.
+            ConfigError: if a run may not start or go on here, see :meth:`check`; or if an input has
+                changed; the message names it.
         """
+        make_folder(self.path)
+        self.lock.acquire()
+        self.check(config)  # once more: before it was locked, another process may have come first
         make_folder(self.checkpoints)
-        if self.started():
+        self._remove_leftovers()
+        if not self.started():
+            config.save(self.config)
+        # A run that was killed between these two files has done nothing yet.
+        if self.inputs.exists() or self._has_results():
             self._compare(inputs)
-            return
-        write_json(self.inputs, inputs)
-        config.save(self.config)  # last: a folder that holds it holds a run
+        else:
+            write_json(self.inputs, inputs)
+
+    def _remove_leftovers(self) -> None:
+        remove_leftovers(self.path, _OURS)
+        remove_leftovers(self.checkpoints, ["step-*.safetensors"])
 
     def _compare(self, inputs: dict[str, dict[str, Any]]) -> None:
         before = read_json(self.inputs)
@@ -131,9 +163,22 @@ class RunFolder:
             )
 
     def finish(self, results: dict[str, Any]) -> None:
-        """Write the results and remove the checkpoints, which nothing needs any more."""
+        """Write the results; nothing needs the checkpoints any more."""
         write_json(self.results, results)
+        self.settle()
+
+    def settle(self) -> None:
+        """Remove the checkpoints and whatever else a finished run has no use for."""
         shutil.rmtree(self.checkpoints, ignore_errors=True)
+        self._remove_leftovers()
+
+    def tidy(self) -> None:
+        """Settle what a process that was killed at the very end has left, where that is allowed."""
+        if not self.checkpoints.exists() and not any(self.path.glob(".*")):
+            return
+        with suppress(LockedError, FileWriteError), self.lock as lock:
+            lock.acquire()
+            self.settle()
 
 
 def describe_data(dataset: ImageDataset, *, content: bool) -> dict[str, Any]:
@@ -141,7 +186,8 @@ def describe_data(dataset: ImageDataset, *, content: bool) -> dict[str, Any]:
 
     Args:
         dataset: the images.
-        content: hash what is in the files; else only their names and sizes.
+        content: hash all that is in the files; else only their names, sizes, beginnings and ends,
+            by which one image is told from another, too.
     """
     digest = hashlib.sha256(json.dumps([dataset.class_names, dataset.templates]).encode())
     for image, label in zip(dataset.images, dataset.labels.tolist(), strict=True):
@@ -157,9 +203,20 @@ def describe_data(dataset: ImageDataset, *, content: bool) -> dict[str, Any]:
 def _mark(path: str, content: bool) -> bytes:
     name = os.fsencode(os.path.basename(path))
     try:
-        return name + (Path(path).read_bytes() if content else b"%d" % os.path.getsize(path))
+        with open(path, "rb") as file:
+            return name + (file.read() if content else _ends(file))
     except OSError:  # evaluation names and skips what cannot be read
         return name
+
+
+#: Bytes of a file that are looked at on either end: what is read at once anyway.
+_END = 4096
+
+
+def _ends(file: BinaryIO) -> bytes:
+    begin, size = file.read(_END), file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - _END))
+    return b"%d" % size + begin + file.read()
 
 
 def write_json(path: Path, value: Any) -> None:

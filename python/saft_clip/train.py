@@ -7,7 +7,9 @@ import math
 import os
 import shlex
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,7 @@ from saft_clip.data import (
     load_dataset,
     require_classes,
 )
-from saft_clip.errors import CheckpointError
+from saft_clip.errors import CheckpointError, OutOfMemoryError, WorkerError
 from saft_clip.evaluate import Evaluation, evaluate_zero_shot
 from saft_clip.methods import Method, find_method
 from saft_clip.metrics import MetricsLog, read_metrics
@@ -41,9 +43,10 @@ from saft_clip.prompts import class_prompts
 from saft_clip.report import write_report
 from saft_clip.results import summarize
 from saft_clip.run_folder import RunFolder, describe_data, read_json
+from saft_clip.shortages import explained_shortages
 from saft_clip.text_tower import padding_reason
 from saft_clip.trainer import Trainer, stop_requests
-from saft_kernels.errors import SaftError
+from saft_kernels.errors import FileWriteError, SaftError
 from saft_kernels.fingerprint import fingerprints
 
 
@@ -62,6 +65,7 @@ class FinetuneResult:
     results: dict[str, Any]
 
 
+@explained_shortages()
 def finetune(config: FinetuneConfig) -> FinetuneResult:
     """Fine-tune a model and write everything about it to ``config.output``.
 
@@ -71,12 +75,28 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
     """
     make_method = find_method(config.method)
     folder = RunFolder(config.output)
-    folder.check(config)
-    if config.resume and folder.finished():
+    if config.resume and folder.complete():  # maybe on a disk that is read-only by now
+        folder.check(config)
         say(f"the run in {folder.path} is finished already")
-        if not folder.report.exists():  # it was stopped just before its last file
-            write_report(folder.path)
-        return _result(folder, make_method.artefact)
+        folder.tidy()
+    else:
+        with folder.lock:
+            _work_in(folder, config, make_method)
+    return FinetuneResult(
+        folder.path, folder.path / make_method.artefact, read_json(folder.results)
+    )
+
+
+def _work_in(folder: RunFolder, config: FinetuneConfig, make_method: type[Method]) -> None:
+    """Start the run in a folder, or go on with it, to its end."""
+    if folder.path.exists():
+        folder.lock.acquire()
+    folder.check(config)
+    if config.resume and folder.finished():  # it was stopped just before its last file
+        say(f"the run in {folder.path} is finished already")
+        folder.settle()
+        write_report(folder.path)
+        return
     if config.resume and not folder.started():
         say(f"there is no run in {folder.path} yet: starting from the beginning")
     clip = load_base(config)
@@ -88,22 +108,41 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
     method = make_method(clip, tokens, config)
     fresh = not folder.started()
     folder.start(config, {**data.describe(), "the pretrained model": describe_model(clip)})
-    run = Run(config, folder, clip, data, method)
+    _complete(folder, config, fresh, partial(Run, config, folder, clip, data, method))
+
+
+#: Errors after which the run can go on as it is, once there is room for it.
+_MENDABLE = (FileWriteError, WorkerError, OutOfMemoryError)
+
+
+def _complete(
+    folder: RunFolder, config: FinetuneConfig, fresh: bool, make_run: Callable[[], Run]
+) -> None:
+    """Go through a run; if something stops it, say how to go on, or leave nothing of it."""
+    run: Run | None = None
     try:
-        run.prepare()
-        run.train()
-        run.finish()
+        with explained_shortages():
+            run = make_run()
+            run.prepare()
+            run.train()
+            run.finish()
     except KeyboardInterrupt:
-        command = shlex.join(["saft", "finetune", "--resume", "--output", config.output])
-        say(f"interrupted; continue with\n  {command}")
+        say(f"interrupted; continue with\n  {_resuming_command(config)}")
         raise
-    except SaftError:
-        if fresh and run.trainer.step == 0:  # so that the command can be corrected and given again
-            folder.abandon()
+    except SaftError as error:
+        nothing_done = fresh and (run is None or run.trainer.step == 0)
+        if nothing_done and folder.abandon():
+            raise  # the command can be corrected and given again
+        if isinstance(error, _MENDABLE):
+            say(f"once that is put right, continue with\n  {_resuming_command(config)}")
         raise
     finally:
-        run.close()
-    return _result(folder, make_method.artefact)
+        if run is not None:
+            run.close()
+
+
+def _resuming_command(config: FinetuneConfig) -> str:
+    return shlex.join(["saft", "finetune", "--resume", "--output", config.output])
 
 
 def load_base(config: FinetuneConfig) -> ClipModel:
@@ -365,7 +404,3 @@ class Run:
 def _brief(found: Evaluation) -> dict[str, Any]:
     """An evaluation without what is told per class."""
     return {k: v for k, v in found.to_dict().items() if not k.startswith("per_class")}
-
-
-def _result(folder: RunFolder, artefact: str) -> FinetuneResult:
-    return FinetuneResult(folder.path, folder.path / artefact, read_json(folder.results))

@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 from saft_clip.console import progress, warn
 from saft_clip.data.names import printable
 from saft_clip.errors import DataError, UnreadableImageError
+from saft_clip.shortages import is_shortage
 
 
 @dataclass
@@ -212,6 +213,8 @@ def _decode(path: str) -> Image.Image:
             return _to_rgb(image)
     # A broken file makes the decoders raise anything: OSError, SyntaxError, struct.error and more.
     except Exception as error:
+        if is_shortage(error):  # of this machine: the image is as good as any other
+            raise
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise UnreadableImageError(path, reason.splitlines()[0] if reason else "broken") from error
 
