@@ -316,6 +316,36 @@ def test_originals_come_from_the_file_if_they_were_saved(tmp_path: Path) -> None
     assert_same_bits(tuned, base)
 
 
+@pytest.mark.parametrize("as_state", [True, False])
+def test_originals_are_learnt_from_the_base(tmp_path: Path, as_state: bool) -> None:
+    base, tuned, delta = tuned_pair()
+    delta.save(tmp_path / "d.safetensors")
+    loaded = SparseDelta.load(tmp_path / "d.safetensors")
+    assert not loaded.knows_originals
+    loaded.learn_originals(base.state_dict() if as_state else base)
+    assert loaded.knows_originals
+    for name, values in delta.originals.items():
+        if values.numel():
+            assert same_bits(loaded.originals[name], values).all()
+    loaded.revert_(tuned)
+    assert_same_bits(tuned, base)
+
+
+def test_originals_are_learnt_from_nothing_else(tmp_path: Path) -> None:
+    _, tuned, delta = tuned_pair()
+    delta.save(tmp_path / "d.safetensors")
+    loaded = SparseDelta.load(tmp_path / "d.safetensors")
+    with pytest.raises(DeltaError, match="is applied to this model already"):
+        loaded.learn_originals(tuned)
+    other = make_base()
+    change_one_bit(other, "conv.weight")
+    with pytest.raises(DeltaError, match="'conv.weight' has other values"):
+        loaded.learn_originals(other)
+    assert not loaded.knows_originals
+    loaded.learn_originals(other, verify=False)
+    assert loaded.knows_originals
+
+
 def test_models_applied_to_without_verification_get_their_own_values_back() -> None:
     _, _, delta = tuned_pair()
     model = make_base()

@@ -77,9 +77,7 @@ def base_weights(delta: SparseDelta, model: str | None, base: str | None) -> Tar
 
 def know_originals(delta: SparseDelta, model: str | None, base: str | None) -> None:
     """Make sure that the original values are known, from the base if they are not in the file."""
-    try:
-        delta.originals  # noqa: B018
-    except DeltaError:
+    if not delta.knows_originals:
         delta.learn_originals(base_weights(delta, model, base))
 
 

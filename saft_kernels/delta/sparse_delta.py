@@ -277,9 +277,12 @@ class SparseDelta:
             verify: make sure with the fingerprints that it is the base.
 
         Raises:
-            DeltaError: naming the parameter, if it is not.
+            DeltaError: naming the parameter, if it is not, or is sharded.
         """
         params = self.base.find(base)
+        for name, param in params.items():
+            if is_sharded(param):
+                raise DeltaError(f"parameter {name!r} is sharded; give a base that is whole")
         places = self.places(params)
         if verify:
             self._require_base(params, places)
