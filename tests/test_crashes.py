@@ -23,7 +23,7 @@ RESULT = Path(__file__).parent / "crashes" / "result.json"
 
 def test_runs_that_are_killed_come_out_the_same():
     """In a process of its own, which is small and quick to copy."""
-    options = ["--kills", "8", "--seed", "3", "--settings", "sampled"]
+    options = ["--kills", "8", "--refusals", "4", "--seed", "3", "--settings", "sampled"]
     done = subprocess.run(
         [sys.executable, "-m", "crashes", *options],
         cwd=Path(__file__).parent,

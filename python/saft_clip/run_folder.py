@@ -99,18 +99,13 @@ class RunFolder:
                 "would be overwritten: give another --output"
             )
 
-    def abandon(self) -> bool:
-        """Remove what a run has written that failed before it had selected or trained anything.
-
-        Returns:
-            Whether it had not.
-        """
+    def abandon(self) -> None:
+        """Remove what a run has written that failed before it had selected or trained anything."""
         if self._has_results():
-            return False
+            return
         for path in (self.metrics, self.inputs, self.config):  # the one that makes it a run last
             path.unlink(missing_ok=True)
         shutil.rmtree(self.checkpoints, ignore_errors=True)
-        return True
 
     def _has_results(self) -> bool:
         """Whether something has been selected or trained here."""

@@ -54,7 +54,7 @@ def _explain(error: Exception) -> SaftError | None:
             f"there is no shared memory left for images (/dev/shm): {_LESS}, or make it larger"
         )
     if text.startswith("DataLoader worker"):
-        signal = re.search(r"killed by signal: ([\w ]+)", text)
+        signal = re.search(r"killed by signal: ([\w ]+)", f"{text} {error.__cause__}")
         how = f"was killed ({signal.group(1)})" if signal else "has died"
         return WorkerError(
             f"a process that loads images {how}, as happens when memory runs out: {_LESS}"

@@ -7,9 +7,9 @@ import math
 import os
 import shlex
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,6 @@ class FinetuneResult:
     results: dict[str, Any]
 
 
-@explained_shortages()
 def finetune(config: FinetuneConfig) -> FinetuneResult:
     """Fine-tune a model and write everything about it to ``config.output``.
 
@@ -80,11 +79,28 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
         say(f"the run in {folder.path} is finished already")
         folder.tidy()
     else:
-        with folder.lock:
+        with _saying_how_to_go_on(folder), folder.lock, explained_shortages():
             _work_in(folder, config, make_method)
     return FinetuneResult(
         folder.path, folder.path / make_method.artefact, read_json(folder.results)
     )
+
+
+@contextmanager
+def _saying_how_to_go_on(folder: RunFolder) -> Iterator[None]:
+    """Say so if a run is stopped inside, by the user or for want of something.
+
+    It is said out here because torch may raise more than once while it notices a dead process.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, FileWriteError, WorkerError, OutOfMemoryError) as error:
+        if folder.started():
+            command = ["saft", "finetune", "--resume", "--output", str(folder.path)]
+            wanted = isinstance(error, KeyboardInterrupt)
+            when = "interrupted;" if wanted else "once that is put right,"
+            say(f"{when} continue with\n  {shlex.join(command)}")
+        raise
 
 
 def _work_in(folder: RunFolder, config: FinetuneConfig, make_method: type[Method]) -> None:
@@ -108,41 +124,19 @@ def _work_in(folder: RunFolder, config: FinetuneConfig, make_method: type[Method
     method = make_method(clip, tokens, config)
     fresh = not folder.started()
     folder.start(config, {**data.describe(), "the pretrained model": describe_model(clip)})
-    _complete(folder, config, fresh, partial(Run, config, folder, clip, data, method))
-
-
-#: Errors after which the run can go on as it is, once there is room for it.
-_MENDABLE = (FileWriteError, WorkerError, OutOfMemoryError)
-
-
-def _complete(
-    folder: RunFolder, config: FinetuneConfig, fresh: bool, make_run: Callable[[], Run]
-) -> None:
-    """Go through a run; if something stops it, say how to go on, or leave nothing of it."""
     run: Run | None = None
     try:
-        with explained_shortages():
-            run = make_run()
-            run.prepare()
-            run.train()
-            run.finish()
-    except KeyboardInterrupt:
-        say(f"interrupted; continue with\n  {_resuming_command(config)}")
-        raise
-    except SaftError as error:
-        nothing_done = fresh and (run is None or run.trainer.step == 0)
-        if nothing_done and folder.abandon():
-            raise  # the command can be corrected and given again
-        if isinstance(error, _MENDABLE):
-            say(f"once that is put right, continue with\n  {_resuming_command(config)}")
+        run = Run(config, folder, clip, data, method)
+        run.prepare()
+        run.train()
+        run.finish()
+    except SaftError:
+        if fresh and (run is None or run.trainer.step == 0):
+            folder.abandon()  # so that the command can be corrected and given again
         raise
     finally:
         if run is not None:
             run.close()
-
-
-def _resuming_command(config: FinetuneConfig) -> str:
-    return shlex.join(["saft", "finetune", "--resume", "--output", config.output])
 
 
 def load_base(config: FinetuneConfig) -> ClipModel:

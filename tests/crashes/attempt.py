@@ -11,29 +11,45 @@ import signal
 import time
 import traceback
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
-from crashes.watch import PHASES, AtMoment, InPhase, Kill, Trace, Watch
+from crashes.watch import PHASES, AtMoment, InPhase, Kill, Refusal, Trace, Watch
 from saft_clip.config import FinetuneConfig
 from saft_clip.train import finetune
+from saft_kernels.errors import FileWriteError
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How an attempt ended: well, if neither is known.
+
+    Attributes:
+        killed_in: the phase in which it was killed.
+        error: the sentence with which it stopped because a file-system call was refused.
+    """
+
+    killed_in: str | None = None
+    error: str | None = None
 
 
 class RunFailedError(Exception):
-    """A run ended neither well nor by a kill."""
+    """A run ended neither well nor as it was meant to."""
 
 
-def attempt(config: FinetuneConfig, kill: Kill | None, log: Path) -> str | None:
+#: The exit status of a run that was stopped by a refusal.
+_REFUSED = 3
+
+
+def attempt(config: FinetuneConfig, event: Kill | Refusal | None, log: Path) -> Ending:
     """Start a run or go on with it, and kill it unless it ends first.
 
     It runs in a copy of this process, which has imported everything: that saves most of the time.
 
     Args:
         config: of the run.
-        kill: when; None lets it end.
+        event: what happens to it; None lets it end.
         log: file for what it prints.
-
-    Returns:
-        The phase in which it was killed; None if it came to its end.
 
     Raises:
         RunFailedError: if it failed by itself.
@@ -42,19 +58,21 @@ def attempt(config: FinetuneConfig, kill: Kill | None, log: Path) -> str | None:
     told, telling = os.pipe()
     process = os.fork()
     if process == 0:
-        _run(config, kill, log, memory, telling)
+        _run(config, event, log, memory, telling)
     os.close(telling)
     try:
-        _kill_in_time(process, told, kill)
+        _kill_in_time(process, told, event)
         _, status = os.waitpid(process, 0)
     finally:
         os.close(told)
     if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
-        return PHASES[memory[0]]
+        return Ending(killed_in=PHASES[memory[0]])
+    if os.waitstatus_to_exitcode(status) == _REFUSED and isinstance(event, Refusal):
+        return Ending(error=log.with_suffix(".error").read_text())
     if status != 0:
         said = log.read_text(errors="replace")
-        raise RunFailedError(f"{config.output} failed ({kill}):\n{said}")
-    return None
+        raise RunFailedError(f"{config.output} failed ({event}):\n{said}")
+    return Ending()
 
 
 def trace_of(config: FinetuneConfig, log: Path) -> Trace:
@@ -65,7 +83,7 @@ def trace_of(config: FinetuneConfig, log: Path) -> Trace:
 
 
 def _run(
-    config: FinetuneConfig, kill: Kill | None, log: Path, memory: mmap.mmap, pipe: int
+    config: FinetuneConfig, event: Kill | Refusal | None, log: Path, memory: mmap.mmap, pipe: int
 ) -> None:
     """All that the new process does; it does not return."""
     code = 1
@@ -74,20 +92,23 @@ def _run(
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
         random.seed(0)  # or else its state in checkpoints, which nothing depends on, would differ
-        watch = Watch(memory, pipe, kill)
+        watch = Watch(memory, pipe, event)
         start = time.perf_counter()
         finetune(config)
         watch.trace.seconds = time.perf_counter() - start
         with open(log.with_suffix(".json"), "w") as file:
             json.dump(vars(watch.trace), file)
         code = 0
+    except FileWriteError as error:
+        log.with_suffix(".error").write_text(str(error))
+        code = _REFUSED
     except BaseException:
         traceback.print_exc()
     finally:
         os._exit(code)
 
 
-def _kill_in_time(process: int, told: int, kill: Kill | None) -> None:
+def _kill_in_time(process: int, told: int, kill: Kill | Refusal | None) -> None:
     """Wait for the moment, kill the process, or find that it has ended."""
     deadline = time.monotonic() + kill.seconds if isinstance(kill, AtMoment) else None
     visits = 0

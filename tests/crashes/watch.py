@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.numpy
+from safetensors import SafetensorError
 
 from saft_clip import checkpoint, metrics, train
 from saft_clip.methods import full, saft
@@ -58,6 +59,16 @@ class AtCall:
     halfway: bool
 
 
+@dataclass(frozen=True)
+class Refusal:
+    """Refuse the ``number``-th file-system call of a phase, at once or halfway through."""
+
+    phase: str
+    number: int
+    halfway: bool
+    error: int
+
+
 Kill = AtMoment | InPhase | AtCall
 
 
@@ -82,14 +93,14 @@ class Watch:
     Args:
         memory: shared with whoever looks on; its first byte is the number of the phase.
         pipe: to whom every new phase is told, as one byte.
-        kill: when this process shall kill itself, if that is in a call.
+        event: what shall happen to this process; kills at moments are not its own affair.
     """
 
-    def __init__(self, memory: mmap.mmap, pipe: int, kill: Kill | None) -> None:
+    def __init__(self, memory: mmap.mmap, pipe: int, event: Kill | Refusal | None) -> None:
         self.trace = Trace()
         self._memory = memory
         self._pipe = pipe
-        self._kill = kill if isinstance(kill, AtCall) else None
+        self._event = event if isinstance(event, AtCall | Refusal) else None
         self._phase = "loading"
         self._watch_phases()
         self._watch_calls()
@@ -176,17 +187,20 @@ class Watch:
 
     def _count(self, function: Any, half: Any, args: Any, kwargs: Any) -> None:
         self.trace.calls[self._phase] += 1
-        kill = self._kill
-        if kill is None or (kill.phase, kill.number) != (
-            self._phase,
-            self.trace.calls[self._phase],
-        ):
+        place = self._phase, self.trace.calls[self._phase]
+        event = self._event
+        if event is None or (event.phase, event.number) != place:
             return
-        if kill.halfway and half is not None:
+        if event.halfway and half is not None:
             half(function, *args, **kwargs)
-        elif kill.halfway:
+        elif event.halfway and isinstance(event, AtCall):
             function(*args, **kwargs)
-        os.kill(os.getpid(), signal.SIGKILL)
+        if isinstance(event, AtCall):
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif half is _save_half:
+            raise SafetensorError(f"I/O error: {os.strerror(event.error)} (os error {event.error})")
+        else:
+            raise OSError(event.error, os.strerror(event.error))
 
 
 def _save_half(save_file: Any, tensors: Any, path: Path, metadata: Any = None) -> None:
