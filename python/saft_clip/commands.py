@@ -6,6 +6,7 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,12 @@ from saft_kernels.errors import FileWriteError
 from saft_kernels.files import atomic_write
 from saft_kernels.mask import CooMask
 from saft_kernels.select import select
+from saft_kernels.untrusted import shown
 
 DEFAULT_MODEL = "ViT-B-16"
+
+#: Metadata of a delta that ``delta info`` shows at most; ours has seven or eight.
+_SHOWN_METADATA = 100
 
 
 def evaluate_command(
@@ -162,16 +167,18 @@ def delta_info_command(file: Path) -> None:
     delta = SparseDelta.load(file)
     changed = [(name, indices.numel()) for name, indices, _ in delta.items()]
     total = sum(math.prod(shape) for shape in delta.shapes.values())
-    facts = {
-        "file": f"{file.stat().st_size:,} bytes",
-        "changed": f"{delta.nnz:,} of the model's {total:,} parameters",
-        "tensors": f"{len(changed):,} of {len(delta.shapes):,}",
-        "written by": delta.created_by,
-        **delta.metadata,
-    }
+    more = len(delta.metadata) - _SHOWN_METADATA
+    facts = [
+        ("file", f"{file.stat().st_size:,} bytes"),
+        ("changed", f"{delta.nnz:,} of the model's {total:,} parameters"),
+        ("tensors", f"{len(changed):,} of {len(delta.shapes):,}"),
+        ("written by", delta.created_by),
+        *islice(delta.metadata.items(), _SHOWN_METADATA),
+        *([("...", f"and {more:,} more")] if more > 0 else []),
+    ]
     table = Table(title=escape(str(file)), show_header=False)
-    for name, fact in facts.items():
-        table.add_row(escape(name), escape(fact))
+    for name, fact in facts:  # whoever made the file chose them: they may not steer the terminal
+        table.add_row(escape(shown(name)), escape(shown(fact, 1000)))
     output.print(table)
 
 
