@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,10 @@ from saft_kernels.delta import (
 from saft_kernels.delta.places import Target
 from saft_kernels.errors import DeltaError
 from saft_kernels.files import require_writable
+from saft_kernels.untrusted import shown
+
+#: Metadata of a delta that a table shows at most; ours has a dozen.
+MOST_SHOWN = 100
 
 FORMATS = ("open_clip", "transformers", "vllm", "shira")
 
@@ -337,8 +342,8 @@ def take(
 def facts_table(title: str, facts: Mapping[str, str]) -> Table:
     """Two columns: what, and what it is."""
     table = Table(title=escape(title), show_header=False)
-    for name, fact in facts.items():
-        table.add_row(escape(name), escape(fact))
+    for name, fact in facts.items():  # whoever made the file chose them: none steers the terminal
+        table.add_row(escape(shown(name)), escape(shown(fact, 1000)))
     return table
 
 
@@ -354,9 +359,16 @@ def info_table(facts: Facts) -> Table:
             "tensors": f"{changed:,} of {len(facts['tensors']):,}",
             "original values": "in the file" if facts["with_originals"] else "not in the file",
             "written by": facts["created_by"],
-            **facts["metadata"],
+            **_some(facts["metadata"]),
         },
     )
+
+
+def _some(metadata: Mapping[str, str]) -> dict[str, str]:
+    """Not more of it than anybody reads."""
+    some = dict(islice(metadata.items(), MOST_SHOWN))
+    more = len(metadata) - len(some)
+    return some | ({"...": f"and {more:,} more"} if more else {})
 
 
 def difference_table(facts: Facts) -> Table:
