@@ -283,7 +283,8 @@ def test_lines_that_no_release_writes(folder, line):
 def test_inputs_that_no_release_writes(folder, content):
     (folder / "inputs.json").write_text(content)
     with pytest.raises(CheckpointError, match=rf"{folder / 'inputs.json'} is"):
-        RunFolder(folder).start(FinetuneConfig.load(folder / "config.yaml"), {})
+        config = FinetuneConfig.load(folder / "config.yaml").changed(resume=True)
+        RunFolder(folder).start(config, {})
 
 
 @pytest.mark.parametrize(
