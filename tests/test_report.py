@@ -282,8 +282,8 @@ def test_lines_that_no_release_writes(folder, line):
 )
 def test_inputs_that_no_release_writes(folder, content):
     (folder / "inputs.json").write_text(content)
+    config = FinetuneConfig.load(folder / "config.yaml").changed(resume=True)
     with pytest.raises(CheckpointError, match=rf"{folder / 'inputs.json'} is"):
-        config = FinetuneConfig.load(folder / "config.yaml").changed(resume=True)
         RunFolder(folder).start(config, {})
 
 
