@@ -339,36 +339,24 @@ def take(
 # Showing ------------------------------------------------------------------------------------------
 
 
-def facts_table(title: str, facts: Mapping[str, str]) -> Table:
-    """Two columns: what, and what it is."""
-    table = Table(title=escape(title), show_header=False)
-    for name, fact in facts.items():  # whoever made the file chose them: none steers the terminal
-        table.add_row(escape(shown(name)), escape(shown(fact, 1000)))
-    return table
-
-
 def info_table(facts: Facts) -> Table:
     """What a delta file holds."""
     changed = sum(1 for tensor in facts["tensors"] if tensor["entries"])
     each = facts["bytes_per_entry"]
-    return facts_table(
-        facts["file"],
-        {
-            "file": f"{facts['bytes']:,} bytes" + (f", {each:.2f} for each entry" if each else ""),
-            "changed": f"{facts['entries']:,} of the model's {facts['parameters']:,} parameters",
-            "tensors": f"{changed:,} of {len(facts['tensors']):,}",
-            "original values": "in the file" if facts["with_originals"] else "not in the file",
-            "written by": facts["created_by"],
-            **_some(facts["metadata"]),
-        },
-    )
-
-
-def _some(metadata: Mapping[str, str]) -> dict[str, str]:
-    """Not more of it than anybody reads."""
-    some = dict(islice(metadata.items(), MOST_SHOWN))
-    more = len(metadata) - len(some)
-    return some | ({"...": f"and {more:,} more"} if more else {})
+    more = len(facts["metadata"]) - MOST_SHOWN
+    rows = [
+        ("file", f"{facts['bytes']:,} bytes" + (f", {each:.2f} for each entry" if each else "")),
+        ("changed", f"{facts['entries']:,} of the model's {facts['parameters']:,} parameters"),
+        ("tensors", f"{changed:,} of {len(facts['tensors']):,}"),
+        ("original values", "in the file" if facts["with_originals"] else "not in the file"),
+        ("written by", facts["created_by"]),
+        *islice(facts["metadata"].items(), MOST_SHOWN),
+        *([("...", f"and {more:,} more")] if more > 0 else []),
+    ]
+    table = Table(title=escape(shown(facts["file"], 1000)), show_header=False)
+    for name, fact in rows:  # whoever made the file chose them: they may not steer the terminal
+        table.add_row(escape(shown(name)), escape(shown(fact, 1000)))
+    return table
 
 
 def difference_table(facts: Facts) -> Table:
@@ -396,8 +384,9 @@ def metadata_table(facts: Facts) -> Table:
     table = Table(title="What is written about them, where it differs")
     for heading in ("", facts["first"], facts["second"]):
         table.add_column(escape(heading), overflow="fold")
-    for key, texts in facts["metadata"].items():
-        table.add_row(escape(key), *("" if t is None else escape(shortened(t, 60)) for t in texts))
+    for key, texts in islice(facts["metadata"].items(), MOST_SHOWN):
+        cells = ("" if text is None else shortened(shown(text), 60) for text in texts)
+        table.add_row(escape(shown(key)), *map(escape, cells))
     return table
 
 
