@@ -373,7 +373,7 @@ def difference_table(facts: Facts) -> Table:
     for heading in kinds.values():
         table.add_column(heading, justify="right")
     for name, counted in facts["tensors"].items():
-        table.add_row(escape(name), *(f"{counted[kind]:,}" for kind in kinds))
+        table.add_row(escape(shown(name)), *(f"{counted[kind]:,}" for kind in kinds))
     table.add_section()
     table.add_row("all", *(f"{facts[kind]:,}" for kind in kinds))
     return table

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from saft_kernels.errors import WeightsFileError
 from saft_kernels.files import atomic_write, sort_metadata
+from saft_kernels.untrusted import open_safetensors
 
 #: What the tensors of a training checkpoint may stand under.
 _NESTED = ("state_dict", "model")
@@ -89,7 +90,7 @@ def _is_safetensors(path: str | os.PathLike[str]) -> bool:
 
 
 def _safetensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    with safetensors.safe_open(os.fspath(path), framework="pt") as file:
+    with open_safetensors(path) as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
