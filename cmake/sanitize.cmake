@@ -17,7 +17,7 @@ if(SAFT_SANITIZE)
   endif()
   target_compile_options(saft_sanitizers INTERFACE
     -fsanitize=${sanitizers} -fno-sanitize-recover=all
-    -O1 -g1 -fno-omit-frame-pointer  # reports name the line and its callers, and the checks compile in little time
+    -Og -g1 -fno-omit-frame-pointer  # reports name the line and its callers, and the checks compile in little time
     -Wno-psabi)                      # functions that are not inlined now hand vectors to each other, in one file
   # A vector's memory reaches beyond its elements; AddressSanitizer knows the memory only.
   target_compile_definitions(saft_sanitizers INTERFACE _GLIBCXX_ASSERTIONS)

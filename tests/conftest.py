@@ -124,7 +124,7 @@ def number_of_threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-@pytest.fixture(params=[1, 2, 7])
+@pytest.fixture(params=[1, 2, 7], ids="threads{}".format)
 def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     """Runs the test with several numbers of threads."""
     with number_of_threads(request.param):

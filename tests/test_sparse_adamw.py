@@ -314,7 +314,7 @@ def test_indices_end_to_end_are_the_same_step(device, compact):
 
 @pytest.mark.parametrize("place", [0, 2_047, 2_048, 5_000, 69_998])
 @pytest.mark.parametrize("device", CPU, indirect=True)
-def test_disorder_anywhere_is_noticed_by_any_number_of_threads(device, threads, place):
+def test_disorder_anywhere_is_noticed(device, threads, place):
     """Threads check the order piece by piece; a pair across two pieces belongs to one of them."""
     assert_disorder_is_noticed(device, place)
 
