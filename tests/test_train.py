@@ -622,6 +622,32 @@ def test_interrupt_during_a_validation(config, monkeypatch, capsys):
     assert record(config.output) == record(other.output)
 
 
+class Interrupted:
+    """A transform that interrupts the process that loads images, as Ctrl-C in a terminal does."""
+
+    def __init__(self, transform):
+        self.transform, self.main = transform, os.getpid()
+
+    def __call__(self, image):
+        if os.getpid() != self.main:
+            os.kill(os.getpid(), signal.SIGINT)
+        return self.transform(image)
+
+
+@pytest.mark.parametrize("which", ["plain", "train", "validation"])
+def test_interrupts_do_not_stop_processes_that_load_images(config, monkeypatch, which):
+    """The main process decides when to stop, and needs them until then."""
+
+    class Data(RunData):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            dataset = getattr(self, which)
+            setattr(self, which, replace(dataset, transform=Interrupted(dataset.transform)))
+
+    monkeypatch.setattr(train, "RunData", Data)
+    assert finetune(config.changed(workers=1, epochs=1)).artefact.exists()
+
+
 def test_weights_that_are_not_finite_are_no_result(config, monkeypatch):
     def diverge(run):
         with torch.no_grad():
