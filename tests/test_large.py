@@ -102,7 +102,6 @@ def test_scatter_and_gather(dtype: torch.dtype) -> None:
         ops.gather(dense, torch.tensor([NUMEL]))
 
 
-@pytest.mark.usefixtures("isa")
 def test_top_k_of_an_accumulator() -> None:
     """Read from end to end; ties go to the lower index."""
     acc = zeros(torch.float32)

@@ -1,6 +1,6 @@
 """``python -m crashes`` in ``tests/``: kill runs, resume them, compare; then do so on a full disk.
 
-Every kill and every refusal takes about two seconds.
+Every kill and every refusal takes about a second.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def table(counts: Counts) -> str:
     sums = [sum(column) for column in list(zip(*rows, strict=True))[1:]]
     lines = [
         "| phase | kills | at any moment | at a moment of the phase | at a file-system call "
-        "| left something half-written | disk full, run stopped | disk full, run went on |",
+        "| with something half-written left | disk full, run stopped | disk full, run went on |",
         "|---|---|---|---|---|---|---|---|",
         *("| " + " | ".join(map(str, row)) + " |" for row in rows),
         "| **all** | " + " | ".join(map(str, sums)) + " |",
