@@ -1,5 +1,5 @@
 # Five targets for newcomers: demo, test, bench, lint, wheel; two more where there is a GPU: test-gpu, bench-gpu;
-# bench-docs for whoever measured anew.
+# sanitize for whoever changed C++, bench-docs for whoever measured anew.
 # Each creates .venv and builds what is missing first.
 
 PYTHON ?= python3
@@ -13,7 +13,7 @@ NATIVE := $(shell find csrc cmake -type f) CMakeLists.txt setup.py pyproject.tom
 # One OpenMP thread per test process: several processes share the cores. Tests that need more ask for them.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 
-.PHONY: help demo test bench bench-docs lint wheel test-gpu bench-gpu build clean
+.PHONY: help demo test bench bench-docs lint sanitize wheel test-gpu bench-gpu build clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+(-docs)?:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,7 +39,11 @@ lint: build  ## check style, types and formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run -Werror $$(find csrc tests/ptxsim tests/simulated -regex '.*\.\(h\|cpp\|cu\|cuh\)')
+	$(BIN)/clang-format --dry-run -Werror \
+	  $$(find csrc tests/ptxsim tests/sanitized tests/simulated -regex '.*\.\(h\|cpp\|cu\|cuh\)')
+
+sanitize: build  ## run the tests of the CPU's kernels under sanitizers of memory, arithmetic and threads (3 minutes)
+	cd tests && $(abspath $(BIN))/python -m sanitized --jobs $(JOBS)
 
 wheel: build  ## build the wheel into dist/
 	rm -rf dist build/lib* build/bdist.*

@@ -2,7 +2,8 @@
 
 They were set before the work, from prototypes, for CLIP ViT-B/16 with 0.1% of its parameters
 selected. ``foundation`` are those of selection, optimizer step, streamed gradients and deltas;
-``sampled`` those of sampled gradients and of the text tower without padding.
+``sampled`` those of sampled gradients and of the text tower without padding; ``reliability`` those
+of the delta's format.
 """
 
 from __future__ import annotations
@@ -78,7 +79,13 @@ def _sampled() -> Iterable[Bar]:
         yield Bar(f"prompt-step/{mask}", "prompt_step", 4, True, "sampled")
 
 
-BARS = {bar.name: bar for bar in (*_foundation(), *_sampled())}
+def _reliability() -> Iterable[Bar]:
+    yield Bar("delta/entry/float32", "delta", 6.1, origin="reliability")
+    yield Bar("delta/entry/bfloat16", "delta", 4.1, origin="reliability")
+    yield Bar("delta/decoding", "delta", 200, True, "reliability")
+
+
+BARS = {bar.name: bar for bar in (*_foundation(), *_sampled(), *_reliability())}
 
 #: The bars that say most, in the order of the README: one of each kind, the least kind mask.
 HEADLINES = (

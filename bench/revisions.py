@@ -343,6 +343,7 @@ def worker(label: str, root: Path, folder: Path, options: Mapping[str, Any]) -> 
         "TMPDIR": str(folder),  # what it leaves there when it is killed goes, too
     }
     environment.pop("PYTHONSAFEPATH", None)  # the benchmarks are found in the folder it runs in
+    environment.pop("SAFT_LIBRARY", None)  # every revision has a library of its own
     command = [sys.executable, "-m", "bench.revision_worker", str(root), json.dumps(options)]
     return Worker(label, command, folder, environment)
 

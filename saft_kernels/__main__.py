@@ -39,8 +39,10 @@ def build() -> dict[str, str]:
     if error is not None:
         return {"compiled library": error}
     info = backends.build_info()
+    sanitizers = info.get("sanitizers")  # a library that SAFT_LIBRARY names may be an older one
     return {
         "compiled library": str(backends.LIBRARY),
+        **({"SANITIZERS": f"{sanitizers}: slow, for tests only"} if sanitizers else {}),
         "compiler": info["compiler"],
         "torch stable ABI": f"{info['abi_target']} and later",
         "CUDA kernels": info["cuda"],
@@ -74,7 +76,7 @@ def gpus() -> dict[str, str]:
 
 def environment() -> dict[str, str]:
     """The variables that steer the choice, as they are set."""
-    names = ("SAFT_BACKEND", "SAFT_CPU_ISA", "TRITON_INTERPRET")
+    names = ("SAFT_BACKEND", "SAFT_CPU_ISA", "SAFT_LIBRARY", "TRITON_INTERPRET")
     return {name: os.environ.get(name) or "not set" for name in names}
 
 

@@ -25,6 +25,9 @@ use one. The first operation on its tensors asks what it can run.
 Triton's interpreter (``TRITON_INTERPRET=1``) runs ``triton`` on CPU tensors, for debugging.
 ``SAFT_CPU_ISA`` (or :func:`use_cpu_isa`) forces a lower CPU instruction set: ``baseline``, ``avx2``
 or ``avx512``.
+
+``SAFT_LIBRARY`` names another build of the compiled library, for tests: one with sanitizers (``make
+sanitize``). If that cannot be loaded, none is.
 """
 
 from __future__ import annotations
@@ -46,7 +49,7 @@ from saft_kernels.errors import BackendUnavailableError
 BACKENDS = ("cpu", "cuda", "triton", "reference")
 #: Those whose index vectors are checked by :mod:`saft_kernels.index_values`.
 GPU = ("cuda", "triton")
-LIBRARY = Path(__file__).with_name("libsaft_kernels.so")
+LIBRARY = Path(os.environ.get("SAFT_LIBRARY") or Path(__file__).with_name("libsaft_kernels.so"))
 
 _requested: str | None = None
 #: Whether ``SAFT_BACKEND`` asked for it, and so for a whole program.
@@ -67,10 +70,12 @@ class BackendStatus:
 def _load_library() -> None:
     global _load_error
     if not LIBRARY.is_file():
-        _load_error = (
-            f"the compiled library {LIBRARY} does not exist; build it with `make build` in a "
-            "checkout, or reinstall the saft-kernels wheel"
+        remedy = (
+            "unset SAFT_LIBRARY, which names it, to use that of saft-kernels"
+            if os.environ.get("SAFT_LIBRARY")
+            else "build it with `make build` in a checkout, or reinstall the saft-kernels wheel"
         )
+        _load_error = f"the compiled library {LIBRARY} does not exist; {remedy}"
         return
     try:
         torch.ops.load_library(str(LIBRARY))

@@ -40,6 +40,10 @@ class DeltaFormatError(SaftError, ValueError):
     """A delta or mask file is broken, cut short, hostile, or of an unknown version."""
 
 
+class WeightsFileError(SaftError, ValueError):
+    """A file of weights cannot be read: broken, cut short, or with more than tensors in it."""
+
+
 class OptimizerStateError(SaftError, ValueError):
     """An optimizer state does not belong to this model and mask."""
 

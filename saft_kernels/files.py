@@ -80,6 +80,21 @@ def remove_leftovers(folder: str | os.PathLike[str], names: Iterable[str]) -> No
             shutil.rmtree(hidden, ignore_errors=True)
 
 
+def require_writable(path: str | os.PathLike[str]) -> None:
+    """Find out before long work, not after it, that a file cannot be written.
+
+    Raises:
+        FileWriteError: if it is a folder, or its folder is missing or cannot be written to.
+    """
+    file = Path(path)
+    if file.is_dir():
+        raise FileWriteError(f"{file} cannot be written: it is a folder; name a file in it")
+    if not file.parent.is_dir():
+        raise FileWriteError(f"{file} cannot be written: there is no folder {file.parent}")
+    if not os.access(file.parent, os.W_OK):
+        raise FileWriteError(f"{file} cannot be written: the folder {file.parent} is read-only")
+
+
 def make_folder(path: str | os.PathLike[str]) -> None:
     """Make a folder and its parents, unless it exists, and find out whether it can be written to.
 

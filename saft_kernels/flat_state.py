@@ -10,6 +10,7 @@ from torch import Tensor
 
 from saft_kernels import ops
 from saft_kernels.errors import OptimizerError, OptimizerStateError
+from saft_kernels.untrusted import shown
 
 #: The dtypes of weights that can be trained.
 TRAINABLE = (torch.float32, torch.bfloat16, torch.float16)
@@ -100,7 +101,7 @@ class FlatState:
             raise OptimizerStateError(f"{where}it has none; was it saved with another mask?")
         if saved.keys() != own.keys():
             raise OptimizerStateError(
-                f"{where}it holds {', '.join(sorted(map(str, saved)))} instead of "
+                f"{where}it holds {shown(', '.join(sorted(map(str, saved))))} instead of "
                 f"{', '.join(sorted(own))}; weights in {self.dtype} need exactly these"
             )
         for key, tensor in own.items():

@@ -24,19 +24,19 @@ from torch import Tensor, nn
 from saft_kernels.errors import DeltaFormatError, MaskError
 from saft_kernels.files import atomic_write, sort_metadata
 from saft_kernels.layout import MAX_ELEMENTS, index_dtype
+from saft_kernels.untrusted import MAX_NAME, is_name, open_safetensors, parse_json, quoted, shown
 
 FORMAT = "saft-mask"
 VERSION = "1"
 
-# Bounds on what a file may hold, far above any model's.
+# A bound on what a file may hold, far above any model's.
 _MAX_DIMENSIONS = 64
-_MAX_NAME = 1000
 _INDEX_DTYPES = {"I32": torch.int32, "I64": torch.int64}
 
 
 def near_matches(name: str, known: Iterable[str]) -> str:
     """The hint "; did you mean ...?" with known names that resemble ``name``; empty without any."""
-    if len(name) > _MAX_NAME:
+    if len(name) > MAX_NAME:
         return ""
     close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.6)
     return f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
@@ -224,16 +224,16 @@ class CooMask:
                 written by a newer release.
         """
         where = f"mask file {os.fspath(path)}"
-        if os.path.isdir(path):
-            raise DeltaFormatError(f"{where} cannot be read: it is a folder; name the file in it")
         try:
-            with safetensors.safe_open(os.fspath(path), framework="pt") as file:
+            with open_safetensors(path) as file:
                 metadata = _read_metadata(file.metadata())
                 mask = cls(_read_indices(file), _read_shapes(metadata["shapes"]))
         except MaskError as error:
             raise DeltaFormatError(f"{where} is broken: {error}") from error
         except safetensors.SafetensorError as error:
-            raise DeltaFormatError(f"{where} is not a valid safetensors file: {error}") from error
+            raise DeltaFormatError(
+                f"{where} is not a valid safetensors file: {shown(error)}"
+            ) from error
         except OSError as error:
             raise DeltaFormatError(f"{where} cannot be read: {error.strerror or error}") from error
         if mask.fingerprint != metadata["fingerprint"]:
@@ -295,13 +295,13 @@ def _read_metadata(metadata: dict[str, str] | None) -> dict[str, str]:
     found = metadata or {}
     if found.get("format") != FORMAT:
         raise MaskError(
-            f"its format is {found.get('format')!r}, not {FORMAT!r}; give a file that a mask was "
-            "saved to"
+            f"its format is {quoted(found.get('format'))}, not {FORMAT!r}; give a file that a mask "
+            "was saved to"
         )
     if found.get("version") != VERSION:
         raise MaskError(
-            f"its version is {found.get('version')!r}, this release reads {VERSION!r}; update "
-            "saft-kernels"
+            f"its version is {quoted(found.get('version'))}, this release reads {VERSION!r}; "
+            "update saft-kernels"
         )
     for key in ("shapes", "fingerprint"):
         if key not in found:
@@ -311,8 +311,8 @@ def _read_metadata(metadata: dict[str, str] | None) -> dict[str, str]:
 
 def _read_shapes(text: str) -> dict[str, tuple[int, ...]]:
     try:
-        shapes = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        shapes = parse_json(text)
+    except ValueError as error:
         raise MaskError("its shapes are not valid JSON") from error
     if not isinstance(shapes, dict):
         raise MaskError("its shapes are not a JSON object")
@@ -320,8 +320,8 @@ def _read_shapes(text: str) -> dict[str, tuple[int, ...]]:
 
 
 def _read_name(name: str) -> str:
-    if len(name) > _MAX_NAME:
-        raise MaskError(f"a parameter's name has more than {_MAX_NAME:,} characters")
+    if not is_name(name):
+        raise MaskError(f"a parameter's name has more than {MAX_NAME:,} characters")
     return name
 
 

@@ -6,6 +6,7 @@ import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
+from itertools import zip_longest
 from numbers import Real
 from typing import Any
 
@@ -20,6 +21,7 @@ from saft_kernels.errors import NonFiniteGradientError, OptimizerError, Optimize
 from saft_kernels.flat_state import TRAINABLE, FlatState
 from saft_kernels.gradients import gradient_source
 from saft_kernels.mask import CooMask
+from saft_kernels.untrusted import shown
 
 #: What optimizers have frozen, and which one (a weak reference) each.
 _frozen_by: Any = WeakTensorKeyDictionary()
@@ -309,12 +311,11 @@ class SparseAdamW(Optimizer):
             OptimizerStateError: if the state belongs to another mask or model, or was damaged,
                 naming the parameter.
         """
-        state_dict = state_dict.copy()
+        state_dict = dict(state_dict) if isinstance(state_dict, Mapping) else {}
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = pre_hook(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
-        if not {"param_groups", "state"} <= state_dict.keys():
-            raise OptimizerStateError("this is no optimizer state: it lacks param_groups or state")
+        _check_form(state_dict)
         groups = deepcopy(state_dict["param_groups"])
         self._check_groups(groups)
         saved = self._saved_states(groups, state_dict["state"])
@@ -338,18 +339,19 @@ class SparseAdamW(Optimizer):
         own, saved = ([len(g["params"]) for g in some] for some in (self.param_groups, groups))
         if own != saved:
             raise OptimizerStateError(
-                f"the saved optimizer state has groups of {saved} parameters, this optimizer has "
-                f"{own}; it was saved with another mask, model or param_groups"
+                f"the saved optimizer state has groups of {shown(saved)} parameters, this "
+                f"optimizer has {own}; it was saved with another mask, model or param_groups"
             )
         for mine, theirs in zip(self.param_groups, groups, strict=True):
             # States of other releases and of wrapped models may lack the names.
             names = theirs.get("param_names", mine["param_names"])
-            for name, other in zip(mine["param_names"], names, strict=True):
+            for name, other in zip_longest(mine["param_names"], names):
                 if name != other:
                     raise OptimizerStateError(
-                        f"the saved optimizer state holds {other!r} where this optimizer has "
-                        f"{name!r}; it was saved with another model"
+                        f"the saved optimizer state holds {shown(repr(other))} where this "
+                        f"optimizer has {name!r}; it was saved with another model"
                     )
+            _check_saved_options({**self.defaults, **theirs})
 
     def _saved_states(
         self, groups: Sequence[Mapping[str, Any]], saved: Mapping[Any, Any]
@@ -383,6 +385,35 @@ class SparseAdamW(Optimizer):
         self._bind_views()
         self._source = gradient_source(self._mode)
         self._source.attach(self._all_states(), self._model)
+
+
+def _check_form(saved: Mapping[str, Any]) -> None:
+    """Make sure that this has the form of an optimizer state, whatever is in it."""
+    groups = saved.get("param_groups")
+    if not isinstance(groups, list | tuple) or not isinstance(saved.get("state"), Mapping):
+        raise OptimizerStateError("this is no optimizer state: it lacks param_groups or state")
+    if not all(map(_is_group, groups)):
+        raise OptimizerStateError("this is no optimizer state: a group of it is malformed")
+
+
+def _is_group(group: Any) -> bool:
+    if not isinstance(group, Mapping):
+        return False
+    keys, names = group.get("params"), group.get("param_names", [])
+    if not isinstance(keys, list | tuple) or not isinstance(names, list | tuple):
+        return False
+    return all(isinstance(key, int | str) for key in keys)
+
+
+def _check_saved_options(group: Mapping[str, Any]) -> None:
+    try:
+        _check_options(group)
+        numbers = [*group["betas"], group["eps"], group["weight_decay"]]
+        sound = all(isinstance(number, Real) for number in numbers)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise OptimizerStateError(f"the saved options are impossible: {shown(error)}") from error
+    if not sound or not isinstance(group["maximize"], bool):
+        raise OptimizerStateError("the saved options are impossible: one is of another type")
 
 
 def _options(group: Mapping[str, Any], device: torch.device) -> dict[str, Any]:

@@ -109,11 +109,12 @@ def test_equals_specification(device, dtype, square, k):
     check_against_specification(accs, grads, k, square=square)
 
 
+@pytest.mark.parametrize("dtype", GRAD_DTYPES)
 @pytest.mark.parametrize("device", CPU, indirect=True)
-def test_same_result_for_any_number_of_threads(device, threads):
+def test_same_result_for_any_number_of_threads(device, threads, dtype):
     torch.manual_seed(0)
     accs = [torch.randn(300_001, device=device)]
-    check_against_specification(accs, [torch.randn_like(accs[0])], k=1_000, room=500)
+    check_against_specification(accs, [torch.randn_like(accs[0]).to(dtype)], k=1_000, room=500)
 
 
 DISTRIBUTIONS = {

@@ -218,6 +218,35 @@ def test_given_mask_of_another_model(fails, quick, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_what_a_delta_says_of_itself_cannot_steer_the_terminal(tmp_path, checkpoint, capsys):
+    file = save_delta(tmp_path / "delta.safetensors", checkpoint)
+    delta = SparseDelta.load(file)
+    delta.created_by = "\x1b[2J" + "x" * 5000
+    delta.metadata = {"file": "\x1b]0;gotcha\a", "a\x1bb": "\ud800"}
+    delta.metadata |= {str(i): "" for i in range(3000)}
+    delta.save(file)
+    capsys.readouterr()
+    assert main(["delta", "info", str(file)]) == 0
+    shown = capsys.readouterr().out
+    assert all(character.isprintable() or character == "\n" for character in shown)
+    assert f"{file.stat().st_size:,} bytes" in shown
+    assert "and 2,902 more" in shown
+    assert len(shown) < 30_000
+
+
+@pytest.mark.parametrize("key", ["model", "pretrained"])
+@pytest.mark.parametrize("value", ["x" * 5000, "a\0b", "../" * 2000, "\x1b[2J"])
+def test_a_delta_of_a_model_that_cannot_be(fails, pets, tmp_path, checkpoint, key, value):
+    file = save_delta(tmp_path / "delta.safetensors", checkpoint)
+    delta = SparseDelta.load(file)
+    delta.metadata = {"model": SMALL, "pretrained": str(checkpoint), key: value}
+    delta.save(file)
+    said = fails("evaluate", "--data", pets, "--delta", file)
+    assert "there is no model" in said or "has no pretrained tag" in said
+    assert said.isprintable()
+    assert len(said) < 1000
+
+
 # Settings
 
 

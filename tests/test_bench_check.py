@@ -57,8 +57,8 @@ def whole(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_bars_are_those_of_the_issues() -> None:
-    assert len(BARS) == 53
-    assert {bar.origin for bar in BARS.values()} == {"foundation", "sampled"}
+    assert len(BARS) == 56
+    assert {bar.origin for bar in BARS.values()} == {"foundation", "sampled", "reliability"}
     assert {bar.case for bar in BARS.values()} <= CASES.keys()
     step = BARS["step/fp32/uniform/full"]
     assert (step.limit, step.at_least, step.case) == (0.66, False, "clip_step")
@@ -101,7 +101,7 @@ def test_figures_of_other_settings_have_no_bar(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize(
     ("names", "count"),
     [
-        ([], 53),
+        ([], 56),
         (["adamw"], 7),
         (["sparse_adamw"], 7),
         (["adamw/state", "adamw"], 7),
@@ -159,8 +159,8 @@ def test_strict_check_fails_if_a_bar_is_too_close_to_call(monkeypatch: pytest.Mo
         figure = replace(reached("delta/size"), low=low, high=high)
         case = Case("delta", "a case", lambda setting, f=figure: Outcome(figures=[f]))  # type: ignore[misc]
         monkeypatch.setitem(CASES, "delta", case)
-        assert CliRunner().invoke(cli.app, ["check", "delta"]).exit_code == 0
-        assert CliRunner().invoke(cli.app, ["check", "delta", "--strict"]).exit_code == code
+        assert CliRunner().invoke(cli.app, ["check", "delta/size"]).exit_code == 0
+        assert CliRunner().invoke(cli.app, ["check", "delta/size", "--strict"]).exit_code == code
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ def test_strict_check_fails_if_a_bar_is_too_close_to_call(monkeypatch: pytest.Mo
 def test_options_without_effect_are_refused(options: list[str], named: str, tmp_path: Path) -> None:
     file = tmp_path / "result.json"
     write_result(file, whole(result_of([reached("delta/size", 1.1)])))
-    done = CliRunner().invoke(cli.app, ["check", "delta", "--result", str(file), *options])
+    done = CliRunner().invoke(cli.app, ["check", "delta/size", "--result", str(file), *options])
     assert isinstance(done.exception, ResultError)
     assert f"with --result; leave out {named}" in str(done.exception)
 
@@ -181,7 +181,7 @@ def test_malformed_result_is_one_sentence(option: str, tmp_path: Path) -> None:
     broken = whole(result_of([reached("delta/size")]))
     del broken["cases"]["all"]["figures"][0]["unit"]
     write_result(file, broken)
-    done = CliRunner().invoke(cli.app, ["check", "delta", option, str(file)])
+    done = CliRunner().invoke(cli.app, ["check", "delta/size", option, str(file)])
     assert isinstance(done.exception, ResultError)
     assert f"{file} is not what this release writes" in str(done.exception)
 
@@ -192,14 +192,14 @@ def test_command_fails_if_a_bar_is_missed(
 ) -> None:
     outcome = Outcome(figures=[reached("delta/size", factor)])
     monkeypatch.setitem(CASES, "delta", Case("delta", "a case", lambda setting: outcome))
-    done = CliRunner().invoke(cli.app, ["check", "delta"])
+    done = CliRunner().invoke(cli.app, ["check", "delta/size"])
     assert done.exit_code == code, done.output
     assert ("missed: delta/size" in done.output) == bool(code)
 
 
 def test_command_fails_if_a_bar_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(CASES, "delta", Case("delta", "a case", lambda setting: Outcome()))
-    done = CliRunner().invoke(cli.app, ["check", "delta"])
+    done = CliRunner().invoke(cli.app, ["check", "delta/size"])
     assert done.exit_code == 1
     assert "not measured: delta/size" in done.output
 
@@ -212,7 +212,7 @@ def test_command_measures_what_has_bars(monkeypatch: pytest.MonkeyPatch) -> None
         return Outcome(figures=[reached("delta/size", 1.1)])
 
     monkeypatch.setitem(CASES, "delta", Case("delta", "a case", case))
-    done = CliRunner().invoke(cli.app, ["check", "delta", "--threads", "1"])
+    done = CliRunner().invoke(cli.app, ["check", "delta/size", "--threads", "1"])
     assert done.exit_code == 0, done.output
     assert [(each.bars_only, each.threads, each.has_bars) for each in asked] == [(True, 1, True)]
 
@@ -241,7 +241,7 @@ def test_command_looks_at_files(tmp_path: Path) -> None:
         files.append(tmp_path / f"{number}.json")
         head = {"format": "saft-bench", "version": 2}
         write_result(files[-1], {**head, **result_of([reached("delta/size", factor)])})
-    arguments = ["check", "delta", "--result", str(files[0]), "--against", str(files[1])]
+    arguments = ["check", "delta/size", "--result", str(files[0]), "--against", str(files[1])]
     done = CliRunner().invoke(cli.app, arguments)
     assert done.exit_code == 0, done.output
     assert f"{files[1]} says otherwise of delta/size." in done.output

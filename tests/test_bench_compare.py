@@ -399,6 +399,13 @@ def test_a_worker_that_does_not_start_says_why(tmp_path: Path) -> None:
         worker.require_ready()
 
 
+def test_a_worker_loads_the_library_of_its_revision(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SAFT_LIBRARY", str(tmp_path / "other.so"))
+    assert "SAFT_LIBRARY" not in revisions.worker("old", tmp_path, tmp_path, {})._environment
+
+
 def contender(log: list[str]) -> Contender:
     return Contender("name", lambda: log.append("run"), lambda run: run())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import runpy
 import shutil
@@ -90,6 +91,52 @@ def test_the_environment_says_what_is_built_for_gpus(monkeypatch, environment, o
 def test_unknown_cuda_switch_is_an_error(tmp_path):
     failed = configure(tmp_path / "build", "-DSAFT_CUDA=maybe")
     assert "must be AUTO, ON or OFF" in failed.stderr
+
+
+def compilations(folder: Path, sanitizers: str) -> tuple[set[str], list[str]]:
+    """The sources of the library, and what compiles them."""
+    options = ["-DCMAKE_EXPORT_COMPILE_COMMANDS=ON", "-DSAFT_CUDA=OFF"]
+    done = configure(folder, *options, f"-DSAFT_SANITIZE={sanitizers}")
+    assert done.returncode == 0, done.stderr
+    entries = json.loads((folder / "compile_commands.json").read_text())
+    sources = {str(Path(entry["file"]).relative_to(ROOT)) for entry in entries}
+    return sources, [entry["command"] for entry in entries]
+
+
+@pytest.mark.parametrize(
+    ("sanitizers", "added"),
+    [
+        ("address;undefined", {"tests/sanitized/unchecked.cpp"}),
+        ("thread", {"tests/sanitized/unchecked.cpp", "tests/sanitized/threads.cpp"}),
+    ],
+)
+def test_sanitizers_see_every_object_of_the_library(tmp_path, sanitizers, added):
+    sources, commands = compilations(tmp_path / "checked", sanitizers)
+    flags = f"-fsanitize={sanitizers.replace(';', ',')} -fno-sanitize-recover=all"
+    assert all(flags in command for command in commands)
+    usual_sources, usual_commands = compilations(tmp_path / "usual", "")
+    assert not any("-fsanitize" in command for command in usual_commands)
+    assert sources - usual_sources == added
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ["-DSAFT_SANITIZE=memory", "-DSAFT_CUDA=OFF"],
+            "address;undefined or thread, not 'memory'",
+        ),
+        (["-DSAFT_SANITIZE=thread"], "for the kernels of the CPU alone. Set SAFT_CUDA=OFF"),
+    ],
+)
+def test_sanitizers_that_cannot_be_had_are_an_error(tmp_path, options, message):
+    failed = configure(tmp_path / "build", *options)
+    assert failed.returncode != 0
+    assert message in " ".join(failed.stderr.split())
+
+
+def test_the_usual_library_has_no_sanitizers():
+    assert backends.build_info()["sanitizers"] == ""
 
 
 def test_wrong_torch_folder_is_an_error(tmp_path):

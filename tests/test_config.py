@@ -64,12 +64,29 @@ def test_yaml_takes_a_number_without_a_point(tmp_path):
         ("train_data: x\nepoch: 1\n", "did you mean epochs?"),
         ("- x\n", "is not a list of settings"),
         ("train_data: [", "is not valid YAML"),
+        ("train_data: x\nlr: -1\n", r"config.yaml is wrong: --lr must be above 0"),
+        (f"train_data: [{'[x], ' * 5000}]", "cannot be .*…: it must be text"),
+        (f"train_data: x\n{'y' * 900}: 1\n", "unknown setting 'y+…"),
+        # What PyYAML's own functions stumble over.
+        *(
+            (f"train_data: {value}", "is not valid YAML")
+            for value in ("2001-99-99", "!!int x", "!!bool x", "!!timestamp x", "9" * 5000, "!!x y")
+        ),
+        # What would take a minute, or all memory.
+        ("train_data: " + "[" * 5000, "is not valid YAML"),
+        ("train_data: " + "- " * 5000, "is not valid YAML"),
+        ("\n".join(f"a{i}: &a{i} [{f'*a{i - 1}, ' * 9}]" for i in range(1, 30)), "not valid YAML"),
+        ("train_data: &x y\nmodel: *x", "is not valid YAML"),
+        ("train_data: " + "x" * (1 << 16), "is larger than any configuration"),
     ],
 )
 def test_bad_yaml_is_one_sentence(tmp_path, text, message):
     (tmp_path / "config.yaml").write_text(text)
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=message) as caught:
         FinetuneConfig.load(tmp_path / "config.yaml")
+    assert str(tmp_path / "config.yaml") in str(caught.value)
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 1000
 
 
 def test_missing_yaml(tmp_path):

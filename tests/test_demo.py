@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from dataclasses import asdict, replace
 from io import StringIO
@@ -185,6 +186,34 @@ def test_page_is_built_again_from_the_folder(demo):
     before = (folder / "report.html").read_text()
     (folder / "report.html").unlink()
     assert write_report(folder).read_text() == before
+
+
+BAD_SUMMARIES = {
+    "no plan": lambda summary: summary.pop("plan"),
+    "finals are texts": lambda summary: summary.update(finals=["x"]),
+    "no finals": lambda summary: summary.update(finals=[]),
+    "a number without end": lambda summary: summary.update(seconds=float("inf")),
+    "more than all": lambda summary: summary["finals"][0]["accuracy"].update(mnist=2.0),
+    "a domain is unknown": lambda summary: summary["images"].pop("uci"),
+    "no domain is shifted": lambda summary: summary["roles"].update(shifted=[]),
+    "an outcome lacks a domain": lambda summary: summary["finals"][0]["accuracy"].pop("uci"),
+    # Of which the page would show the picture.
+    "a domain elsewhere": lambda summary: summary["domains"].update({"../secret": "x"}),
+}
+
+
+@pytest.mark.parametrize("case", BAD_SUMMARIES)
+def test_page_of_a_summary_that_no_release_writes(demo, tmp_path, case):
+    folder, summary = demo
+    shutil.copytree(folder / "samples", tmp_path / "samples")
+    (tmp_path / "secret.png").write_bytes(b"not for the page")
+    changed = json.loads(json.dumps(summary))
+    BAD_SUMMARIES[case](changed)
+    (tmp_path / "demo.json").write_text(json.dumps(changed))
+    with pytest.raises(CheckpointError, match=f"{tmp_path / 'demo.json'} is not what") as caught:
+        write_report(tmp_path)
+    assert str(caught.value).isprintable()
+    assert not (tmp_path / "report.html").exists()
 
 
 def test_page_of_a_broken_folder(demo, tmp_path):

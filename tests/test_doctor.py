@@ -64,6 +64,39 @@ def test_the_report_comes_also_where_the_environment_asks_for_too_much(wrong):
     assert "Traceback" not in failed.stderr
 
 
+@pytest.mark.parametrize("content", [None, b"no library"])
+def test_a_library_that_cannot_be_loaded_is_not_replaced_by_the_usual_one(tmp_path, content):
+    library = tmp_path / "other.so"
+    if content is not None:
+        library.write_bytes(content)
+    said = (
+        f"the compiled library {library} {'could not be loaded' if content else 'does not exist'}"
+    )
+    failed = run("-c", USE, SAFT_LIBRARY=str(library))
+    assert f"BackendUnavailableError: there are no kernels for tensors on cpu (cpu: {said}" in (
+        failed.stderr
+    )
+    report = run("-m", "saft_kernels", SAFT_LIBRARY=str(library))
+    assert report.returncode == 1
+    assert f"SAFT_LIBRARY{'':16}{library}" in report.stdout
+    assert ("unset SAFT_LIBRARY" in report.stdout) == (content is None)
+
+
+def test_another_library_is_named(tmp_path):
+    library = tmp_path / "other.so"
+    library.symlink_to(backends.LIBRARY)
+    report = run("-m", "saft_kernels", SAFT_LIBRARY=str(library))
+    assert report.returncode == 0
+    assert f"compiled library{'':12}{library}" in report.stdout
+
+
+def test_sanitizers_are_said_loudly(monkeypatch):
+    assert "SANITIZERS" not in sections()["Build"]
+    info = {**backends.build_info(), "sanitizers": "address,undefined"}
+    monkeypatch.setattr(backends, "build_info", lambda: info)
+    assert sections()["Build"]["SANITIZERS"] == "address,undefined: slow, for tests only"
+
+
 def test_environment_chooses_the_backend():
     program = "from saft_kernels import backends; print(backends.requested_backend())"
     assert run("-c", program, SAFT_BACKEND="reference").stdout.strip() == "reference"

@@ -271,6 +271,9 @@ INT32 = np.int32
 BROKEN: list[tuple[str, Change]] = [
     ("format is None", lambda a, m: m.clear()),
     ("format is 'saft-delta'", lambda a, m: m.update(format="saft-delta")),
+    ("format is 'x{100}', not", lambda a, m: m.update(format="x" * 5000)),
+    ("version is 'x{100}', this", lambda a, m: m.update(version="x" * 5000)),
+    ("not valid JSON", lambda a, m: m.update(shapes=f"[{'[],' * 2000}[]]")),
     ("version is '2'.*update", lambda a, m: m.update(version="2")),
     ("lack 'shapes'", lambda a, m: m.pop("shapes")),
     ("lack 'fingerprint'", lambda a, m: m.pop("fingerprint")),

@@ -1,7 +1,9 @@
 """Loading models: names, tags, checkpoint files, and what is wrong with them."""
 
+import copy
 import pickle
 from pathlib import Path
+from zipfile import ZIP_DEFLATED, ZipFile
 
 import open_clip
 import pytest
@@ -181,6 +183,62 @@ def test_hostile_pickle_is_not_executed(tmp_path):
         with pytest.raises(CheckpointError, match="holds more than tensors"):
             load_model(SMALL, str(tmp_path / name))
     assert not target.exists()
+
+
+def test_a_pickle_is_read_as_tensors_only_whatever_torch_takes_exception_to(tmp_path, monkeypatch):
+    """open_clip reads a file once more, its way, if torch raises a TypeError."""
+    asked = []
+
+    def load(file, **options):
+        asked.append(options.get("weights_only"))
+        raise TypeError("made to fail")
+
+    monkeypatch.setattr(torch, "load", load)
+    torch.save({"a": torch.ones(1)}, tmp_path / "a.pt")
+    with pytest.raises(CheckpointError, match="made to fail"):
+        load_model(SMALL, str(tmp_path / "a.pt"))
+    assert asked == [True]
+
+
+def test_one_number_that_stands_for_many_is_refused(tmp_path):
+    """A file of 1 kB, of which open_clip would make an embedding of a million positions."""
+    torch.save(
+        {"visual.positional_embedding": torch.ones(1).expand(1 << 20, 16)}, tmp_path / "a.pt"
+    )
+    with pytest.raises(CheckpointError, match="claims more numbers than the file holds"):
+        load_model(SMALL, str(tmp_path / "a.pt"))
+
+
+@pytest.mark.parametrize("suffix", ["pt", "npz"])
+def test_parts_that_unpack_to_any_size_are_refused(tmp_path, suffix):
+    file = tmp_path / f"bomb.{suffix}"
+    torch.save({"a": torch.zeros(1 << 20)}, tmp_path / "plain.pt")
+    with ZipFile(tmp_path / "plain.pt") as plain, ZipFile(file, "w", ZIP_DEFLATED) as packed:
+        for name in plain.namelist():
+            packed.writestr(name, plain.read(name))
+    assert file.stat().st_size < 20_000
+    with pytest.raises(CheckpointError, match="a part of it is compressed"):
+        load_model(SMALL, str(file))
+
+
+def test_parts_that_overlap_are_refused(tmp_path):
+    file = tmp_path / "a.zip"
+    with ZipFile(file, "w") as archive:
+        archive.writestr("a/data.pkl", bytes(100_000))
+        for i in range(9):
+            entry = copy.copy(archive.getinfo("a/data.pkl"))
+            entry.filename = f"a/{i}"
+            archive.filelist.append(entry)
+    with pytest.raises(CheckpointError, match="its parts overlap"):
+        load_model(SMALL, str(file))
+
+
+def test_what_a_file_says_of_itself_cannot_steer_a_terminal(tmp_path):
+    torch.save({"\x1b[2J" + "x" * 5000: torch.ones(1)}, tmp_path / "a.pt")
+    with pytest.raises(ModelError, match="does not fit") as caught:
+        load_model(SMALL, str(tmp_path / "a.pt"))
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 1000
 
 
 @pytest.mark.parametrize("content", [[1, 2], {}, {"a": 3}, torch.ones(2)])

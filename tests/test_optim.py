@@ -965,6 +965,41 @@ def test_something_else_than_a_state_is_refused() -> None:
         make_optimizer(model, "dense").load_state_dict(model.state_dict())
 
 
+BAD_GROUPS: dict[str, tuple[Any, str]] = {
+    "no state": (None, "no optimizer state"),
+    "groups are no list": ({"param_groups": {}, "state": {}}, "no optimizer state"),
+    "states are no dict": ({"param_groups": [], "state": []}, "no optimizer state"),
+    "a group is no dict": ({"param_groups": [3], "state": {}}, "a group of it is malformed"),
+    "no params": ({"param_groups": [{}], "state": {}}, "a group of it is malformed"),
+    "a key is a list": ({"param_groups": [{"params": [[]]}], "state": {}}, "is malformed"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_GROUPS)
+def test_what_has_not_the_form_of_a_state_is_refused(case: str) -> None:
+    state, message = BAD_GROUPS[case]
+    with pytest.raises(OptimizerStateError, match=message):
+        make_optimizer(small_model(), "dense").load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        *({"lr": None}, {"lr": -1.0}, {"lr": "x"}, {"betas": None}, {"betas": (1,)}, {"eps": "x"}),
+        *({"betas": (0.9, 2.0)}, {"betas": (torch.ones(2), 0.9)}, {"eps": torch.tensor(1e-8)}),
+        *({"weight_decay": []}, {"maximize": "x"}, {"param_names": ["x"]}, {"param_names": []}),
+    ],
+)
+def test_saved_options_that_are_impossible_are_refused_whole(option: dict[str, Any]) -> None:
+    optimizer = make_optimizer(small_model(), "dense")
+    saved = copy.deepcopy(optimizer.state_dict())
+    before = copy.deepcopy(saved["param_groups"])
+    saved["param_groups"][0].update(option)
+    with pytest.raises(OptimizerStateError, match=r"saved options|holds '?(x|None)'? where"):
+        optimizer.load_state_dict(saved)
+    assert optimizer.state_dict()["param_groups"] == before
+
+
 def test_a_state_with_other_groups_is_refused() -> None:
     model = small_model()
     saved = make_optimizer(small_model(), "dense").state_dict()

@@ -19,6 +19,7 @@ from saft_clip.errors import CheckpointError
 from saft_clip.metrics import MetricsLog, read_metrics
 from saft_clip.report import accuracy_rows, file_size, write_report
 from saft_clip.results import KINDS, count_blocks, locate
+from saft_clip.run_folder import RunFolder
 from saft_clip.train import finetune
 from saft_kernels.mask import CooMask
 
@@ -222,6 +223,68 @@ def test_results_of_another_kind(folder):
     (folder / "results.json").write_text('{"evaluations": []}')
     with pytest.raises(CheckpointError, match="is not what this release writes"):
         write_report(folder)
+
+
+BAD_RESULTS = {
+    "a list": lambda results: [results],
+    "no model": lambda results: results.pop("model"),
+    "a count is a text": lambda results: results.update(trained="x"),
+    "a count is negative": lambda results: results.update(artefact_bytes=-1),
+    "no parameters at all": lambda results: results.update(parameters=0),
+    "a number without end": lambda results: results["seconds"].update(training=float("inf")),
+    "no number": lambda results: results["evaluations"][0].update(top1=float("nan")),
+    "more than all": lambda results: results["evaluations"][0].update(top1=1e9),
+    "another moment": lambda results: results["evaluations"][0].update(when="\x1b[2J"),
+    "only before": lambda results: results["evaluations"].pop(),
+    "a long text": lambda results: results.update(model="x" * 20_000),
+    "a path": lambda results: results.update(artefact="../../x"),
+    "another kind": lambda results: results["blocks"][0].update(kind="odd"),
+    "blocks are a dict": lambda results: results.update(blocks={}),
+    "many blocks": lambda results: results.update(blocks=results["blocks"] * 10_000),
+    "environment is a list": lambda results: results.update(environment=[1]),
+}
+
+
+@pytest.mark.parametrize("case", BAD_RESULTS)
+def test_results_that_no_release_writes(folder, case):
+    page = (folder / "report.html").read_bytes()
+    change_results(folder, BAD_RESULTS[case])
+    if case == "a list":
+        (folder / "results.json").write_text("[]")
+    with pytest.raises(CheckpointError, match=rf"{folder / 'results.json'} is") as caught:
+        write_report(folder)
+    assert str(caught.value).isprintable()
+    assert (folder / "report.html").read_bytes() == page
+    with pytest.raises(CheckpointError, match=r"results\.json is"):
+        finetune(
+            FinetuneConfig.load(folder / "config.yaml").changed(output=str(folder), resume=True)
+        )
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("3", "{}", '{"kind": "odd", "step": 1}', '{"kind": "train", "step": -1}'),
+        *('{"kind": "train", "step": 1, "loss": "x"}', '{"kind": "train", "step": 1, "loss": NaN}'),
+        *('{"kind": "validation", "step": 1, "top1": 2}', '{"kind": "train", "step": 1}'),
+        *("[" * 100_000, '{"kind": ["train"], "step": 1}'),
+    ],
+)
+def test_lines_that_no_release_writes(folder, line):
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write(line + "\n")
+    with pytest.raises(CheckpointError, match=r"metrics\.jsonl is"):
+        write_report(folder)
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", '{"the training data": 3}', '{"x": {"y": []}}', "[" * 9999]
+)
+def test_inputs_that_no_release_writes(folder, content):
+    (folder / "inputs.json").write_text(content)
+    config = FinetuneConfig.load(folder / "config.yaml").changed(resume=True)
+    with pytest.raises(CheckpointError, match=rf"{folder / 'inputs.json'} is"):
+        RunFolder(folder).start(config, {})
 
 
 @pytest.mark.parametrize(

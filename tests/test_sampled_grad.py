@@ -176,19 +176,13 @@ def test_same_bits_on_every_instruction_set(dtype):
     assert all(torch.equal(outcomes[0], outcome) for outcome in outcomes[1:])
 
 
-@pytest.mark.parametrize("name", CPU)
-def test_same_bits_for_any_number_of_threads(name):
-    with implementation(name) as device:
-        same_bits_for_any_number_of_threads(device)
-
-
-def same_bits_for_any_number_of_threads(device: torch.device) -> None:
-    p = problem(device, torch.float32, 500, width=300, height=400, every=7)
-    outcomes = []
-    for count in (1, 2, 7):
-        with number_of_threads(count):
-            outcomes.append(p.run())
-    assert all(torch.equal(outcomes[0], outcome) for outcome in outcomes[1:])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("device", CPU, indirect=True)
+def test_same_bits_for_any_number_of_threads(device, threads, dtype):
+    p = problem(device, dtype, 500, width=300, height=400, every=7)
+    found = p.run()
+    with number_of_threads(1):
+        assert torch.equal(p.run(), found)
 
 
 @pytest.mark.parametrize(
@@ -380,8 +374,9 @@ def test_tokens_without_entries_have_no_part(device):
     assert torch.equal(run_lookup(p), expected)
 
 
-def test_embedding_same_bits_for_any_number_of_threads(threads):
-    p = lookup(torch.device("cpu"), torch.float32, 5000)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_embedding_same_bits_for_any_number_of_threads(threads, dtype):
+    p = lookup(torch.device("cpu"), dtype, 5000)
     found = run_lookup(p)
     with number_of_threads(1):
         assert torch.equal(run_lookup(p), found)

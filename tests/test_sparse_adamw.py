@@ -155,12 +155,15 @@ def test_dense_and_compact_gradients_give_the_same_bits(device, dtype):
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("compact", [False, True])
 @pytest.mark.parametrize("device", CPU, indirect=True)
-def test_same_bits_for_any_number_of_threads(device, threads):
-    done = problem(torch.float32, device).run()
+def test_same_bits_for_any_number_of_threads(device, threads, dtype, compact):
+    done = problem(dtype, device).run(compact)
     torch.set_num_threads(1)
-    alone = problem(torch.float32, device).run()
-    assert all(torch.equal(a, b) for a, b in zip(done.params, alone.params, strict=True))
+    alone = problem(dtype, device).run(compact)
+    pairs = zip([*done.params, *done.state], [*alone.params, *alone.state], strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -311,7 +314,7 @@ def test_indices_end_to_end_are_the_same_step(device, compact):
 
 @pytest.mark.parametrize("place", [0, 2_047, 2_048, 5_000, 69_998])
 @pytest.mark.parametrize("device", CPU, indirect=True)
-def test_disorder_anywhere_is_noticed(device, threads, place):
+def test_disorder_anywhere_is_noticed_by_any_number_of_threads(device, threads, place):
     """Threads check the order piece by piece; a pair across two pieces belongs to one of them."""
     assert_disorder_is_noticed(device, place)
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from saft_kernels import CooMask, SparseDelta, ops
 from saft_kernels.delta import DeltaSwap
+from saft_kernels.delta.file import dtype_name
 
 from ..bars import held_to
 from ..harness import Contender, measure, require
@@ -47,6 +48,7 @@ def run(setting: Setting) -> Outcome:
     perturb(tuned, mask)
     with tempfile.TemporaryDirectory() as folder:
         outcome = _with_files(Path(folder), base, tuned, mask, setting)
+        outcome += _entries(Path(folder), base, mask)
     outcome += _swapping(base, tuned, mask, setting)
     outcome += _decoding(setting)
     return outcome
@@ -150,7 +152,6 @@ def _with_files(
     share = 100 * small.stat().st_size / whole.stat().st_size
     figures = [
         held_to("delta/size", Figure("delta file, in percent of the model's file", share, "%")),
-        Figure("delta file per selected entry", small.stat().st_size / mask.nnz, "bytes"),
         times_faster(
             "switching to a tuned model by a delta's file (base verified) against loading it whole",
             timings[LOAD_WHOLE],
@@ -158,6 +159,23 @@ def _with_files(
         ),
     ]
     return Outcome(list(timings.values()), figures)
+
+
+def _entries(folder: Path, base: nn.Module, mask: CooMask) -> Outcome:
+    """What an entry takes in a whole file, by the dtype of the weights."""
+    figures = []
+    for dtype in (torch.float32, torch.bfloat16):
+        name = dtype_name(dtype)
+        model = copy.deepcopy(base).to(dtype)
+        before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+        perturb(model, mask)
+        file = folder / f"{name}.safetensors"
+        SparseDelta.capture(model, mask, before).save(file)
+        figure = Figure(
+            f"delta file per selected entry, {name}", file.stat().st_size / mask.nnz, "bytes"
+        )
+        figures.append(held_to(f"delta/entry/{name}", figure))
+    return Outcome(figures=figures)
 
 
 def _swapping(base: nn.Module, tuned: nn.Module, mask: CooMask, setting: Setting) -> Outcome:
@@ -226,7 +244,7 @@ def _decoding(setting: Setting) -> Outcome:
         "million",
         note=f"{n:,} in {format_seconds(timing.median)}, {code.nbytes / n:.2f} bytes each",
     )
-    return Outcome([timing], [rate])
+    return Outcome([timing], [held_to("delta/decoding", rate)])
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

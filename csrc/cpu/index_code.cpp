@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <bit>
 #include <cstring>
 
@@ -59,7 +60,7 @@ uint64_t low_mask(const IndexCode& layout) {
 
 template <typename Index>
 void encode(const Index* indices, const IndexCode& layout, uint8_t* code) {
-  std::memset(code, 0, static_cast<size_t>(layout.bytes()));
+  std::fill_n(code, layout.bytes(), uint8_t{0});  // none of no indices, whose code lies nowhere
   Bits low(code, layout.low_bytes), high(code + layout.low_bytes, layout.high_bytes);
   for (int64_t i = 0; i < layout.n; ++i) {
     const auto index = static_cast<uint64_t>(indices[i]);

@@ -14,7 +14,7 @@ namespace {
 
 std::string build_info() {
   return std::string("version=" SAFT_VERSION "\ncompiler=" SAFT_COMPILER "\nabi_target=" SAFT_ABI_TARGET
-                     "\ncuda=" SAFT_CUDA_STATUS "\narchitecture=" SAFT_ARCHITECTURE);
+                     "\ncuda=" SAFT_CUDA_STATUS "\narchitecture=" SAFT_ARCHITECTURE "\nsanitizers=" SAFT_SANITIZERS);
 }
 
 // The newest CUDA that the driver supports, as 1000 * major + 10 * minor; 0 without a driver, or if nothing here needs

@@ -7,14 +7,12 @@ metadata hold the rest of the structure as JSON, and a checksum. No pickle is wr
 from __future__ import annotations
 
 import json
-import random
 import zlib
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import safetensors
 import torch
 from safetensors.torch import save_file
@@ -22,6 +20,7 @@ from torch import Tensor
 
 from saft_clip.errors import CheckpointError
 from saft_kernels.files import atomic_write, remove_leftovers, sort_metadata
+from saft_kernels.untrusted import open_safetensors, parse_json, shown
 
 FORMAT = "saft-checkpoint"
 VERSION = "1"
@@ -30,6 +29,9 @@ VERSION = "1"
 KEPT = 2
 
 _PATTERN = "step-*.safetensors"
+
+#: What a list in the structure may begin with, and of which type what follows is.
+_KINDS: dict[str, type] = {"tensor": str, "dict": list, "list": list, "tuple": list}
 
 
 def save_checkpoint(folder: Path, step: int, state: Any) -> Path:
@@ -93,43 +95,25 @@ def load_checkpoint(path: Path) -> Any:
     """
     where = f"the checkpoint {path}"
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
+        with open_safetensors(path) as file:
             metadata = file.metadata() or {}
+            if (metadata.get("format"), metadata.get("version")) != (FORMAT, VERSION):
+                raise CheckpointError(f"{where} was not written by this release")
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except safetensors.SafetensorError as error:
-        raise CheckpointError(f"{where} is broken or cut short ({error})") from error
+        raise CheckpointError(f"{where} is broken or cut short ({shown(error)})") from error
     except OSError as error:
         raise CheckpointError(f"{where} cannot be read ({error.strerror or error})") from error
-    if metadata.get("format") != FORMAT or metadata.get("version") != VERSION:
-        raise CheckpointError(f"{where} was not written by this release")
     structure = metadata.get("structure", "")
     if metadata.get("checksum") != _checksum(structure, tensors):
         raise CheckpointError(f"{where} is broken: its content does not match its checksum")
-    return _put_together(json.loads(structure), tensors)
-
-
-def random_states(device: torch.device) -> dict[str, Any]:
-    """The states of all random generators: Python's, numpy's, torch's, and the CUDA device's."""
-    state: Any = np.random.get_state(legacy=True)
-    name, keys, *rest = state
-    states = {
-        "python": random.getstate(),
-        "numpy": (name, keys.tolist(), *rest),
-        "torch": torch.get_rng_state(),
-    }
-    if device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(device)
-    return states
-
-
-def set_random_states(states: Mapping[str, Any], device: torch.device) -> None:
-    """The inverse of :func:`random_states`."""
-    random.setstate(states["python"])
-    name, keys, *rest = states["numpy"]
-    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
-    torch.set_rng_state(states["torch"])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(states["cuda"], device)
+    try:
+        state = _put_together(parse_json(structure), tensors)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{where} is broken: its structure is malformed") from error
+    if tensors:
+        raise CheckpointError(f"{where} is broken: it holds a tensor that belongs nowhere")
+    return state
 
 
 def _prune(folder: Path) -> None:
@@ -155,15 +139,37 @@ def _take_apart(value: Any, tensors: dict[str, Tensor]) -> Any:
 
 
 def _put_together(value: Any, tensors: dict[str, Tensor]) -> Any:
-    if not isinstance(value, list):
+    """The inverse of :func:`_take_apart`; the tensors that it uses are gone from ``tensors``.
+
+    Raises:
+        ValueError: if nothing that it makes was taken apart here.
+    """
+    if value is None or isinstance(value, bool | int | float | str):
         return value
-    kind, content = value
+    kind, content = _kind_and_content(value)
     if kind == "tensor":
-        return tensors[content]
+        if content not in tensors:
+            raise ValueError("a tensor is missing, or used twice")
+        return tensors.pop(content)
     if kind == "dict":
-        return {key: _put_together(one, tensors) for key, one in content}
+        return {_key(pair): _put_together(pair[1], tensors) for pair in content}
     items = [_put_together(one, tensors) for one in content]
     return tuple(items) if kind == "tuple" else items
+
+
+def _kind_and_content(value: Any) -> tuple[str, Any]:
+    if not isinstance(value, list) or len(value) != 2:
+        raise ValueError("neither a value nor a container")
+    kind, content = value
+    if not isinstance(kind, str) or kind not in _KINDS or not isinstance(content, _KINDS[kind]):
+        raise ValueError("a container of no known kind")
+    return kind, content
+
+
+def _key(pair: Any) -> Any:
+    if not isinstance(pair, list) or len(pair) != 2 or isinstance(pair[0], list | dict):
+        raise ValueError("a dict holds something else than pairs")
+    return pair[0]
 
 
 def _alone(tensor: Tensor) -> Tensor:

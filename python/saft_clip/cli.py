@@ -14,6 +14,8 @@ from typing import Annotated
 
 import typer
 
+from saft_clip import delta_cli
+
 #: What the disk and its owner may refuse at any time; any other OSError is a bug.
 _EXPECTED = frozenset(
     (
@@ -36,8 +38,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Fine-tune CLIP by updating 0.1% of its parameters, and ship the change as a small file.",
 )
-delta_app = typer.Typer(no_args_is_help=True, help="Look into delta files.")
-app.add_typer(delta_app, name="delta")
+app.add_typer(delta_cli.app, name="delta")
 
 Data = Annotated[
     list[str],
@@ -197,16 +198,6 @@ def select(
         augment=False,
     )
     select_command(config, score, output)
-
-
-@delta_app.command("info")
-def delta_info(
-    file: Annotated[Path, typer.Argument(help="Delta file (.safetensors).")],
-) -> None:
-    """Say what a delta file changes, in which model, and how large it is."""
-    from saft_clip.commands import delta_info_command
-
-    delta_info_command(file)
 
 
 @app.command()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,8 +22,7 @@ from saft_clip.prompts import class_prompts
 from saft_clip.shortages import explained_shortages
 from saft_clip.train import RunData, finetune, load_base
 from saft_kernels.delta import SparseDelta
-from saft_kernels.errors import FileWriteError
-from saft_kernels.files import atomic_write
+from saft_kernels.files import atomic_write, require_writable
 from saft_kernels.mask import CooMask
 from saft_kernels.select import select
 
@@ -54,7 +51,7 @@ def evaluate_command(
     was made with it. Whatever can be wrong with the arguments is found before the first evaluation.
     """
     if json_file is not None:
-        _check_folder(json_file)
+        require_writable(json_file)
     change = None if delta is None else SparseDelta.load(delta)
     if model is None and change is not None:
         model = change.metadata.get("model")
@@ -138,7 +135,7 @@ def _remark(evaluation: Mapping[str, Any]) -> str:
 @explained_shortages()
 def select_command(config: FinetuneConfig, score: str, file: Path) -> CooMask:
     """Select a mask on the training images, as ``saft finetune`` does, and save it."""
-    _check_folder(file)
+    require_writable(file)
     clip = load_base(config)
     dataset = RunData(config, clip).plain
     tokens = class_prompts(dataset.class_names, dataset.templates, clip.tokenizer)
@@ -158,24 +155,6 @@ def select_command(config: FinetuneConfig, score: str, file: Path) -> CooMask:
     mask.save(file)
     say(f"wrote {file}: {mask.nnz:,} of {mask.numel:,} parameters, in {len(mask)} tensors")
     return mask
-
-
-def delta_info_command(file: Path) -> None:
-    """Print what a delta file holds."""
-    delta = SparseDelta.load(file)
-    changed = [(name, indices.numel()) for name, indices, _ in delta.items()]
-    total = sum(math.prod(shape) for shape in delta.shapes.values())
-    facts = {
-        "file": f"{file.stat().st_size:,} bytes",
-        "changed": f"{delta.nnz:,} of the model's {total:,} parameters",
-        "tensors": f"{len(changed):,} of {len(delta.shapes):,}",
-        "written by": delta.created_by,
-        **delta.metadata,
-    }
-    table = Table(title=escape(str(file)), show_header=False)
-    for name, fact in facts.items():
-        table.add_row(escape(name), escape(fact))
-    output.print(table)
 
 
 def evaluation_table(specs: Sequence[str], results: Sequence[Evaluation], title: str) -> Table:
@@ -201,13 +180,3 @@ def evaluation_table(specs: Sequence[str], results: Sequence[Evaluation], title:
         table.add_section()
         table.add_row("mean", "", *(f"{100 * mean:.2f}" for mean in means))
     return table
-
-
-def _check_folder(file: Path) -> None:
-    """Find out before the work, not after it, that a result cannot be written."""
-    if file.is_dir():
-        raise FileWriteError(f"{file} cannot be written: it is a folder; name a file in it")
-    if not file.parent.is_dir():
-        raise FileWriteError(f"{file} cannot be written: there is no folder {file.parent}")
-    if not os.access(file.parent, os.W_OK):
-        raise FileWriteError(f"{file} cannot be written: the folder {file.parent} is read-only")

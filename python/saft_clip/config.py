@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 import shlex
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
@@ -21,6 +22,11 @@ import yaml
 
 from saft_clip.errors import ConfigError
 from saft_kernels.files import atomic_write
+from saft_kernels.untrusted import shown
+
+#: The most that a file of settings may take; what a run writes has some 1,000 bytes.
+_MAX_FILE = 1 << 16
+_MAX_DEPTH = 10
 
 PAPER, OURS, TORCH = "the paper's", "ours", "torch's"
 
@@ -141,6 +147,8 @@ class FinetuneConfig:
     save_frequency: int = option(1, "epochs between checkpoints", at_least=1, may_change=True)
     log_every_n_steps: int = option(1, "steps between lines of metrics.jsonl", at_least=1)
     workers: int = option(0, "processes that load images", at_least=0, may_change=True)
+    license: str | None = option(None, "licence, to keep with the delta", may_change=True)
+    notes: str | None = option(None, "notes, to keep with the delta", may_change=True)
     tensorboard: bool = option(False, "also log for TensorBoard", may_change=True)
 
     def __post_init__(self) -> None:
@@ -166,6 +174,11 @@ class FinetuneConfig:
         values = {item.name: getattr(self, item.name) for item in fields(self)}
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
+    def training(self) -> dict[str, Any]:
+        """What says how the delta came about: the settings that a resumed run must share."""
+        fixed = {item.name for item in fields(self) if not item.metadata.get("may_change")}
+        return {name: value for name, value in self.to_dict().items() if name in fixed}
+
     @classmethod
     def from_dict(cls, values: Any, source: str = "the configuration") -> FinetuneConfig:
         """The inverse of :meth:`to_dict`.
@@ -180,11 +193,14 @@ class FinetuneConfig:
             if name not in known:
                 near = difflib.get_close_matches(str(name), known, n=1)
                 hint = f"; did you mean {near[0]}?" if near else ""
-                raise ConfigError(f"{source} has an unknown setting {name!r}{hint}")
+                raise ConfigError(f"{source} has an unknown setting {shown(repr(name))}{hint}")
         if "train_data" not in values:
             raise ConfigError(f"{source} does not say what to train on (train_data)")
         hints = get_type_hints(cls)
-        return cls(**{name: _from_yaml(value, hints[name]) for name, value in values.items()})
+        try:
+            return cls(**{name: _from_yaml(value, hints[name]) for name, value in values.items()})
+        except ConfigError as error:
+            raise ConfigError(f"{source} is wrong: {error}") from error
 
     def save(self, path: str | Path) -> None:
         """Write a YAML file, atomically.
@@ -202,15 +218,14 @@ class FinetuneConfig:
         Raises:
             ConfigError: if it cannot be read, is no YAML, or a setting is unknown or wrong.
         """
+        where = f"the configuration {path}"
+        text = _read(path, where)
         try:
-            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ConfigError(
-                f"the configuration {path} cannot be read: {error.strerror}"
-            ) from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ConfigError(f"the configuration {path} is not valid YAML") from error
-        return cls.from_dict(values, f"the configuration {path}")
+            values = yaml.load(text, _PlainLoader)
+        # PyYAML lets out whatever int(), datetime() and the like raise.
+        except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
+            raise ConfigError(f"{where} is not valid YAML") from error
+        return cls.from_dict(values, where)
 
     def command(self) -> str:
         """The shell command that runs with these settings: only what differs from the defaults."""
@@ -229,6 +244,36 @@ class FinetuneConfig:
             if not item.metadata.get("may_change")
             and getattr(self, item.name) != getattr(other, item.name)
         ]
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """YAML that takes no more time and memory than its length suggests.
+
+    A few lines of aliases can stand for more than any memory holds.
+    """
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """Refuse an alias."""
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("an alias")
+        return super().compose_node(parent, index)
+
+    def fetch_flow_collection_start(self, token: Any) -> None:
+        """Refuse brackets in brackets, for each of which PyYAML goes through all others."""
+        if self.flow_level >= _MAX_DEPTH:
+            raise yaml.YAMLError("too many brackets in brackets")
+        super().fetch_flow_collection_start(token)
+
+
+def _read(path: str | Path, where: str) -> str:
+    try:
+        if os.path.getsize(path) > _MAX_FILE:
+            raise ConfigError(f"{where} is larger than any configuration")
+        return Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{where} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{where} is not valid YAML") from error
 
 
 def dashed(name: str) -> str:
@@ -256,7 +301,8 @@ def _from_yaml(value: Any, hint: Any) -> Any:
 
 def _check_type(name: str, value: Any, hint: Any) -> None:
     if not _is_a(value, hint):
-        raise ConfigError(f"--{dashed(name)} cannot be {value!r}: it must be {_describe(hint)}")
+        found = shown(repr(value))
+        raise ConfigError(f"--{dashed(name)} cannot be {found}: it must be {_describe(hint)}")
 
 
 def _is_a(value: Any, hint: Any) -> bool:
@@ -298,4 +344,5 @@ def _check_limits(name: str, value: Any, limits: dict[str, float | None]) -> Non
 
 def _check_choices(name: str, value: Any, choices: tuple[str, ...] | None) -> None:
     if choices is not None and value not in choices:
-        raise ConfigError(f"--{dashed(name)} must be {' or '.join(choices)}, not {value!r}")
+        found = shown(repr(value))
+        raise ConfigError(f"--{dashed(name)} must be {' or '.join(choices)}, not {found}")

@@ -13,8 +13,20 @@ from rich.table import Table
 
 from saft_clip import figures
 from saft_clip.errors import CheckpointError
+from saft_clip.forms import (
+    Form,
+    is_count,
+    is_name,
+    is_number,
+    is_positive,
+    is_share,
+    is_text,
+    one_of,
+    require_form,
+)
 from saft_clip.report import file_size, write_page
 from saft_clip.run_folder import read_json
+from saft_kernels.untrusted import shown
 
 #: What the demo measured, in its folder.
 SUMMARY = "demo.json"
@@ -107,6 +119,42 @@ def _sizes(summary: Mapping[str, Any]) -> str:
     return f"SAFT's delta: {file_size(delta)}; the whole model: {file_size(model)}"
 
 
+def _is_density_and_rates(value: Any) -> bool:
+    pair = isinstance(value, list) and len(value) == 2
+    return pair and is_positive(value[0]) and is_share(value[0])
+
+
+_TRIAL: Form = {
+    **{"method": one_of("saft", "full", "zero-shot"), "lr": is_number, "density": is_share}
+}
+_OUTCOME: Form = {"trial": _TRIAL, "accuracy": {str: is_share}, "trained": is_count}
+
+#: What the table and the page use of ``demo.json``.
+_FORM: Form = {
+    "plan": {
+        **{"shots": is_count, "trained": is_name, "epochs": is_count, "seeds": [is_count]},
+        "saft_lrs": [_is_density_and_rates],
+    },
+    "domains": {str: is_text},
+    "roles": {"trained": is_name, "shifted": [is_name], "new_classes": is_name},
+    **{"images": {str: is_count}, "tuning": [_OUTCOME], "finals": [_OUTCOME]},
+    "chosen": {"full": {"lr": is_number}, "saft": {"lr": is_number, "density": is_share}},
+    "artefacts": {"delta.safetensors": is_count, "model.safetensors": is_count},
+    **{"seconds": is_number, "environment": {str: is_text}},
+}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    summary: dict[str, Any] = read_json(path)
+    require_form(summary, _FORM, str(path))
+    known = summary["images"].keys() & summary["domains"].keys()
+    used = {domain for section in sections(summary) for domain in section["domains"]}
+    # A picture is looked for under the name of its domain, which is no path.
+    if not used <= known or not all(map(is_name, summary["domains"])):
+        raise CheckpointError(f"{path} is not what this release writes: a domain is unknown")
+    return summary
+
+
 # The page ---------------------------------------------------------------------------------------
 
 
@@ -117,13 +165,13 @@ def write_demo_page(folder: Path) -> Path:
         CheckpointError: if a file is missing or broken.
         FileWriteError: if the page cannot be written.
     """
-    summary = read_json(folder / SUMMARY)
+    summary = _read(folder / SUMMARY)
     page = folder / "report.html"
     try:
         content = _content(summary, lambda name: _picture(folder / "samples" / f"{name}.png"))
-    except (KeyError, TypeError, IndexError) as error:
+    except (LookupError, ZeroDivisionError) as error:  # of outcomes that do not belong together
         raise CheckpointError(
-            f"{folder / SUMMARY} is not what this release writes: {error!r}"
+            f"{folder / SUMMARY} is not what this release writes: it lacks {shown(repr(error))}"
         ) from error
     write_page(page, "demo.html.j2", content)
     return page

@@ -37,6 +37,10 @@ class DataError(SaftError, ValueError):
     """A data set is missing, empty, malformed, or too small for what was asked."""
 
 
+class HubError(SaftError, RuntimeError):
+    """The Hugging Face hub refuses, cannot be reached, or has no such file."""
+
+
 class UnreadableImageError(DataError):
     """An image file cannot be read; ``path`` names it."""
 

@@ -15,7 +15,30 @@ from pathlib import Path
 from typing import Any
 
 from saft_clip.errors import CheckpointError, ConfigError
+from saft_clip.forms import (
+    Form,
+    is_count,
+    is_flag,
+    is_number,
+    is_share,
+    is_text,
+    one_of,
+    require_form,
+)
 from saft_kernels.files import explain_refusal
+from saft_kernels.untrusted import parse_json, shown
+
+#: What a page uses of a line, by its kind.
+EVALUATION: Form = {
+    **{"when": one_of("before", "after"), "spec": is_text, "dataset": is_text, "shifted": is_flag},
+    **{"n": is_count, "top1": is_share, "top5": is_share, "mean_per_class": is_share},
+    **{"top1_stderr": is_share, "mean_per_class_stderr": is_share},
+}
+LINES: dict[str, Form] = {
+    "train": {"loss": is_number},
+    "validation": {"top1": is_share},
+    "evaluation": EVALUATION,
+}
 
 
 class MetricsLog:
@@ -110,11 +133,14 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
-        return [json.loads(line) for line in lines[:-1]]
+        parsed = [parse_json(line) for line in lines[:-1]]
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     except ValueError as error:
-        raise CheckpointError(f"{path} is broken: {error}") from error
+        raise CheckpointError(f"{path} is broken: {shown(error)}") from error
+    for number, line in enumerate(parsed, start=1):
+        require_form(line, {"kind": one_of(*LINES), "step": is_count}, f"line {number:,} of {path}")
+    return parsed
 
 
 def _open_tensorboard(folder: Path, step: int) -> Any:

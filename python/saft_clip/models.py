@@ -10,10 +10,10 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import ZIP_STORED, ZipFile
 
 import open_clip
 import torch
-from open_clip.factory import load_state_dict
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -22,6 +22,7 @@ from saft_clip.console import say
 from saft_clip.errors import CheckpointError, ModelError
 from saft_clip.tiny import TINY_NAME, TINY_WEIGHTS, register_tiny
 from saft_kernels.backends import require_environment
+from saft_kernels.untrusted import is_file, open_safetensors, shown
 
 #: Asks for random weights by name, so that nobody trains from scratch by leaving out
 #: ``pretrained``.
@@ -164,7 +165,7 @@ def _check_name(name: str) -> None:
     hint = (
         f"did you mean {' or '.join(near)}?" if near else "open_clip.list_models() lists them all"
     )
-    raise ModelError(f"there is no model {name!r} in open_clip; {hint}")
+    raise ModelError(f"there is no model {shown(repr(name))} in open_clip; {hint}")
 
 
 def _find_weights(name: str, pretrained: str | None) -> tuple[Path | None, dict[str, Any]]:
@@ -183,9 +184,10 @@ def _find_weights(name: str, pretrained: str | None) -> tuple[Path | None, dict[
     config = open_clip.get_pretrained_cfg(name, pretrained)
     if config:
         return _download(name, pretrained, config), config
-    if not Path(pretrained).is_file():
+    if not is_file(pretrained):
         raise ModelError(
-            f"{name} has no pretrained tag {pretrained!r}, and no file has that name; {known}"
+            f"{name} has no pretrained tag {shown(repr(pretrained))}, and no file has that name; "
+            f"{known}"
         )
     return Path(pretrained), {}
 
@@ -205,28 +207,67 @@ def _download(name: str, tag: str, config: dict[str, Any]) -> Path:
 
 
 def _load_weights(model: nn.Module, name: str, file: Path) -> None:
+    _check_weights(file)
     try:
         with _quiet():
             open_clip.load_checkpoint(model, str(file), weights_only=True)
     # open_clip reshapes and converts before it compares, so that foreign weights fail in many ways.
     except Exception as error:
-        _check_readable(file)
         raise ModelError(
             f"the checkpoint {file} does not fit {name} ({_first_difference(error)}); "
             "give the --model it was made for"
         ) from error
 
 
-def _check_readable(file: Path) -> None:
+def _check_weights(file: Path) -> None:
+    """Make sure that a file holds whole tensors and nothing else, before open_clip opens it.
+
+    It may only be opened after that: where torch takes exception to a file in one way, open_clip
+    tries once more without saying that a pickle may hold tensors only.
+    """
     try:
         with _quiet():
-            load_state_dict(str(file), weights_only=True)
+            if str(file).endswith(".safetensors"):
+                with open_safetensors(file):
+                    pass
+            elif file.suffix in (".npz", ".npy"):  # numpy reads no pickle unless told to
+                _require_plain_archive(file)
+            else:
+                _require_tensors(file)
+    # A hostile pickle may make anything of torch's reader fail.
     except Exception as error:
         raise CheckpointError(
             f"the checkpoint {file} cannot be read: it is broken, cut short, or holds more than "
             f"tensors ({_reason(error)}); give a whole .safetensors file, or a .pt file of "
             "tensors only"
         ) from error
+
+
+def _require_tensors(file: Path) -> None:
+    archive = file.open("rb").read(4) == b"PK\3\4"  # as torch tells them from its older format
+    if archive:
+        _require_plain_archive(file)
+    found = torch.load(file, map_location="cpu", weights_only=True, mmap=archive)
+    if isinstance(found, dict) and "state_dict" in found:
+        found = found["state_dict"]
+    if not isinstance(found, dict) or not found:
+        raise ValueError("it holds no weights")
+    for tensor in found.values():
+        # One number may stand for a billion, of which open_clip would make a tensor of a billion.
+        if isinstance(tensor, Tensor) and tensor.nbytes > tensor.untyped_storage().nbytes():
+            raise ValueError("a tensor claims more numbers than the file holds")
+
+
+def _require_plain_archive(file: Path) -> None:
+    """Refuse compressed parts, as torch and numpy write none: they may unpack to any size."""
+    if file.suffix == ".npy":
+        return
+    with ZipFile(file) as archive:
+        parts = archive.infolist()
+    if any(part.compress_type != ZIP_STORED for part in parts):
+        raise ValueError("a part of it is compressed")
+    if sum(part.file_size for part in parts) > file.stat().st_size:
+        raise ValueError("its parts overlap")
 
 
 def _first_difference(error: Exception) -> str:
@@ -236,14 +277,14 @@ def _first_difference(error: Exception) -> str:
         return _reason(error)
     difference = lines[1].strip().rstrip(".")
     if difference.startswith("size mismatch"):
-        return difference
-    return difference.partition(", ")[0].rstrip(". ")
+        return shown(difference)
+    return shown(difference.partition(", ")[0].rstrip(". "))
 
 
 def _reason(error: Exception) -> str:
     """The first sentence of an error."""
     text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0].partition(". ")[0].rstrip(".")
+    return shown(text.splitlines()[0].partition(". ")[0].rstrip("."))
 
 
 @contextmanager

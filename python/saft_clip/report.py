@@ -15,9 +15,10 @@ from saft_clip import figures
 from saft_clip.config import FinetuneConfig, dashed
 from saft_clip.data import distinct_names
 from saft_clip.errors import CheckpointError
-from saft_clip.metrics import read_metrics
-from saft_clip.results import KINDS
-from saft_clip.run_folder import RunFolder, read_json
+from saft_clip.forms import require_form
+from saft_clip.metrics import LINES, read_metrics
+from saft_clip.results import KINDS, read_results
+from saft_clip.run_folder import RunFolder
 from saft_kernels.files import atomic_write
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -47,13 +48,10 @@ def write_report(path: str | Path) -> Path:
             f"with saft finetune --resume --output {folder.path}, or give another folder"
         )
     config = FinetuneConfig.load(folder.config)
-    results, metrics = read_json(folder.results), read_metrics(folder.metrics)
-    try:
-        content = page_content(folder.path, config, results, metrics)
-    except (KeyError, TypeError, IndexError) as error:
-        raise CheckpointError(
-            f"{folder.results} is not what this release writes: {error!r}"
-        ) from error
+    results, metrics = read_results(folder.results), read_metrics(folder.metrics)
+    for number, line in enumerate(metrics, start=1):
+        require_form(line, LINES[line["kind"]], f"line {number:,} of {folder.metrics}")
+    content = page_content(folder.path, config, results, metrics)
     write_page(folder.report, "report.html.j2", content)
     return folder.report
 

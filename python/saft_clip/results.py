@@ -13,8 +13,22 @@ from typing import Any
 import torch
 from torch import nn
 
+from saft_clip.errors import CheckpointError
+from saft_clip.forms import (
+    Form,
+    is_count,
+    is_name,
+    is_number,
+    is_positive,
+    is_text,
+    one_of,
+    optional,
+    require_form,
+)
 from saft_clip.methods import Method
 from saft_clip.methods.base import FROZEN
+from saft_clip.metrics import EVALUATION
+from saft_clip.run_folder import read_json
 from saft_kernels.mask import CooMask
 
 #: Kinds of parameters, in the order in which reports show them.
@@ -28,6 +42,37 @@ _KIND_OF = (
     ("mlp", re.compile(r"mlp|\.fc\d|intermediate|\.output\.dense")),
     ("embedding", re.compile(r"embed|cls_token|patch|^visual\.conv1\.")),
 )
+
+
+#: What pages and tables use of ``results.json``.
+_FORM: Form = {
+    **{"method": is_text, "model": is_text, "pretrained": optional(is_text)},
+    **{"parameters": is_positive, "trained": is_count, "model_bytes": is_count},
+    **{"artefact": is_name, "artefact_bytes": is_positive, "evaluations": [EVALUATION]},
+    "blocks": [
+        {
+            **{"encoder": one_of("image", "text"), "block": is_name, "kind": one_of(*KINDS)},
+            **{"trained": is_count, "parameters": is_count},
+        }
+    ],
+    **{"seconds": {str: is_number}, "environment": {str: is_text}},
+}
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """What :func:`summarize` gave, from a run's folder.
+
+    Raises:
+        CheckpointError: if the file is missing, broken, or not what this release writes.
+    """
+    results: dict[str, Any] = read_json(path)
+    require_form(results, _FORM, str(path))
+    specs = {when: set[str]() for when in ("before", "after")}
+    for line in results["evaluations"]:
+        specs[line["when"]].add(line["spec"])
+    if specs["before"] != specs["after"]:
+        raise CheckpointError(f"{path} is broken: data were evaluated before or after only")
+    return results
 
 
 def summarize(

@@ -28,9 +28,11 @@ from typing import Any, BinaryIO
 from saft_clip.config import FinetuneConfig
 from saft_clip.data import ImageDataset
 from saft_clip.errors import CheckpointError, ConfigError, LockedError
+from saft_clip.forms import is_count, is_text, require_form
 from saft_clip.run_lock import RunLock
 from saft_kernels.errors import FileWriteError
 from saft_kernels.files import atomic_write, make_folder, remove_leftovers
+from saft_kernels.untrusted import parse_json, shown
 
 _OURS = (
     *("config.yaml", "inputs.json", "mask.safetensors", "metrics.jsonl", "results.json"),
@@ -143,18 +145,19 @@ class RunFolder:
 
     def _compare(self, inputs: dict[str, dict[str, Any]]) -> None:
         before = read_json(self.inputs)
+        require_form(before, {str: {str: is_input}}, str(self.inputs))
         for name in sorted(before.keys() | inputs.keys()):
             then, now = before.get(name, {}), inputs.get(name, {})
             if then == now:
                 continue
             changes = "; ".join(
-                f"{key} {then.get(key)}, now {now.get(key)}"
+                f"{shown(key)} {shown(then.get(key))}, now {now.get(key)}"
                 for key in sorted(then.keys() | now.keys())
                 if then.get(key) != now.get(key)
             )
             raise ConfigError(
-                f"{name} changed since the run in {self.path} was started ({changes}): put it back "
-                "as it was, or start again with another --output"
+                f"{shown(name)} changed since the run in {self.path} was started ({changes}): put "
+                "it back as it was, or start again with another --output"
             )
 
     def finish(self, results: dict[str, Any]) -> None:
@@ -233,8 +236,13 @@ def read_json(path: Path) -> Any:
         CheckpointError: if it is missing or broken.
     """
     try:
-        return json.loads(path.read_text("utf-8"))
+        return parse_json(path.read_text("utf-8"))
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     except ValueError as error:
-        raise CheckpointError(f"{path} is broken: {error}") from error
+        raise CheckpointError(f"{path} is broken: {shown(error)}") from error
+
+
+def is_input(value: Any) -> bool:
+    """A property of an input, as :func:`describe_data` gives them."""
+    return is_text(value) or is_count(value)

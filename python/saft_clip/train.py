@@ -16,13 +16,7 @@ from typing import Any
 import torch
 
 from saft_clip.batches import TrainingBatches, ordered_batches
-from saft_clip.checkpoint import (
-    find_checkpoints,
-    load_latest,
-    random_states,
-    save_checkpoint,
-    set_random_states,
-)
+from saft_clip.checkpoint import find_checkpoints, load_latest, save_checkpoint
 from saft_clip.config import FinetuneConfig
 from saft_clip.console import progress, say, warn
 from saft_clip.data import (
@@ -40,9 +34,11 @@ from saft_clip.methods import Method, find_method
 from saft_clip.metrics import MetricsLog, read_metrics
 from saft_clip.models import ClipModel, load_model
 from saft_clip.prompts import class_prompts
+from saft_clip.random_states import random_states
 from saft_clip.report import write_report
-from saft_clip.results import summarize
+from saft_clip.results import read_results, summarize
 from saft_clip.run_folder import RunFolder, describe_data, read_json
+from saft_clip.run_state import RunState
 from saft_clip.shortages import explained_shortages
 from saft_clip.text_tower import padding_reason
 from saft_clip.trainer import Trainer, stop_requests
@@ -81,9 +77,8 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
     else:
         with _saying_how_to_go_on(folder), folder.lock, explained_shortages():
             _work_in(folder, config, make_method)
-    return FinetuneResult(
-        folder.path, folder.path / make_method.artefact, read_json(folder.results)
-    )
+    artefact = folder.path / make_method.artefact
+    return FinetuneResult(folder.path, artefact, read_results(folder.results))
 
 
 @contextmanager
@@ -257,20 +252,23 @@ class Run:
         self.log = MetricsLog(
             folder.metrics,
             tensorboard=folder.tensorboard if config.tensorboard else None,
-            keep=self._saved["metrics"] if self._saved else 0,
-            step=self._saved["step"] if self._saved else 0,
+            keep=self._saved.metrics if self._saved else 0,
+            step=self._saved.step if self._saved else 0,
         )
 
-    def _load_checkpoint(self) -> dict[str, Any] | None:
-        state: dict[str, Any] | None = load_latest(self.folder.checkpoints)
+    def _load_checkpoint(self) -> RunState | None:
+        state = load_latest(self.folder.checkpoints)
         if state is None:
             return None
-        differences = FinetuneConfig.from_dict(state["config"]).differences(self.config)
-        if differences or state["inputs"] != read_json(self.folder.inputs):
-            newest = find_checkpoints(self.folder.checkpoints)[-1]
+        newest = f"the checkpoint {find_checkpoints(self.folder.checkpoints)[-1]}"
+        saved = RunState.of(state, newest)
+        differences = saved.config.differences(self.config)
+        if differences or saved.inputs != read_json(self.folder.inputs):
             why = "; ".join(differences) or "its data or pretrained model differ"
-            raise CheckpointError(f"the checkpoint {newest} belongs to another run: {why}")
-        return state
+            raise CheckpointError(f"{newest} belongs to another run: {why}")
+        if saved.step > self.trainer.batches.steps:
+            raise CheckpointError(f"{newest} is broken: its step is beyond the run's last")
+        return saved
 
     def prepare(self) -> None:
         """Let the method decide what to train, then go to the last checkpoint, if there is one."""
@@ -282,13 +280,11 @@ class Run:
             self._restore(self._saved)
             self._saved = None
 
-    def _restore(self, state: dict[str, Any]) -> None:
-        step = state["step"]
-        self.method.load_state_dict(state["method"])
-        self.trainer.step = step
-        self.seconds = state["seconds"]
-        set_random_states(state["random"], self.method.device)
-        say(f"continuing from step {step} of {self.trainer.batches.steps}")
+    def _restore(self, saved: RunState) -> None:
+        saved.restore(self.method)
+        self.trainer.step = saved.step
+        self.seconds = saved.seconds
+        say(f"continuing from step {saved.step} of {self.trainer.batches.steps}")
 
     def _save(self, logged: int | None = None) -> None:
         """Make a checkpoint; only the first ``logged`` bytes of the record belong to it."""

@@ -33,15 +33,20 @@ from saft_kernels.errors import DeltaFormatError
 from saft_kernels.files import atomic_write, sort_metadata
 from saft_kernels.fingerprint import is_fingerprint
 from saft_kernels.layout import MAX_ELEMENTS, index_code_bytes, index_dtype
+from saft_kernels.untrusted import (
+    MAX_NAME,
+    is_name,
+    open_safetensors,
+    parse_json,
+    quoted,
+    shown,
+)
 
 FORMAT = "saft-delta"
 VERSION = "2"
 
 _TEXTS = ("format", "version", "created_by", "density", "metadata", "tensors")
 _MAX_DIMENSIONS = 64
-# Parsed JSON takes many times the memory of its text; real tables have about 120 bytes per
-# parameter.
-_MAX_HEADER = 1 << 25
 
 #: By their names in a safetensors file.
 _CHANGED_DTYPES = {
@@ -52,6 +57,9 @@ _CHANGED_DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
+#: What a delta can hold new values of.
+CHANGEABLE = frozenset(_CHANGED_DTYPES.values())
+
 _INDICES = "indices"
 
 
@@ -183,14 +191,15 @@ def read(path: str | os.PathLike[str]) -> DeltaContent:
     """
     where = f"delta file {os.fspath(path)}"
     try:
-        _check_header_size(path)
-        with safetensors.safe_open(os.fspath(path), framework="pt") as file:
+        with open_safetensors(path) as file:
             texts = _read_texts(file.metadata())
             tensors = _read_tensors(file)
     except DeltaFormatError as error:
         raise DeltaFormatError(f"{where} {error}") from error
     except safetensors.SafetensorError as error:
-        raise DeltaFormatError(f"{where} is not a valid safetensors file: {error}") from error
+        raise DeltaFormatError(
+            f"{where} is not a valid safetensors file: {shown(error)}"
+        ) from error
     except OSError as error:
         raise DeltaFormatError(f"{where} cannot be read: {error.strerror or error}") from error
     if _checksum(texts, tensors) != texts["checksum"]:
@@ -201,22 +210,15 @@ def read(path: str | os.PathLike[str]) -> DeltaContent:
         raise DeltaFormatError(f"{where} is broken: {error}") from error
 
 
-def _check_header_size(path: str | os.PathLike[str]) -> None:
-    with open(path, "rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-    if size > _MAX_HEADER:
-        raise DeltaFormatError(f"is broken: it claims a header of {size:,} bytes")
-
-
 def _read_texts(metadata: Mapping[str, str] | None) -> dict[str, str]:
     texts = dict(metadata or {})
     if texts.get("format") != FORMAT:
         raise DeltaFormatError(
-            f"is no delta: its format is {texts.get('format')!r}, not {FORMAT!r}"
+            f"is no delta: its format is {quoted(texts.get('format'))}, not {FORMAT!r}"
         )
     if texts.get("version") != VERSION:
         raise DeltaFormatError(
-            f"has version {texts.get('version')!r}, this release reads {VERSION!r}; update "
+            f"has version {quoted(texts.get('version'))}, this release reads {VERSION!r}; update "
             "saft-kernels"
         )
     for key in (*_TEXTS, "checksum"):
@@ -230,7 +232,7 @@ def _read_tensors(file: Any) -> dict[str, Tensor]:
     for name in file.keys():  # noqa: SIM118 (a safetensors file is not iterable)
         view = file.get_slice(name)
         if name not in _POOLS:
-            raise DeltaFormatError(f"is broken: it holds an unknown tensor {name[:100]!r}")
+            raise DeltaFormatError(f"is broken: it holds an unknown tensor {quoted(name)}")
         if view.get_dtype() != _POOLS[name] or len(view.get_shape()) != 1:
             raise DeltaFormatError(f"is broken: tensor {name!r} is no vector of {_POOLS[name]}")
         # A copy, so that the delta does not change if the file is later overwritten in place.
@@ -258,10 +260,10 @@ Row = tuple[str, tuple[str, ...], torch.dtype, tuple[int, ...], str, int]
 def _read_row(row: Any) -> Row:
     _require(isinstance(row, list) and len(row) == 6, "a row of its table is malformed")
     name, tied, dtype, shape, fingerprint, count = row
-    _require(isinstance(name, str), "a parameter has no name")
-    where = repr(name[:100])
+    _require(is_name(name), f"a parameter has no name, or one of more than {MAX_NAME:,} characters")
+    where = quoted(name)
     _require(
-        isinstance(tied, list) and all(isinstance(other, str) for other in tied),
+        isinstance(tied, list) and all(map(is_name, tied)),
         f"the names tied to {where} are malformed",
     )
     _require(isinstance(dtype, str) and dtype in _DTYPES, f"the dtype of {where} is unknown")
@@ -306,7 +308,7 @@ def _record(row: Row, cursor: _Cursor) -> TensorRecord:
         indices = torch.empty(0, dtype=index_dtype(math.prod(shape)))
         # Without values; a file may name dtypes that no plain tensor can have.
         return TensorRecord(name, tied, dtype, shape, fingerprint, indices, torch.empty(0))
-    _require(dtype in _CHANGED_DTYPES.values(), f"{name!r} cannot be changed in {dtype}")
+    _require(dtype in CHANGEABLE, f"{name!r} cannot be changed in {dtype}")
     # Values first: what indices are made from may be a sixteenth of what they take.
     values = cursor.take(f"values.{dtype_name(dtype)}", count)
     code = cursor.take(_INDICES, index_code_bytes(count, math.prod(shape)))
@@ -336,8 +338,8 @@ def _density(texts: Mapping[str, str]) -> float:
 
 def _json(text: str, kind: type, what: str) -> Any:
     try:
-        parsed = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        parsed = parse_json(text)
+    except ValueError as error:
         raise DeltaFormatError(f"its {what} is not valid JSON") from error
     _require(isinstance(parsed, kind), f"its {what} is malformed")
     return parsed

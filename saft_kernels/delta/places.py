@@ -20,13 +20,14 @@ Target = nn.Module | Mapping[str, Tensor]
 
 
 def tensors_of(target: Target) -> dict[str, Tensor]:
-    """Parameters by all their names; what is tied is one object under several.
+    """Parameters and buffers by all their names; what is tied is one object under several.
 
     In a model that was loaded with ``assign=True`` tied parameters are several objects that share
     their memory, and so are they in a ``state_dict``.
     """
     if isinstance(target, nn.Module):
         tensors = dict[str, Tensor](target.named_parameters(remove_duplicate=False))
+        tensors |= target.named_buffers(remove_duplicate=False)
     else:
         tensors = {name: value for name, value in target.items() if isinstance(value, Tensor)}
     first: dict[object, Tensor] = {}

@@ -87,9 +87,7 @@ class SparseDelta:
                 that the delta would lose that.
         """
         mask.check(model)
-        texts = dict(metadata or {})
-        if not all(isinstance(text, str) for item in texts.items() for text in item):
-            raise DeltaError("metadata must map text to text; turn numbers into text first")
+        texts = require_texts(metadata)
         if isinstance(base, nn.Module):
             base = dict(base.named_parameters(remove_duplicate=False))
         params = _params_with_names(model)
@@ -124,6 +122,11 @@ class SparseDelta:
                 "deltas with originals=True"
             )
         return self._originals
+
+    @property
+    def knows_originals(self) -> bool:
+        """Whether :attr:`originals` are known."""
+        return self._originals is not None
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -261,6 +264,29 @@ class SparseDelta:
             )
         if isinstance(model, nn.Module):
             self._applied.pop(model, None)
+
+    @torch.no_grad()
+    def learn_originals(self, base: Target, *, verify: bool = True) -> None:
+        """Look up the base's values at the changed entries, which the base alone knows.
+
+        :meth:`scale`, :func:`.compose` and :meth:`revert_` of another copy need them; a delta that
+        was captured here, was applied to its base or has them in its file knows them already.
+
+        Args:
+            base: a copy of the base, or its ``state_dict``.
+            verify: make sure with the fingerprints that it is the base.
+
+        Raises:
+            DeltaError: naming the parameter, if it is not, or is sharded.
+        """
+        params = self.base.find(base)
+        for name, param in params.items():
+            if is_sharded(param):
+                raise DeltaError(f"parameter {name!r} is sharded; give a base that is whole")
+        places = self.places(params)
+        if verify:
+            self._require_base(params, places)
+        self._originals = {place.record.name: place.gather().cpu() for place in places}
 
     # Interpolating ------------------------------------------------------------------------------
 
@@ -407,6 +433,18 @@ def _changes(name: str, param: Tensor, original: Tensor, indices: Tensor) -> tup
             "which a delta would lose; was it trained without the mask, or is this another base?"
         )
     return values, before
+
+
+def require_texts(metadata: Mapping[str, str] | None) -> dict[str, str]:
+    """A copy of metadata.
+
+    Raises:
+        DeltaError: if they hold anything else than text.
+    """
+    texts = dict(metadata or {})
+    if not all(isinstance(text, str) for item in texts.items() for text in item):
+        raise DeltaError("metadata must map text to text; turn numbers into text first")
+    return texts
 
 
 def release() -> str:

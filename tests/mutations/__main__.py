@@ -31,8 +31,8 @@ RESULT = Path(__file__).with_name("result.json")
 TOOLS = Path(sys.executable).parent
 
 
-def run(command: Sequence[str], folder: Path) -> subprocess.CompletedProcess[str]:
-    """Run a command on the copy of the repository in ``folder``."""
+def run(command: Sequence[str], folder: Path, inside: str = "") -> subprocess.CompletedProcess[str]:
+    """Run a command on the copy of the repository in ``folder``, or inside a folder of that."""
     environment = {
         **os.environ,
         "PATH": f"{TOOLS}{os.pathsep}{os.environ['PATH']}",
@@ -41,7 +41,7 @@ def run(command: Sequence[str], folder: Path) -> subprocess.CompletedProcess[str
         "OMP_NUM_THREADS": "1",
     }
     return subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, check=False
+        command, cwd=folder / inside, env=environment, capture_output=True, text=True, check=False
     )
 
 
@@ -91,10 +91,21 @@ def pytest(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return run([*command, *arguments], folder)
 
 
+def sanitized(check: str, tests: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run tests of the copy under sanitizers; those fail only by a report."""
+    command = [sys.executable, "-m", "sanitized", check, "--jobs", "1", "--tests", tests]
+    done = run(command, folder, "tests")
+    reported = re.search(r"^SUMMARY: \w+Sanitizer|: runtime error: ", done.stderr, re.MULTILINE)
+    return done if reported else subprocess.CompletedProcess(command, 0, done.stdout, done.stderr)
+
+
 def noticed(fault: Fault, folder: Path) -> dict[str, Any]:
     """Plant a fault; which test notices it."""
     with planted(fault, folder):
-        done = pytest(folder, "-x", fault.tests, "-k", fault.backend)
+        if fault.sanitizer:
+            done = sanitized(fault.sanitizer, fault.tests, folder)
+        else:
+            done = pytest(folder, "-x", fault.tests, "-k", fault.backend)
     # 1: tests failed. Anything else (nothing collected, a crash of pytest) proves nothing.
     failed = re.search(r"^(FAILED|ERROR) (.+?)( - |$)", done.stdout, re.MULTILINE)
     caught = done.returncode == 1 and failed is not None

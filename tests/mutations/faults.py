@@ -18,6 +18,8 @@ class Fault:
         right: the text that is there, once.
         wrong: the text that takes its place.
         tests: the file of tests that must fail.
+        sanitizer: the check of ``tests/sanitized`` under which they must, by its report; empty for
+            kernels of GPUs, whose simulator checks as much.
     """
 
     name: str
@@ -25,6 +27,7 @@ class Fault:
     right: str
     wrong: str
     tests: str
+    sanitizer: str = ""
 
     @property
     def backend(self) -> str:
@@ -52,6 +55,10 @@ _LOOKUP_CU = "csrc/cuda/sampled_embedding_kernel.cu"
 _SUMS_CU = "csrc/cuda/sums.cuh"
 _SAMPLED_PY = "saft_kernels/triton/sampled_grad.py"
 _LOOKUP_PY = "saft_kernels/triton/sampled_embedding.py"
+_CODE_CPU = "csrc/cpu/index_code.cpp"
+_CODE_TESTS = "tests/test_index_code.py"
+_TOPK_CPU = "csrc/cpu/accumulate_topk.cpp"
+_SAMPLED_CPU = "csrc/cpu/sampled_grad.cpp"
 _SAMPLED_TESTS = "tests/test_sampled_grad.py"
 _SAMPLED_GPU_TESTS = "tests/test_sampled_grad_gpu.py"
 
@@ -713,5 +720,127 @@ FAULTS = (
         "tl.where(is_row & (token >= 0), place, n_rows)",
         "tl.where(token >= 0, place, n_rows)",
         _SAMPLED_TESTS,
+    ),
+    Fault(
+        "index code: the last bytes are read as eight",
+        _CODE_CPU,
+        "if (byte + kWord <= bytes_)",
+        "if (byte < bytes_)",
+        _CODE_TESTS,
+        "address",
+    ),
+    Fault(
+        "index code: bytes may hold more indices than were said",
+        _CODE_CPU,
+        "      if (i == layout.n) return false;\n",
+        "",
+        _CODE_TESTS,
+        "address",
+    ),
+    Fault(
+        "index code: memset of no bytes, at no address",
+        _CODE_CPU,
+        "std::fill_n(code, layout.bytes(), uint8_t{0});",
+        "std::memset(code, 0, static_cast<size_t>(layout.bytes()));",
+        _CODE_TESTS,
+        "address",
+    ),
+    Fault(
+        "gather: the number of elements is taken for an index",
+        "csrc/cpu/index_values.cpp",
+        "index[end - 1] >= numel",
+        "index[end - 1] > numel",
+        _GATHER_TESTS,
+        "address",
+    ),
+    Fault(
+        "gather: two threads share an entry",
+        "csrc/cpu/parallel.h",
+        "f(begin, std::min(begin + kEntriesAtOnce, entries));",
+        "f(begin, std::min(begin + kEntriesAtOnce + 1, entries));",
+        _GATHER_TESTS,
+        "thread",
+    ),
+    Fault(
+        "accumulate_topk: no room for whole vectors of survivors",
+        _TOPK_CPU,
+        "std::array<int32_t, kChunk + kSurvivorSlack> offsets_;",
+        "std::array<int32_t, kChunk> offsets_;",
+        _TOPK_TESTS,
+        "address",
+    ),
+    Fault(
+        "accumulate_topk: a full buffer takes more candidates",
+        _TOPK_CPU,
+        "std::min(batch.n - from, b.capacity - count)",
+        "batch.n - from",
+        _TOPK_TESTS,
+        "address",
+    ),
+    Fault(
+        "accumulate_topk: batches are appended without the lock",
+        _TOPK_CPU,
+        "    if (wait) lock.lock();\n    if (!wait && !lock.try_lock()) return false;\n",
+        "    static_cast<void>(wait);\n",
+        _TOPK_TESTS,
+        "thread",
+    ),
+    Fault(
+        "accumulate_topk: the bar is read without the lock",
+        _TOPK_CPU,
+        "    const std::lock_guard lock(mutex_);\n    return bar_of",
+        "    return bar_of",
+        _TOPK_TESTS,
+        "thread",
+    ),
+    Fault(
+        "sparse_adamw: every block is taken for a full one",
+        "csrc/cpu/sparse_adamw_kernel.cpp",
+        "const int64_t n = end - begin < kBlock ? end - begin : kBlock;",
+        "const int64_t n = kBlock;",
+        _ADAMW_TESTS,
+        "address",
+    ),
+    Fault(
+        "sparse_adamw: two threads share an entry",
+        "csrc/cpu/sparse_adamw.cpp",
+        "f(i, begin - bounds[i], stop - bounds[i]);",
+        "f(i, begin - bounds[i] - (begin > bounds[i]), stop - bounds[i]);",
+        _ADAMW_TESTS,
+        "thread",
+    ),
+    Fault(
+        "sampled_grad: the last block of tokens is taken for a full one",
+        "csrc/cpu/sampled_grad_kernel.cpp",
+        "  if (tokens >= kTokens)\n",
+        "  if (tokens > 0)\n",
+        _SAMPLED_TESTS,
+        "address",
+    ),
+    Fault(
+        "pack_columns: two threads pack a block",
+        _SAMPLED_CPU,
+        "sampled_grad_kernels().pack(job, begin, end);",
+        "sampled_grad_kernels().pack(job, begin > 0 ? begin - 1 : 0, end);",
+        _SAMPLED_TESTS,
+        "thread",
+    ),
+    Fault(
+        "sampled_grad: threads share their sums",
+        _SAMPLED_CPU,
+        "  torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {\n"
+        "    std::vector<double> sums;\n",
+        "  std::vector<double> sums(kEntriesPerTask * kTokens);\n"
+        "  torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {\n",
+        _SAMPLED_TESTS,
+        "thread",
+    ),
+    Fault(
+        "sampled_embedding_grad: two threads look up one token",
+        _SAMPLED_CPU,
+        "for (int64_t t = begin; t < end; ++t) {",
+        "for (int64_t t = begin > 0 ? begin - 1 : 0; t < end; ++t) {",
+        _SAMPLED_TESTS,
+        "thread",
     ),
 )

@@ -6,11 +6,11 @@ data sets, named ``split_zhou_<data set>.json``; most few-shot work on CLIP uses
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from saft_clip.errors import DataError
+from saft_kernels.untrusted import is_file, parse_json, quoted, shown
 
 #: Stands between the split file and the folder of its images.
 ROOT_SEPARATOR = "::"
@@ -39,7 +39,7 @@ def list_images(spec: str, split: str) -> tuple[str, list[str], list[int], tuple
     content = read_split_file(spec)
     file, _, root = spec.partition(ROOT_SEPARATOR)
     if split not in content:
-        raise DataError(f"{file} has no split {split!r}, only {', '.join(content)}")
+        raise DataError(f"{file} has no split {split!r}, only {shown(', '.join(content))}")
     entries = content[split]
     if not entries:
         raise DataError(f"the split {split!r} of {file} is empty")
@@ -60,11 +60,11 @@ def read_split_file(spec: str) -> dict[str, list[tuple[str, int, str]]]:
     """
     file = spec.partition(ROOT_SEPARATOR)[0]
     try:
-        content = json.loads(Path(file).expanduser().read_text(encoding="utf-8"))
+        content = parse_json(Path(file).expanduser().read_text(encoding="utf-8"))
     except OSError as error:
         raise DataError(f"the split file {file} cannot be read: {error.strerror}") from error
     except ValueError as error:
-        raise DataError(f"the split file {file} is not JSON ({error}); {_FORMAT}") from error
+        raise DataError(f"the split file {file} is not JSON ({shown(error)}); {_FORMAT}") from error
     splits = content if isinstance(content, dict) else {}
     found = {
         split: _entries(file, split, entries)
@@ -79,23 +79,23 @@ def read_split_file(spec: str) -> dict[str, list[tuple[str, int, str]]]:
 def _entries(file: str, split: str, entries: Any) -> list[tuple[str, int, str]]:
     try:
         return [(str(path), int(label), str(name)) for path, label, name in entries]
-    except (TypeError, ValueError):
-        raise DataError(f"the split {split!r} of {file} is malformed; {_FORMAT}") from None
+    except (TypeError, ValueError, OverflowError):
+        raise DataError(f"the split {quoted(split)} of {file} is malformed; {_FORMAT}") from None
 
 
 def _image_root(file: Path, root: str, first: str) -> Path:
     if root:
-        if not (Path(root).expanduser() / first).is_file():
+        if not is_file(Path(root).expanduser() / first):
             raise DataError(
-                f"the first image of {file}, {first}, is not in {root}; check the folder"
+                f"the first image of {file}, {shown(first)}, is not in {root}; check the folder"
             )
         return Path(root).expanduser()
     beside = sorted(entry for entry in file.parent.iterdir() if entry.is_dir())
-    found = [folder for folder in (file.parent, *beside) if (folder / first).is_file()]
+    found = [folder for folder in (file.parent, *beside) if is_file(folder / first)]
     if len(found) != 1:
         where = "nowhere" if not found else "in more than one folder"
         raise DataError(
-            f"the first image of {file}, {first}, is {where} beside it; "
+            f"the first image of {file}, {shown(first)}, is {where} beside it; "
             f"name the folder of images: {file}{ROOT_SEPARATOR}FOLDER"
         )
     return found[0]
@@ -107,7 +107,8 @@ def _class_names(file: str, content: dict[str, list[tuple[str, int, str]]]) -> t
         for _, label, name in entries:
             if names.setdefault(label, name) != name:
                 raise DataError(
-                    f"label {label} of {file} stands for both {names[label]!r} and {name!r}"
+                    f"label {shown(label)} of {file} stands for both {quoted(names[label])} and "
+                    f"{quoted(name)}"
                 )
     if sorted(names) != list(range(len(names))):
         raise DataError(f"the labels of {file} must be 0 to {len(names) - 1} without a gap")

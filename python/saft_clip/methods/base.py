@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from saft_clip.batches import Batches
 from saft_clip.config import FinetuneConfig
-from saft_clip.errors import ConfigError
+from saft_clip.errors import CheckpointError, ConfigError
 from saft_clip.evaluate import embed_classes
 from saft_clip.models import ClipModel, autocast
 from saft_kernels.errors import NonFiniteGradientError
@@ -128,7 +128,12 @@ class Method(ABC):
 
     @abstractmethod
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The inverse of :meth:`state_dict`, on a freshly prepared method."""
+        """The inverse of :meth:`state_dict`, on a freshly prepared method: all of it or nothing.
+
+        Raises:
+            CheckpointError: if this is no state of this method, model and mask.
+            OptimizerStateError: likewise, of the optimizer.
+        """
 
     @abstractmethod
     def export(self, folder: Path, base: Callable[[], nn.Module]) -> Path:
@@ -141,6 +146,29 @@ class Method(ABC):
         Raises:
             FileWriteError: if the file cannot be written.
         """
+
+
+def saved_tensors(saved: Any, expected: Mapping[str, Tensor], what: str) -> dict[str, Tensor]:
+    """The tensors of a checkpoint that stand for these, one for each name.
+
+    Args:
+        saved: what the checkpoint holds in their place.
+        expected: name -> a tensor of the dtype and shape that is needed.
+        what: they are, for the message.
+
+    Raises:
+        CheckpointError: naming the first one that is missing or does not fit.
+    """
+    if not isinstance(saved, Mapping) or saved.keys() != expected.keys():
+        raise CheckpointError(f"it does not hold {what} of this model, or holds others too")
+    for name, own in expected.items():
+        found = saved[name]
+        fits = isinstance(found, Tensor) and (found.dtype, found.shape) == (own.dtype, own.shape)
+        if not fits:
+            raise CheckpointError(
+                f"its {what} do not fit: {name!r} must be {own.dtype} {list(own.shape)}"
+            )
+    return dict(saved)
 
 
 def prompt_loss(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from saft_clip.batches import Batches
 from saft_clip.config import FinetuneConfig
 from saft_clip.console import progress, say
 from saft_clip.errors import CheckpointError
-from saft_clip.methods.base import FROZEN, Method, adamw_options
+from saft_clip.methods.base import FROZEN, Method, adamw_options, saved_tensors
 from saft_clip.models import ClipModel
 from saft_kernels import ops
 from saft_kernels.delta import SparseDelta
@@ -96,20 +97,24 @@ class Saft(Method):
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Put everything back.
+        """Put everything back: all of it or nothing.
 
         Raises:
-            CheckpointError: if it was saved with another mask.
+            CheckpointError: if it was saved with another mask, or is not what was saved.
+            OptimizerStateError: likewise, of the optimizer.
         """
         assert self.mask is not None
-        if state["mask"] != self.mask.fingerprint:
+        if state.get("mask") != self.mask.fingerprint:
             raise CheckpointError(
                 "the checkpoint was made with another mask than the run's mask.safetensors: put "
                 "back the one that was there, or start again in another folder"
             )
-        for name, param, index in self._selected():
-            ops.scatter_(param, index, state["values"][name].to(param.device))
-        self.optimizer.load_state_dict(state["optimizer"])
+        selected = self._selected()
+        expected = {n: torch.empty(i.shape, dtype=p.dtype, device="meta") for n, p, i in selected}
+        values = saved_tensors(state.get("values"), expected, "trained values")
+        self.optimizer.load_state_dict(state.get("optimizer", {}))  # it too checks everything first
+        for name, param, index in selected:
+            ops.scatter_(param, index, values[name].to(param.device))
 
     def _selected(self) -> list[tuple[str, nn.Parameter, Tensor]]:
         assert self.mask is not None
@@ -127,7 +132,10 @@ class Saft(Method):
             "train_data": config.train_data,
             "shots": str(config.shots),
             "seed": str(config.seed),
+            "score": "mean_grad" if config.mask is None else "a mask file's",
+            "training": json.dumps(config.training()),
         }
+        about |= {key: text for key in ("license", "notes") if (text := getattr(config, key))}
         if config.force_quick_gelu:  # no weight shows it, and without it accuracy is lower
             about["force_quick_gelu"] = "yes"
         SparseDelta.capture(self.model, self.mask, base(), about).save(path)
