@@ -75,8 +75,8 @@ def same_bits(a: Tensor, b: Tensor) -> Tensor:
 
 def count_different_bits(a: Tensor, b: Tensor) -> int:
     """How many elements differ in some bit; ``b`` may be on another device."""
-    if not a.dim():
-        a, b = a.view(1), b.view(1)
+    if not a.dim() or (a.is_contiguous() and b.is_contiguous()):  # rows may be of any length
+        a, b = a.reshape(-1), b.reshape(-1)
     rows = max(1, BLOCK // max(1, a[:1].numel()))
     return sum(
         int((~same_bits(part, other.to(part.device))).sum())

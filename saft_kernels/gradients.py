@@ -67,6 +67,11 @@ class DenseGradients:
 def _dense_grad(state: FlatState, i: int) -> Tensor:
     grad = state.params[i].grad
     assert grad is not None
+    if isinstance(grad, SelectedGrad):
+        raise OptimizerError(
+            f"the gradients of {state.names[i]!r} are taken by another SparseAdamW "
+            "(gradients='streamed' or 'sampled'); call detach() on that one first"
+        )
     _require_strided(state.names[i], grad)
     return grad
 

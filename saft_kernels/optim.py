@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
@@ -14,12 +15,16 @@ from torch import Tensor, nn
 from torch._C import DisableTorchFunctionSubclass
 from torch._compile import _disable_dynamo  # lazy, where torch.compiler.disable imports it all
 from torch.optim import Optimizer
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from saft_kernels.errors import NonFiniteGradientError, OptimizerError, OptimizerStateError
 from saft_kernels.flat_state import TRAINABLE, FlatState
 from saft_kernels.gradients import gradient_source
 from saft_kernels.mask import CooMask
 from saft_kernels.untrusted import shown
+
+#: What optimizers have frozen, and which one (a weak reference) each.
+_frozen_by: Any = WeakTensorKeyDictionary()
 
 
 class SparseAdamW(Optimizer):
@@ -53,6 +58,9 @@ class SparseAdamW(Optimizer):
     Gradient clipping by norm means the norm of the *selected* gradient: :meth:`clip_grad_norm_` in
     every mode. ``torch.nn.utils.clip_grad_norm_`` is the same in streamed mode; in dense mode it
     sees the whole gradient, whose norm is larger.
+
+    Two optimizers with dense gradients may train one model, each its own entries. One with streamed
+    or sampled gradients has the model to itself.
 
     Weights are the truth: a selected weight that is changed between two steps (by
     ``load_state_dict``, say) is where the next step starts from, in low precision too. Only writes
@@ -183,6 +191,7 @@ class SparseAdamW(Optimizer):
         found_inf = getattr(self, "found_inf", None)
         for state in self._all_states():
             state.require_unmoved()
+            self._require_not_taken(state)
             state.follow_weights_()
         for group in self.param_groups:  # schedulers and users change them
             _check_options(group)
@@ -264,6 +273,7 @@ class SparseAdamW(Optimizer):
         self._source.detach()
         for param in self._frozen:
             param.requires_grad_(True)
+            _frozen_by.pop(param, None)
         self._frozen.clear()
 
     def _freeze(self, params: Iterable[nn.Parameter]) -> None:
@@ -271,6 +281,13 @@ class SparseAdamW(Optimizer):
             if param.requires_grad:
                 param.requires_grad_(False)
                 self._frozen.append(param)
+                _frozen_by[param] = weakref.ref(self)
+
+    def _require_not_taken(self, state: FlatState) -> None:
+        """Refuse to train on what will never get a gradient; a missing one alone is no fault."""
+        for name, param in zip(state.names, state.params, strict=True):
+            if param.grad is None and _freezer(param) not in (None, weakref.ref(self)):
+                raise _taken(name)
 
     # State --------------------------------------------------------------------------------------
 
@@ -423,11 +440,26 @@ def _require_trainable(name: str, param: nn.Parameter) -> None:
             f"parameter {name!r} was made under torch.inference_mode(), so that changes of it "
             "cannot be noticed; make the model outside of it"
         )
+    if _freezer(param) is not None:
+        raise _taken(name)
     if not param.requires_grad:
         raise OptimizerError(
             f"parameter {name!r} has selected entries but requires_grad is False, so it would "
             "never train; call requires_grad_(True) on it or leave it out of the mask"
         )
+
+
+def _freezer(param: Tensor) -> Any:
+    """A weak reference to the optimizer that keeps a parameter frozen; None if none does."""
+    return None if param.requires_grad else _frozen_by.get(param)
+
+
+def _taken(name: str) -> OptimizerError:
+    return OptimizerError(
+        f"parameter {name!r} was frozen by another SparseAdamW, which has the model to itself "
+        "(gradients='streamed' or 'sampled'); call detach() on that one, or requires_grad_(True) "
+        "on the parameter if that one is gone"
+    )
 
 
 def _check_options(group: Mapping[str, Any]) -> None:

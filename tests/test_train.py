@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import shutil
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -30,6 +32,7 @@ from saft_clip.trainer import Trainer, learning_rate
 from saft_kernels.delta import SparseDelta
 from saft_kernels.errors import NonFiniteGradientError, SelectionError
 from saft_kernels.mask import CooMask
+from saft_kernels.selected_grad import SelectedGrad
 from tolerances import assert_close
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -249,6 +252,36 @@ def test_loss_that_is_not_finite_stops_before_the_step(config):
         assert torch.equal(value, before[name])
 
 
+@pytest.mark.parametrize("gradients", ["dense", "streamed", "sampled"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_gradient_that_is_not_finite_stops_before_the_step(config, monkeypatch, gradients, value):
+    """The loss may be fine: a single selected entry is enough."""
+    method, batches = prepared(config.changed(gradients=gradients))
+    steps = Trainer(method, batches, config).steps()
+    next(steps)
+    before = {name: value.clone() for name, value in method.model.state_dict().items()}
+    state = copy.deepcopy(method.optimizer.state_dict()["state"])
+    backward = Trainer._backward
+
+    def broken(trainer, *arguments):
+        loss = backward(trainer, *arguments)
+        name, indices = next(iter(method.mask.items()))
+        grad = method.model.get_parameter(name).grad
+        if isinstance(grad, SelectedGrad):
+            grad.values()[0] = value
+        else:
+            grad.view(-1)[indices[0]] = value
+        return loss
+
+    monkeypatch.setattr(Trainer, "_backward", broken)
+    with pytest.raises(NonFiniteGradientError, match=f"the gradient is {value} at step 2: lower"):
+        next(steps)
+    for name, weight in method.model.state_dict().items():
+        assert torch.equal(weight, before[name])
+    for key, now in method.optimizer.state_dict()["state"].items():
+        assert all(torch.equal(now[name], state[key][name]) for name in now)
+
+
 def test_unknown_method():
     with pytest.raises(ConfigError, match=r"did you mean saft\? the methods are saft, full"):
         find_method("saff")
@@ -303,6 +336,34 @@ def test_a_mask_for_a_method_that_takes_none(config, tmp_path):
     with pytest.raises(ConfigError, match="--method full takes no --mask"):
         finetune(config.changed(mask=str(tmp_path / "mask.safetensors"), method="full"))
     assert not Path(config.output).exists()
+
+
+def test_an_input_that_is_not_finite_is_not_selected_from(config, monkeypatch):
+    """Nothing is left of the run, so that the data can be mended and the command given again."""
+
+    class Broken(RunData):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            transform = self.plain.transform
+            self.plain = replace(self.plain, transform=lambda image: transform(image) * math.nan)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "RunData", Broken)
+        with pytest.raises(NonFiniteGradientError, match="the loss of batch 1 is nan"):
+            finetune(config)
+    assert list(Path(config.output).iterdir()) == []
+
+
+def test_a_run_that_trains_one_entry(config):
+    numel = sum(p.numel() for n, p in load_base(config).model.named_parameters() if n not in FROZEN)
+    result = finetune(config.changed(density=1 / numel))
+    assert result.results["trained"] == 1
+    delta, model = SparseDelta.load(result.artefact), load_base(config).model
+    assert delta.nnz == 1
+    base = {name: value.clone() for name, value in model.state_dict().items()}
+    delta.apply_(model)
+    differing = [(value != base[name]).sum() for name, value in model.state_dict().items()]
+    assert sum(differing) == 1
 
 
 def test_delta_turns_the_base_into_the_trained_model(config):
@@ -559,6 +620,32 @@ def test_interrupt_during_a_validation(config, monkeypatch, capsys):
     assert "continuing from step 8 of 12" in capsys.readouterr().err
     assert result.artefact.read_bytes() == expected.artefact.read_bytes()
     assert record(config.output) == record(other.output)
+
+
+class Interrupted:
+    """A transform that interrupts the process that loads images, as Ctrl-C in a terminal does."""
+
+    def __init__(self, transform):
+        self.transform, self.main = transform, os.getpid()
+
+    def __call__(self, image):
+        if os.getpid() != self.main:
+            os.kill(os.getpid(), signal.SIGINT)
+        return self.transform(image)
+
+
+@pytest.mark.parametrize("which", ["plain", "train", "validation"])
+def test_interrupts_do_not_stop_processes_that_load_images(config, monkeypatch, which):
+    """The main process decides when to stop, and needs them until then."""
+
+    class Data(RunData):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            dataset = getattr(self, which)
+            setattr(self, which, replace(dataset, transform=Interrupted(dataset.transform)))
+
+    monkeypatch.setattr(train, "RunData", Data)
+    assert finetune(config.changed(workers=1, epochs=1)).artefact.exists()
 
 
 def test_weights_that_are_not_finite_are_no_result(config, monkeypatch):

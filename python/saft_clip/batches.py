@@ -87,7 +87,7 @@ class TrainingBatches:
             batch_sampler=_BatchPlan(self, start),
             num_workers=self.workers,
             collate_fn=_collate,
-            worker_init_fn=_ignore_interrupts,
+            worker_init_fn=ignore_interrupts,
             # Its own, or else each loader would move the global random state.
             generator=torch.Generator().manual_seed(self.seed),
         )
@@ -120,7 +120,7 @@ def ordered_batches(dataset: ImageDataset, batch_size: int, workers: int = 0) ->
         dataset,
         batch_size=batch_size,
         num_workers=workers,
-        worker_init_fn=_ignore_interrupts,
+        worker_init_fn=ignore_interrupts,
         generator=torch.Generator(),
     )
 
@@ -161,8 +161,8 @@ def _checked(batch: Any) -> Batch:
     return images, labels
 
 
-def _ignore_interrupts(worker: int) -> None:
-    # Ctrl-C reaches every process of the group; only the main one shall act on it.
+def ignore_interrupts(worker: int) -> None:
+    """Begin a process that loads images: Ctrl-C reaches it, too, but is for the main one alone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 

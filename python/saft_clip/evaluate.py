@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
+from saft_clip.batches import ignore_interrupts
 from saft_clip.console import progress
 from saft_clip.data import ImageDataset, printable, say_skipped
 from saft_clip.errors import DataError, UnreadableImageError
@@ -161,7 +162,11 @@ def _rank_images(
     """For every readable image the rank of its true class and its label; the unreadable images."""
     encode_image: Any = model.encode_image
     loader = DataLoader(
-        _Tolerant(dataset), batch_size=batch_size, num_workers=workers, collate_fn=_collate
+        _Tolerant(dataset),
+        batch_size=batch_size,
+        num_workers=workers,
+        collate_fn=_collate,
+        worker_init_fn=ignore_interrupts,
     )
     ranks, labels, skipped = [], [], list(dataset.skipped)
     with progress(f"evaluating {dataset.name}", len(dataset), show=show_progress) as advance:
