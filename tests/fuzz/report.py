@@ -1,0 +1,78 @@
+"""What came of a run: a table, and the record of the last one that was kept."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fuzz.children import Outcome
+
+#: What the last run with ``--keep`` gave.
+RESULT = Path(__file__).with_name("result.json")
+
+_HEAD = ("target", "engine", "inputs", "accepted", "refused", "failed", "slowest", "most memory")
+
+
+def table(rows: Iterable[tuple[str, Outcome]]) -> str:
+    """A table in Markdown: a row for each engine and target, and one for all together.
+
+    Args:
+        rows: engine, and what came of its inputs to a target.
+    """
+    rows = list(rows)
+    total = Outcome("all")
+    for _, outcome in rows:
+        total.merge(outcome)
+    cells = [_cells(outcome.target, engine, outcome) for engine, outcome in rows]
+    lines = [_HEAD, ("---",) * len(_HEAD), *cells, _cells("all", "", total)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _cells(target: str, engine: str, outcome: Outcome) -> Sequence[str]:
+    counts = outcome.outcomes
+    accepted = sum(count for label, count in counts.items() if label.startswith("accepted"))
+    refused = {
+        label: count
+        for label, count in counts.most_common()
+        if not label.startswith("accepted") and label != "failed"
+    }
+    return (
+        target,
+        engine,
+        f"{outcome.inputs:,}",
+        f"{accepted:,}",
+        ", ".join(f"{label} {count:,}" for label, count in refused.items()),
+        f"{counts['failed']:,}",
+        f"{outcome.slowest[0]:.2f} s",
+        f"{outcome.largest[0] / 1e6:.1f} MB" + _multiple(outcome),
+    )
+
+
+def _multiple(outcome: Outcome) -> str:
+    return f", {outcome.multiple[0]:.0f} times the file" if outcome.multiple[1] >= 0 else ""
+
+
+def keep(seed: int, wall: float, rows: Iterable[tuple[str, Outcome]]) -> None:
+    """Write the record of a run."""
+    record = {
+        "seed": seed,
+        "seconds": round(wall),
+        "machine": f"{platform.machine()}, Python {platform.python_version()}, "
+        f"torch {torch.__version__}",
+        "outcomes": [{"engine": engine, **json.loads(each.to_json())} for engine, each in rows],
+    }
+    RESULT.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def kept() -> tuple[dict[str, Any], list[tuple[str, Outcome]]]:
+    """The record of the last run that was kept, and its rows."""
+    record = json.loads(RESULT.read_text())
+    rows = [
+        (each.pop("engine"), Outcome.from_json(json.dumps(each))) for each in record["outcomes"]
+    ]
+    return record, rows
