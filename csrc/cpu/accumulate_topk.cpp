@@ -234,7 +234,7 @@ class Worker {
   Bar bar_;
   uint64_t seen_ = 0;
   Batch batch_;
-  std::array<int32_t, kChunk + kSurvivorSlack> offsets_;
+  std::array<int32_t, kChunk> offsets_;
 };
 
 TopkBuffer checked_buffer(int64_t k, const Tensor& values, const Tensor& positions, const Tensor& state) {

@@ -14,8 +14,6 @@
 namespace saft::cpu {
 namespace {
 
-static_assert(kSurvivorSlack >= kLanes);
-
 constexpr int32_t kBlock = 64;
 
 // How far ahead memory is asked for, in elements. The CPU prefetches by itself, but stops at the end of every page.
@@ -53,6 +51,7 @@ inline bool update(float* __restrict acc, const T* __restrict grad, int64_t n, f
   return any != 0;
 }
 
+// Whole vectors are stored at out + found, where found <= i: they end where the elements do.
 int64_t append_survivors(const float* acc, int32_t n, float threshold, int32_t first, int32_t* out) {
   int64_t found = 0;
   int32_t i = 0;

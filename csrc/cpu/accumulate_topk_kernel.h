@@ -8,12 +8,9 @@
 
 namespace saft::cpu {
 
-// Room that the list of survivors needs beyond the scanned elements.
-constexpr int64_t kSurvivorSlack = 16;
-
 struct AccumulateTopkKernels {
   // For i in [begin, end):  acc[i] += scale * grad[i];  unless |acc[i]| < threshold, append i - begin to `survivors`.
-  // NaN and infinity always survive. Returns the number of survivors.
+  // NaN and infinity always survive. Returns the number of survivors; `survivors` has room for end - begin.
   int64_t (*scan)(const Scan& scan, int64_t begin, int64_t end, float threshold, int32_t* survivors);
   // Keeps the candidates with bits of value > bits, or equal bits and position <= tie. Returns how many.
   int64_t (*keep)(float* values, int64_t* positions, int64_t n, uint32_t bits, int64_t tie);
