@@ -14,6 +14,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from zipfile import ZIP_STORED, ZipFile
 
 import safetensors
 
@@ -56,6 +57,21 @@ def open_safetensors(path: str | os.PathLike[str]) -> Iterator[Any]:
         raise safetensors.SafetensorError(f"it claims a header of {size:,} bytes")
     with safetensors.safe_open(os.fspath(path), framework="pt") as opened:
         yield opened
+
+
+def require_plain_archive(path: str | os.PathLike[str]) -> None:
+    """Refuse an archive with compressed parts: torch and NumPy write none; any size may come out.
+
+    Raises:
+        ValueError: if it has such parts, or parts that lie within others.
+        Exception: of several kinds, if it is no archive.
+    """
+    with ZipFile(path) as archive:
+        parts = archive.infolist()
+    if any(part.compress_type != ZIP_STORED for part in parts):
+        raise ValueError("a part of it is compressed")
+    if sum(part.file_size for part in parts) > os.path.getsize(path):
+        raise ValueError("its parts overlap")
 
 
 def parse_json(text: str) -> Any:
@@ -101,3 +117,9 @@ def shown(value: object, most: int = _MAX_SHOWN) -> str:
     line = " ".join(str(value)[: 4 * most].split())
     safe = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
     return safe if len(safe) <= most else f"{safe[: most - 1]}…"
+
+
+def reason(error: BaseException) -> str:
+    """The first sentence of an error that somebody else's code or file has brought about."""
+    text = str(error).strip() or type(error).__name__
+    return shown(text.splitlines()[0].partition(". ")[0].rstrip("."))

@@ -33,12 +33,12 @@ from saft_kernels import ops
 from saft_kernels.errors import DeltaFormatError
 
 NAMES = (
-    *("delta", "mask", "checkpoint", "weights", "config", "inputs", "split"),
+    *("delta", "mask", "checkpoint", "weights", "extract", "config", "inputs", "split"),
     *("results", "metrics", "demo"),
 )
 
 #: Those that draw pages take a second for each.
-QUICK = NAMES[:7]
+QUICK = NAMES[:8]
 
 
 @pytest.fixture(scope="module")

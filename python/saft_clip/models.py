@@ -10,7 +10,6 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from zipfile import ZIP_STORED, ZipFile
 
 import open_clip
 import torch
@@ -22,7 +21,8 @@ from saft_clip.console import say
 from saft_clip.errors import CheckpointError, ModelError
 from saft_clip.tiny import TINY_NAME, TINY_WEIGHTS, register_tiny
 from saft_kernels.backends import require_environment
-from saft_kernels.untrusted import is_file, open_safetensors, shown
+from saft_kernels.delta.weights import load_torch_file, require_real
+from saft_kernels.untrusted import is_file, open_safetensors, reason, require_plain_archive, shown
 
 #: Asks for random weights by name, so that nobody trains from scratch by leaving out
 #: ``pretrained``.
@@ -123,7 +123,7 @@ def _check_device(device: str | torch.device) -> None:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ModelError(
-            f"device {str(device)!r} cannot be used here ({_reason(error)}); give --device cpu"
+            f"device {str(device)!r} cannot be used here ({reason(error)}); give --device cpu"
         ) from error
 
 
@@ -150,7 +150,7 @@ def _build(
             tokenizer = open_clip.get_tokenizer(name)
     except (ImportError, OSError, RuntimeError) as error:
         raise ModelError(
-            f"open_clip cannot build {name} here ({_reason(error)}); "
+            f"open_clip cannot build {name} here ({reason(error)}); "
             "some of its models need more packages or files from the network"
         ) from error
     return ClipModel(model.eval(), preprocess_train, preprocess_val, tokenizer, name, source)
@@ -202,7 +202,7 @@ def _download(name: str, tag: str, config: dict[str, Any]) -> Path:
     except Exception as error:
         raise ModelError(
             f"the weights {tag!r} of {name} could not be downloaded from {source} "
-            f"({_reason(error)}); check the network, or give --pretrained a local file"
+            f"({reason(error)}); check the network, or give --pretrained a local file"
         ) from error
 
 
@@ -230,61 +230,39 @@ def _check_weights(file: Path) -> None:
             if str(file).endswith(".safetensors"):
                 with open_safetensors(file):
                     pass
-            elif file.suffix in (".npz", ".npy"):  # numpy reads no pickle unless told to
-                _require_plain_archive(file)
-            else:
+            elif file.suffix == ".npz":
+                require_plain_archive(file)
+            elif file.suffix != ".npy":  # numpy reads no pickle unless told to
                 _require_tensors(file)
     # A hostile pickle may make anything of torch's reader fail.
     except Exception as error:
         raise CheckpointError(
             f"the checkpoint {file} cannot be read: it is broken, cut short, or holds more than "
-            f"tensors ({_reason(error)}); give a whole .safetensors file, or a .pt file of "
+            f"tensors ({reason(error)}); give a whole .safetensors file, or a .pt file of "
             "tensors only"
         ) from error
 
 
 def _require_tensors(file: Path) -> None:
-    archive = file.open("rb").read(4) == b"PK\3\4"  # as torch tells them from its older format
-    if archive:
-        _require_plain_archive(file)
-    found = torch.load(file, map_location="cpu", weights_only=True, mmap=archive)
+    found = load_torch_file(file)
     if isinstance(found, dict) and "state_dict" in found:
         found = found["state_dict"]
     if not isinstance(found, dict) or not found:
         raise ValueError("it holds no weights")
     for tensor in found.values():
-        # One number may stand for a billion, of which open_clip would make a tensor of a billion.
-        if isinstance(tensor, Tensor) and tensor.nbytes > tensor.untyped_storage().nbytes():
-            raise ValueError("a tensor claims more numbers than the file holds")
-
-
-def _require_plain_archive(file: Path) -> None:
-    """Refuse compressed parts, as torch and numpy write none: they may unpack to any size."""
-    if file.suffix == ".npy":
-        return
-    with ZipFile(file) as archive:
-        parts = archive.infolist()
-    if any(part.compress_type != ZIP_STORED for part in parts):
-        raise ValueError("a part of it is compressed")
-    if sum(part.file_size for part in parts) > file.stat().st_size:
-        raise ValueError("its parts overlap")
+        if isinstance(tensor, Tensor):
+            require_real(tensor)
 
 
 def _first_difference(error: Exception) -> str:
     """The first parameter that differs, if ``load_state_dict`` says so; else the reason."""
     lines = str(error).strip().splitlines()
     if len(lines) < 2 or "loading state_dict" not in lines[0]:
-        return _reason(error)
+        return reason(error)
     difference = lines[1].strip().rstrip(".")
     if difference.startswith("size mismatch"):
         return shown(difference)
     return shown(difference.partition(", ")[0].rstrip(". "))
-
-
-def _reason(error: Exception) -> str:
-    """The first sentence of an error."""
-    text = str(error).strip() or type(error).__name__
-    return shown(text.splitlines()[0].partition(". ")[0].rstrip("."))
 
 
 @contextmanager

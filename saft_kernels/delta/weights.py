@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from saft_kernels.errors import WeightsFileError
 from saft_kernels.files import atomic_write, sort_metadata
-from saft_kernels.untrusted import open_safetensors
+from saft_kernels.untrusted import open_safetensors, reason, require_plain_archive
 
 #: What the tensors of a training checkpoint may stand under.
 _NESTED = ("state_dict", "model")
@@ -46,16 +47,18 @@ def open_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     try:
         tensors = _safetensors(path) if _is_safetensors(path) else _of_torch(path)
     except safetensors.SafetensorError as error:
-        raise WeightsFileError(f"{where} is not a valid safetensors file: {error}") from error
+        raise WeightsFileError(
+            f"{where} is not a valid safetensors file: {reason(error)}"
+        ) from error
     except OSError as error:
-        raise WeightsFileError(f"{where} cannot be read: {error.strerror or error}") from error
+        raise WeightsFileError(
+            f"{where} cannot be read: {error.strerror or reason(error)}"
+        ) from error
     # Reading foreign bytes as a pickle, even a harmless one, may raise anything.
     except Exception as error:
-        lines = str(error).splitlines() or [type(error).__name__]
         raise WeightsFileError(
             f"{where} cannot be read: it is broken, cut short, or holds more than tensors "
-            f"({lines[0].partition('. ')[0]}); give a whole .safetensors file, or a .pt file of "
-            "tensors only"
+            f"({reason(error)}); give a whole .safetensors file, or a .pt file of tensors only"
         ) from error
     if not tensors:
         raise WeightsFileError(f"{where} holds no tensors by name")
@@ -94,14 +97,42 @@ def _safetensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
+def load_torch_file(path: str | os.PathLike[str]) -> Any:
+    """What ``torch.save`` wrote: tensors, numbers and texts in containers, or an error.
+
+    Nothing in it is run. Tensors stay in the file, which is mapped into memory, but for the format
+    of torch before 1.6.
+
+    Raises:
+        ValueError: if parts of the archive are compressed or overlap.
+        Exception: of any kind, if it is broken or holds anything else.
+    """
+    with open(path, "rb") as file:
+        archive = file.read(4) == b"PK\3\4"  # as torch tells them apart
+    if archive:
+        require_plain_archive(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
+
+
+def require_real(tensor: Tensor) -> None:
+    """Refuse a tensor of which the file does not hold every number.
+
+    One number may stand for a billion, of which a copy would be a tensor of a billion.
+
+    Raises:
+        ValueError: if it is sparse, quantized or on no device, or shares its own numbers.
+    """
+    plain = tensor.layout is torch.strided and not tensor.is_quantized
+    if not plain or tensor.device.type != "cpu":
+        raise ValueError("a tensor is no plain list of numbers")
+    if tensor.nbytes > tensor.untyped_storage().nbytes():
+        raise ValueError("a tensor claims more numbers than the file holds")
+
+
 def _of_torch(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except RuntimeError as error:
-        if "mmap" not in str(error):
-            raise
-        # A file of torch before 1.6, which cannot be mapped.
-        content = torch.load(path, map_location="cpu", weights_only=True)
+    content = load_torch_file(path)
     for key in _NESTED:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
@@ -111,7 +142,10 @@ def _of_torch(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 def _tensors(content: Any) -> dict[str, Tensor]:
     if not isinstance(content, Mapping):
         return {}
-    return {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+    tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+    for tensor in tensors.values():
+        require_real(tensor)
+    return tensors
 
 
 def _without_prefixes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -13,7 +13,8 @@ def all_targets() -> dict[str, Target]:
     from fuzz.targets.delta import DeltaTarget
     from fuzz.targets.mask import MaskTarget
     from fuzz.targets.run_folder import run_folder_targets
-    from fuzz.targets.weights import WeightsTarget
+    from fuzz.targets.weights import ExtractTarget, WeightsTarget
 
-    made = (DeltaTarget(), MaskTarget(), CheckpointTarget(), WeightsTarget(), *run_folder_targets())
+    tensors = (DeltaTarget(), MaskTarget(), CheckpointTarget(), WeightsTarget(), ExtractTarget())
+    made = (*tensors, *run_folder_targets())
     return {target.name: target for target in made}

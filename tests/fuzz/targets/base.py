@@ -31,7 +31,7 @@ class Target(ABC):
 
     name: ClassVar[str]
     suffix: ClassVar[str] = ".safetensors"
-    weight: ClassVar[int] = 10
+    weight: ClassVar[int] = 20
     seconds: ClassVar[float] = 1.0
     memory: ClassVar[int] = 8 << 20
     per_byte: ClassVar[int] = 24

@@ -44,7 +44,7 @@ class CheckpointTarget(SafetensorsTarget):
     """``load_latest``, and how a run goes on from what it gives."""
 
     name = "checkpoint"
-    weight = 20
+    weight = 40
 
     def __init__(self) -> None:
         self._methods = [_prepared(Saft), _prepared(Full)]

@@ -28,7 +28,7 @@ from fuzz.oracles import (
     untouched,
 )
 from fuzz.targets.base import SafetensorsTarget
-from saft_clip.commands import delta_info_command
+from saft_clip import delta_cli
 from saft_clip.console import output
 from saft_kernels import SparseDelta, ops
 from saft_kernels.delta import DeltaSwap
@@ -55,7 +55,7 @@ class DeltaTarget(SafetensorsTarget):
     """``SparseDelta.load``, and all that is done with a delta."""
 
     name = "delta"
-    weight = 30
+    weight = 60
 
     def __init__(self) -> None:
         self._models = {dtype: make_base(dtype) for dtype in DTYPES}
@@ -100,7 +100,8 @@ class DeltaTarget(SafetensorsTarget):
         _check(delta, parse(path.read_bytes()))
         _check_round_trip(delta, path.with_name("again.safetensors"))
         with output.capture() as shown:
-            delta_info_command(path)
+            delta_cli.info(path, json=False)
+            delta_cli.info(path, json=True)
         check_shown(shown.get())
         dtype = next((r.dtype for r in delta.records if r.name == "conv.weight"), torch.float32)
         dtype = dtype if dtype in self._models else torch.float32

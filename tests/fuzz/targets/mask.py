@@ -49,7 +49,7 @@ class MaskTarget(SafetensorsTarget):
     """``CooMask.load``, and all that is done with a mask."""
 
     name = "mask"
-    weight = 20
+    weight = 40
 
     def __init__(self) -> None:
         self._model = make_base()

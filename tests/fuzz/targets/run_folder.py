@@ -131,7 +131,7 @@ class InputsTarget(JsonTarget):
     """``inputs.json``, which a resumed run compares with what it finds."""
 
     name = "inputs"
-    weight = 3
+    weight = 6
     content = _INPUTS
 
     def read(self, path: Path) -> str:
@@ -150,7 +150,7 @@ class ConfigTarget(Target):
 
     name = "config"
     suffix = ".yaml"
-    weight = 4
+    weight = 8
 
     def make_seeds(self) -> list[bytes]:
         """Settings of two runs."""
@@ -210,7 +210,7 @@ class SplitTarget(JsonTarget):
     """A split file in CoOp's format."""
 
     name = "split"
-    weight = 3
+    weight = 6
     content = _SPLITS
 
     def read(self, path: Path) -> str:

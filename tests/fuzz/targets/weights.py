@@ -1,4 +1,4 @@
-"""Weights from elsewhere: tensors are taken over as they are, and nothing of a file is executed."""
+"""Weights from elsewhere: taken over, or compared, as they are; nothing of a file is executed."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from fuzz.oracles import bytes_of, refusals, require, state_of
 from fuzz.targets.base import SafetensorsTarget
 from saft_clip import models
 from saft_clip.errors import CheckpointError, ModelError
+from saft_kernels.delta import extract, open_weights
+from saft_kernels.errors import DeltaError, SelectionError, WeightsFileError
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -43,7 +45,7 @@ class WeightsTarget(SafetensorsTarget):
 
     name = "weights"
     suffix = ".weights"  # which of its kinds a file is shows at its beginning
-    weight = 15
+    weight = 30
 
     def __init__(self) -> None:
         self._model = _Small()
@@ -84,17 +86,44 @@ class WeightsTarget(SafetensorsTarget):
 
     def read(self, path: Path) -> str:
         """Load the weights into a model."""
-        content = path.read_bytes()
-        kind = ".pt" if content[:2] == b"PK" or content[:1] == b"\x80" else ".safetensors"
-        file = path.with_suffix(kind)
-        file.write_bytes(content)
+        file = _with_its_suffix(path)
         with refusals(file, of=(CheckpointError, ModelError)) as refused:
             models._load_weights(self._model, "small", file)
         if refused:
             return type(refused[0]).__name__
-        if kind == ".safetensors":
-            _check(self._model, parse(content))
+        if file.suffix == ".safetensors":
+            _check(self._model, parse(file.read_bytes()))
         return "accepted"
+
+
+class ExtractTarget(WeightsTarget):
+    """The same files for ``open_weights``, and a delta made of them and their base."""
+
+    name = "extract"
+
+    def read(self, path: Path) -> str:
+        """Extract all that differs, and some of it; the former makes the base the same again."""
+        file, base = _with_its_suffix(path), self._model.state_dict()
+        with refusals(file, of=(WeightsFileError,)) as refused:
+            tensors = open_weights(file)
+        if refused:
+            return "WeightsFileError"
+        with refusals(None, of=(DeltaError, SelectionError)) as unfit:
+            extract(tensors, base, density=0.1)
+            extraction = extract(tensors, base)
+            changed = {name: value.clone() for name, value in base.items()}
+            extraction.delta.apply_(changed)
+            require(bytes_of(changed) == bytes_of(tensors), "the delta makes other weights")
+        return "accepted, fits no model here" if unfit else "accepted"
+
+
+def _with_its_suffix(path: Path) -> Path:
+    """The file once more, named as what it is."""
+    content = path.read_bytes()
+    kind = ".pt" if content[:2] == b"PK" or content[:1] == b"\x80" else ".safetensors"
+    file = path.with_suffix(kind)
+    file.write_bytes(content)
+    return file
 
 
 def _saved(value: object, **options: bool) -> bytes:
