@@ -140,8 +140,9 @@ class InputsTarget(JsonTarget):
         folder.mkdir(exist_ok=True)
         _prepare(folder)
         (folder / "inputs.json").write_bytes(path.read_bytes())
-        with refusals(folder, of=(CheckpointError, ConfigError)) as refused:
-            RunFolder(folder).start(_CONFIG, _INPUTS)
+        run = RunFolder(folder)
+        with refusals(folder, of=(CheckpointError, ConfigError)) as refused, run.lock:
+            run.start(_CONFIG.changed(resume=True), _INPUTS)
         return type(refused[0]).__name__ if refused else "accepted"
 
 
