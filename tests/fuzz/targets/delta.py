@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import math
 import tempfile
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
@@ -101,8 +102,11 @@ class DeltaTarget(SafetensorsTarget):
         _check_round_trip(delta, path.with_name("again.safetensors"))
         with output.capture() as shown:
             delta_cli.info(path, json=False)
-            delta_cli.info(path, json=True)
         check_shown(shown.get())
+        with redirect_stdout(io.StringIO()) as printed:
+            delta_cli.info(path, json=True)
+        check_shown(printed.getvalue())
+        require(json.loads(printed.getvalue())["file"] == str(path), "not the JSON that it prints")
         dtype = next((r.dtype for r in delta.records if r.name == "conv.weight"), torch.float32)
         dtype = dtype if dtype in self._models else torch.float32
         fits = _apply(delta, self._models[dtype], self._bits[dtype])
