@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -51,6 +52,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     kept = set(_thinned(item for item in items if _can_be_interpreted(item)))
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = [item for item in items if item in kept]
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Let garbage collections, of which benchmarks make many, pass over all that stays."""
+    gc.collect()
+    gc.freeze()
 
 
 def _can_be_interpreted(item: pytest.Item) -> bool:
@@ -145,6 +152,13 @@ def small_limits() -> Iterator[None]:
         yield
     for function in kept:
         function.cache_clear()
+
+
+@pytest.fixture
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports of runs without pictures, which take longer than a tiny run; test_report has them."""
+    for name in ("accuracy_figure", "curves_figure", "blocks_figure"):
+        monkeypatch.setattr(f"saft_clip.figures.{name}", lambda *_: "<svg></svg>")
 
 
 @pytest.fixture

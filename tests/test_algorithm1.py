@@ -88,7 +88,8 @@ def test_training_follows_algorithm_1(
 def test_training_on_a_gpu_follows_algorithm_1(
     device: torch.device, mode: str, accumulate: int
 ) -> None:
-    train_like_algorithm_1(small_model().to(device), mode, one_cycle, accumulate, 0.1)
+    model = small_model().to(device)
+    train_like_algorithm_1(model, mode, one_cycle, accumulate, 0.1, steps=STEPS // 4)
 
 
 def train_like_algorithm_1(
@@ -97,12 +98,13 @@ def train_like_algorithm_1(
     schedule: Callable[..., Any],
     accumulate: int,
     weight_decay: float,
+    steps: int = STEPS,
 ) -> None:
     pretrained, mask = snapshot(model), small_mask(model)
     oracle = Algorithm1(copy.deepcopy(model), mask, lr=1e-2, weight_decay=weight_decay)
     optimizer = make_optimizer(model, mode, weight_decay=weight_decay)
     pair = [(oracle, schedule(oracle.optimizer)), (optimizer, schedule(optimizer))]
-    for step in range(STEPS):
+    for step in range(steps):
         oracle.model.zero_grad()
         optimizer.zero_grad()
         backward(oracle.model, step, accumulate)

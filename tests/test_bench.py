@@ -9,7 +9,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -75,8 +75,9 @@ pytestmark = pytest.mark.usefixtures("small_limits", "one_thread")
 #: test_bench_gpu.py has the others.
 ON_CPU = [name for name, case in CASES.items() if not case.on_gpu]
 
-#: They share weights, gradients and masks with others; clip_step, too, which has a test of its own.
+#: They share weights, gradients and masks with others.
 SHARING = (
+    "clip_step",
     "accumulate_topk",
     "gather_scatter",
     "sparse_adamw",
@@ -396,11 +397,13 @@ class Watched(Setting):
 
 
 @pytest.mark.parametrize("name", ON_CPU)
+@pytest.mark.usefixtures("no_figures")
 def test_case_runs_on_a_tiny_model_and_says_what_it_ignores(
     name: str, memory_of_this_process: list[str]
 ) -> None:
     Watched.read.clear()
-    record = run_case(CASES[name], Watched(**vars(SMOKE)))
+    with nothing_shared_changes() if name in SHARING else nullcontext():
+        record = run_case(CASES[name], Watched(**vars(SMOKE)))
     assert record["refused"] is None
     assert record["left_out"] is None
     assert record["figures"]
@@ -420,9 +423,15 @@ def test_what_a_case_has_of_its_own_does_not_reach_it() -> None:
     assert case.ignored(Setting(prompts=8)) == []
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 @pytest.mark.parametrize(
-    "name", ["accumulate_topk", "gather_scatter", "sparse_adamw", "sampled_grad", "delta"]
+    ("name", "dtype"),
+    [
+        ("accumulate_topk", "bf16"),
+        ("gather_scatter", "fp16"),
+        ("sparse_adamw", "fp16"),
+        ("sampled_grad", "bf16"),
+        ("delta", "bf16"),
+    ],
 )
 def test_operations_run_in_16_bits(
     name: str, dtype: str, memory_of_this_process: list[str]
@@ -489,16 +498,9 @@ def nothing_shared_changes() -> Iterator[None]:
     assert work.masks["uniform"] == uniform_mask(work.task.model, SMOKE.density)
 
 
-@pytest.mark.parametrize("name", SHARING)
-def test_cases_do_not_change_what_they_share(name: str) -> None:
-    with nothing_shared_changes():
-        CASES[name].run(SMOKE)
-
-
 def test_sampled_steps_are_held_to_their_rivals(memory_of_this_process: list[str]) -> None:
     """To the faster LoRA, and to index-and-hook with the same mask."""
-    with nothing_shared_changes():  # looked at here, as all these steps take a while
-        outcome = clip_step.run(SMOKE)
+    outcome = clip_step.run(SMOKE)
     held = [f for f in outcome.figures if f.check.endswith("/lora")]
     assert [figure.bar for figure in held] == [1.0] * 6  # three masks, two precisions
     for precision in ("fp32", "amp_bf16"):

@@ -181,7 +181,9 @@ def test_gradcheck_of_conv2d(device, kernel, stride, padding, dilation, channels
         w, b = filled(weight, w_indices, values), filled(bias, b_indices, b_values)
         return sampled.conv2d(x, w, b, values, b_values, plan, stride, padding, dilation)
 
-    assert torch.autograd.gradcheck(layer, (x, values, b_values))
+    # Every partial derivative of the usual kind of convolution; of others, two random directions.
+    fast = channels_last or kernel != (3, 3)
+    assert torch.autograd.gradcheck(layer, (x, values, b_values), fast_mode=fast)
     stock = F.conv2d(x, weight, bias, stride, padding, dilation)
     assert torch.equal(layer(x, values, b_values), stock)
 

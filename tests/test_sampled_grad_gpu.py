@@ -43,7 +43,7 @@ def in_order(gpu: Any, order: str, seed: int, run: Any) -> Tensor:
 
 def outcomes(gpu: Any, run: Any) -> list[Tensor]:
     """One result per order of threads and blocks."""
-    orders = (("fwd", 0), ("rev", 0), ("random", 1), ("random", 2))
+    orders = (("fwd", 0), ("rev", 0), ("random", 1))
     return [in_order(gpu, order, seed, run) for order, seed in orders]
 
 

@@ -405,8 +405,10 @@ def moved(value, device):
     return base.to(device).expand(value.shape)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("lr_tensor", [None, torch.tensor(0.1, dtype=torch.float64)])
+@pytest.mark.parametrize(
+    ("dtype", "lr_tensor"),
+    [*((dtype, None) for dtype in DTYPES), (DTYPES[0], torch.tensor(0.1, dtype=torch.float64))],
+)
 def test_opcheck(device, dtype, lr_tensor):
     p = problem(dtype, device)
     lr_tensor = lr_tensor if lr_tensor is None else lr_tensor.to(device)

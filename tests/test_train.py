@@ -35,7 +35,7 @@ from saft_kernels.mask import CooMask
 from saft_kernels.selected_grad import SelectedGrad
 from tolerances import assert_close
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "no_figures")
 
 
 @pytest.fixture(scope="module")
@@ -428,8 +428,7 @@ def stop_at(monkeypatch, step, action):
     monkeypatch.setattr(Trainer, "steps", steps)
 
 
-@pytest.mark.parametrize("method", ["saft", "full"])
-@pytest.mark.parametrize("step", [1, 4, 6, 12])
+@pytest.mark.parametrize(("method", "step"), [("saft", 1), ("full", 4), ("saft", 6), ("saft", 12)])
 def test_interrupt_saves_and_says_how_to_go_on(config, monkeypatch, capsys, method, step):
     """In the middle and at the end of an epoch, whose validation is made up for, and at the end."""
     ours = config.changed(method=method, epochs=3)
@@ -634,15 +633,15 @@ class Interrupted:
         return self.transform(image)
 
 
-@pytest.mark.parametrize("which", ["plain", "train", "validation"])
-def test_interrupts_do_not_stop_processes_that_load_images(config, monkeypatch, which):
-    """The main process decides when to stop, and needs them until then."""
+def test_interrupts_do_not_stop_processes_that_load_images(config, monkeypatch):
+    """For selection, training and evaluation; the main process decides when to stop."""
 
     class Data(RunData):
         def __init__(self, *arguments):
             super().__init__(*arguments)
-            dataset = getattr(self, which)
-            setattr(self, which, replace(dataset, transform=Interrupted(dataset.transform)))
+            for which in ("plain", "train", "validation"):
+                dataset = getattr(self, which)
+                setattr(self, which, replace(dataset, transform=Interrupted(dataset.transform)))
 
     monkeypatch.setattr(train, "RunData", Data)
     assert finetune(config.changed(workers=1, epochs=1)).artefact.exists()

@@ -139,7 +139,7 @@ def test_benchmarks_work_outside_the_checkout(installed, tmp_path):
     assert "sampled_grad" in listed.stdout
     file = tmp_path / "bench-results" / "smoke.json"  # where results are sought
     file.parent.mkdir()
-    asked = ["run", "delta", "--smoke", "--output", file]
+    asked = ["run", "gather_scatter", "--smoke", "--output", file]
     ran = subprocess.run([*command, *asked], cwd=tmp_path, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     page = subprocess.run([*command, "report"], cwd=tmp_path, capture_output=True, text=True)

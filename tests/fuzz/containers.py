@@ -42,8 +42,8 @@ class Container:
     extra: Object = field(default_factory=Object)
 
     def find(self, name: str) -> Stored | None:
-        """The tensor of that name."""
-        return next((tensor for tensor in self.tensors if tensor.name == name), None)
+        """The tensor of that name; the last one, as readers of JSON take what is there twice."""
+        return next((each for each in reversed(self.tensors) if each.name == name), None)
 
 
 def split(content: bytes) -> tuple[Object, bytes]:

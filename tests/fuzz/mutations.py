@@ -80,8 +80,8 @@ def bloated_json(choices: Choices, size: int) -> str:
 def bloat(choices: Choices, container: Container, size: int) -> None:
     """Make something in a file large: a text, the number of texts or of tensors, a shape, data."""
     kind = choices.integer(0, 5)
-    if kind <= 1 and container.texts:
-        keys = [str(pair[0]) for pair in container.texts.pairs()]
+    keys = [str(pair[0]) for pair in container.texts.pairs()]
+    if kind <= 1 and keys:
         container.texts.put(choices.pick(keys), bloated_json(choices, size))
     elif kind == 2:
         container.texts.extend([str(i), ""] for i in range(size // 10))
