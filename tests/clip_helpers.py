@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 SMALL = "small-clip"
+SMALL_DEEP = "small-deep-clip"
 SMALL_RESNET = "small-resnet-clip"
 
 open_clip.add_model_config(Path(__file__).with_name("configs"))

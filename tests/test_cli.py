@@ -9,17 +9,22 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
+import open_clip
 import pytest
 import torch
 
 from clip_helpers import SMALL, small_checkpoint, write_folder
+from html_page import Page
 from saft_clip import commands, deltas, settings
+from saft_clip.adapter_file import save_adapter
 from saft_clip.cli import main
 from saft_clip.config import FinetuneConfig, dashed
 from saft_clip.console import progress
 from saft_clip.data import load_dataset
 from saft_clip.evaluate import evaluate_zero_shot
+from saft_clip.methods import METHODS
 from saft_clip.models import load_model
+from saft_clip.prompts import ClassPrompts
 from saft_clip.settings import run_with_settings
 from saft_kernels.delta import SparseDelta
 from saft_kernels.errors import SaftError
@@ -109,6 +114,10 @@ def other_value(item):
     """Words of the command line that set a field to another value than its default; that value."""
     special = {
         "train_data": "photos",
+        "method": "full",
+        "optimizer": "sgd",
+        "momentum": 0.5,
+        "alpha": 0.5,
         "gradients": "dense",
         "precision": "fp32",
         "density": 0.25,
@@ -123,8 +132,11 @@ def other_value(item):
     if isinstance(item.default, bool):
         return [f"--no-{dashed(item.name)}" if item.default else flag], not item.default
     value = special.get(item.name)
+    default = item.metadata.get("default")
+    if default is None and item.metadata.get("by_method"):
+        default = 1  # any number
     if value is None:
-        value = item.default + 3 if isinstance(item.default, int | float) else "other"
+        value = default + 3 if isinstance(default, int | float) else "other"
     values = value if isinstance(value, tuple) else (value,)
     return [word for one in values for word in (flag, str(one))], value
 
@@ -132,9 +144,12 @@ def other_value(item):
 @pytest.mark.parametrize("item", fields(FinetuneConfig), ids=lambda item: item.name)
 def test_every_setting_is_an_option(item):
     words, value = other_value(item)
-    config = configured("--train-data", "x", *words)
+    has_it = [each.name for each in METHODS.values() if item.name in each.defaults]
+    some = item.metadata.get("by_method") and item.metadata["default"] is None
+    method = {"method": has_it[0]} if some else {}
+    config = configured("--train-data", "x", *(["--method", has_it[0]] if some else []), *words)
     assert getattr(config, item.name) == value
-    expected = FinetuneConfig(**{"train_data": "x", item.name: value})
+    expected = FinetuneConfig(**{"train_data": "x", **method, item.name: value})
     assert config == expected
     assert configured(*shlex.split(expected.command())[2:]) == expected
 
@@ -145,7 +160,9 @@ def test_finetune_help_names_every_option(capsys, monkeypatch):
     shown = capsys.readouterr().out
     for item in fields(FinetuneConfig):
         assert f"--{dashed(item.name)}" in shown
-    assert "[default: 5e-06, the paper's]" in shown
+    assert "[default: 5e-06, the paper's; of some methods another]" in shown
+    assert "[default: 16, the paper's]" in shown
+    assert all(name in shown for name in METHODS)
     assert "[default: a tenth of all, ours]" in shown
 
 
@@ -154,6 +171,14 @@ def test_options_win_over_the_file_of_settings(tmp_path):
     FinetuneConfig(train_data="x", lr=0.5, shots=3, augment=False).save(file)
     config = configured("--config", str(file), "--lr", "0.25", "--augment")
     assert (config.train_data, config.lr, config.shots, config.augment) == ("x", 0.25, 3, True)
+
+
+def test_another_method_than_the_files_brings_its_defaults(tmp_path):
+    file = tmp_path / "run.yaml"
+    FinetuneConfig(train_data="x", method="coop", seed=4).save(file)
+    config = configured("--config", str(file), "--method", "full")
+    assert (config.method, config.seed, config.lr, config.optimizer) == ("full", 4, 5e-6, "adamw")
+    assert config.context is None
 
 
 def test_resumed_run_takes_its_own_settings(tmp_path):
@@ -281,6 +306,50 @@ def test_evaluate_takes_the_model_from_the_delta(small, pets, tmp_path, capsys):
     assert main(["evaluate", "--data", pets, *delta, "--json", str(file)]) == 0
     content = json.loads(file.read_text())
     assert [content["model"], content["pretrained"]] == small[1::2]
+
+
+ADAPTERS = ["lp", "lp-ft", "wise-ft", "coop", "cocoop", "maple"]
+
+
+@pytest.mark.parametrize("method", ADAPTERS)
+def test_evaluate_with_an_adapter(small, pets, tmp_path, capsys, method):
+    """Of whatever method: the command of the run's page gives what the run found."""
+    run, file = tmp_path / "run", tmp_path / "results.json"
+    own = {"maple": ["--depth", "1"], "coop": ["--context", "4"]}.get(method, [])
+    few = ["--shots", "1", "--epochs", "2", "--lr", "0.05", *own]
+    where = ["--train-data", pets, "--eval-data", pets, "--output", str(run)]
+    assert main(["finetune", "--method", method, *small, *where, *few, "--precision", "fp32"]) == 0
+    capsys.readouterr()
+    adapter = ["--adapter", str(run / "adapter.safetensors")]
+    assert main(["evaluate", "--data", pets, *adapter, "--json", str(file)]) == 0
+    results = json.loads((run / "results.json").read_text())["evaluations"]
+    (after,) = (line for line in results if line["when"] == "after")
+    (found,) = json.loads(file.read_text())["results"]
+    assert (found["top1"], found["per_class"]) == (after["top1"], after["per_class"])
+    page = Page((run / "report.html").read_text()).text
+    assert f"--adapter {run / 'adapter.safetensors'}" in page
+
+
+def test_an_adapter_that_cannot_be_used(small, pets, tmp_path, capsys):
+    adapter = tmp_path / "adapter.safetensors"
+    prompts = ClassPrompts(("a", "b"), ("{}",), open_clip.get_tokenizer(SMALL))
+    training = json.dumps(FinetuneConfig(train_data="x", method="lp").training())
+    good = {"method": "lp", "training": training}
+    for tensors, texts, sentence in (
+        ({"adapter.head": torch.ones(2, 3)}, good, "'adapter.head' must be torch.float32 [2, 16]"),
+        ({"x": torch.ones(1)}, good, "does not hold values of this model"),
+        ({}, good | {"training": "{"}, "cannot be used with small-clip"),
+        ({}, good | {"training": "{}"}, "does not say what to train on"),
+        ({}, {"method": "full", "training": training.replace('"lp"', '"full"')}, "no adapters"),
+    ):
+        save_adapter(adapter, tensors, texts, prompts)
+        words = ["evaluate", *small, "--data", pets, "--adapter", str(adapter)]
+        assert main(words) == 1
+        shown = capsys.readouterr().err
+        assert str(adapter) in shown.replace("\n", "")
+        assert sentence in " ".join(shown.split())
+    assert main([*words, "--delta", "x"]) == 1
+    assert "not both" in capsys.readouterr().err
 
 
 def test_delta_made_with_quick_gelu_is_evaluated_with_it(small, pets, tmp_path, monkeypatch):

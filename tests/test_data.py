@@ -6,6 +6,7 @@ import pickle
 import random
 import shutil
 from collections import defaultdict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,9 +14,12 @@ import torch
 from PIL import Image
 
 from clip_helpers import cut_short, write_folder, write_image, write_split_file
+from saft_clip.config import FinetuneConfig
 from saft_clip.data import (
+    HALVES,
     available_splits,
     distinct_names,
+    divided,
     drop_unreadable,
     few_shot,
     load_dataset,
@@ -25,6 +29,7 @@ from saft_clip.data import (
 from saft_clip.data.dataset import _to_rgb
 from saft_clip.errors import DataError, UnreadableImageError
 from saft_clip.prompts import DEFAULT_TEMPLATES
+from saft_clip.train import RunData
 from saft_kernels.errors import SaftError
 
 
@@ -478,3 +483,49 @@ def test_opening_an_unreadable_image_names_it(tmp_path):
     copy = pickle.loads(pickle.dumps(caught.value))
     assert str(copy) == str(caught.value)
     assert copy.path == caught.value.path
+
+
+# Halves of the classes
+
+
+def test_halves_are_coops(tmp_path):
+    """Of five classes, three are base ones; labels of either half begin at 0."""
+    root = write_folder(tmp_path / "pets", {"a": 1, "b": 2, "c": 1, "d": 2, "e": 3})
+    base, new = (load_dataset(f"{root}#{half}", "test", lambda image: image) for half in HALVES)
+    assert base.class_names == ("a", "b", "c")
+    assert base.labels.tolist() == [0, 1, 1, 2]
+    assert new.class_names == ("d", "e")
+    assert new.labels.tolist() == [0, 0, 1, 1, 1]
+    assert [Path(image).parent.name for image in new.images] == list("ddeee")
+    assert (base.name, new.name) == ("pets (base)", "pets (new)")
+    assert divided(f"{root}#new") == (str(root), "new")
+    assert divided("a#b") == ("a#b", "")
+
+
+def test_halves_of_domains_and_split_files(tmp_path):
+    assert load_dataset("builtin:mnist#new", "test", lambda image: image).class_names[0] == "5"
+    rows = [(f"{name}/0.png", label, name) for label, name in enumerate("abc")]
+    for path, _, _ in rows:
+        write_image(tmp_path / path)
+    file = write_split_file(tmp_path / "split.json", {"train": rows, "test": rows})
+    half = load_dataset(f"{file}#new", "train", lambda image: image)
+    assert (half.class_names, half.labels.tolist()) == (("c",), [0])
+    assert available_splits(f"{file}#base") == ("train", "test")
+
+
+def test_a_half_without_images(tmp_path):
+    root = write_folder(tmp_path / "one", {"a": 2})
+    with pytest.raises(DataError, match=r"the new half of the classes of one has no images"):
+        load_dataset(f"{root}#new", "train", lambda image: image)
+
+
+def test_few_shot_draws_before_the_classes_are_divided(tmp_path):
+    """As CoOp does, whose base images are a part of all its images."""
+    root = write_folder(tmp_path / "pets", dict.fromkeys("abcd", 9))
+    whole = few_shot(load_dataset(str(root), "train", lambda image: image), 3, 1).half("new")
+    config = FinetuneConfig(train_data=f"{root}#new", shots=3, seed=1, augment=False)
+
+    class Clip:
+        preprocess_val = preprocess_train = staticmethod(lambda image: image)
+
+    assert RunData(config, Clip()).plain.images == whole.images

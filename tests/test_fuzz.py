@@ -34,12 +34,12 @@ from saft_kernels import ops
 from saft_kernels.errors import DeltaFormatError
 
 NAMES = (
-    *("delta", "mask", "checkpoint", "weights", "extract", "config", "inputs", "split"),
+    *("delta", "mask", "checkpoint", "adapter", "weights", "extract", "config", "inputs", "split"),
     *("results", "metrics", "demo"),
 )
 
 #: Those that draw pages take a second for each.
-QUICK = NAMES[:8]
+QUICK = NAMES[:9]
 
 
 @pytest.fixture(scope="module")

@@ -22,13 +22,14 @@ from saft_clip.checkpoint import find_checkpoints
 from saft_clip.config import FinetuneConfig
 from saft_clip.data import load_dataset
 from saft_clip.errors import CheckpointError, ConfigError, DataError, UnreadableImageError
-from saft_clip.methods import METHODS, find_method
+from saft_clip.methods import find_method
 from saft_clip.methods.base import FROZEN, prompt_loss
 from saft_clip.metrics import MetricsLog, read_metrics
 from saft_clip.models import load_model
-from saft_clip.prompts import class_prompts
+from saft_clip.prompts import ClassPrompts, class_prompts
+from saft_clip.schedule import learning_rate
 from saft_clip.train import RunData, finetune, load_base
-from saft_clip.trainer import Trainer, learning_rate
+from saft_clip.trainer import Trainer
 from saft_kernels.delta import SparseDelta
 from saft_kernels.errors import NonFiniteGradientError, SelectionError
 from saft_kernels.mask import CooMask
@@ -73,8 +74,8 @@ def prepared(config):
     """A method and its training batches, as a run makes them."""
     clip = load_base(config)
     data = RunData(config, clip)
-    tokens = class_prompts(data.train.class_names, data.train.templates, clip.tokenizer)
-    method = find_method(config.method)(clip, tokens, config)
+    prompts = ClassPrompts(data.train.class_names, data.train.templates, clip.tokenizer)
+    method = find_method(config.method)(clip, prompts, config)
     batches = TrainingBatches(
         data.train,
         batch_size=config.batch_size,
@@ -171,16 +172,14 @@ def test_accumulation_is_one_big_batch(config, method):
 
 
 def test_warm_up_and_cosine():
-    ours = FinetuneConfig(train_data="x", lr=1.0)
-    rates = [learning_rate(step, 100, ours) for step in range(100)]
+    rates = [learning_rate(step, 100, 1.0) for step in range(100)]
     assert rates[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
     assert rates[10] == 1.0
     assert rates[55] == pytest.approx(0.5)
     assert rates == sorted(rates[:10]) + sorted(rates[10:], reverse=True)
     assert 0 < rates[99] < 1e-3
-    constant_start = FinetuneConfig(train_data="x", lr=1.0, warmup=0)
-    assert learning_rate(0, 100, constant_start) == 1.0
-    assert learning_rate(0, 3, ours.changed(warmup=10)) == 0.1
+    assert learning_rate(0, 100, 1.0, warmup=0) == 1.0
+    assert learning_rate(0, 3, 1.0, warmup=10) == 0.1
 
 
 @pytest.mark.parametrize("gradients", ["dense", "streamed", "sampled"])
@@ -195,7 +194,7 @@ def test_saft_changes_the_selected_entries_only(config, gradients):
             changed += int(different[method.mask[name].long()].sum())
             different[method.mask[name].long()] = False
         assert not different.any(), name
-    assert changed > 0.9 * method.trained
+    assert changed > 0.9 * method.mask.nnz
     assert not any(name in method.mask for name in FROZEN)
 
 
@@ -218,7 +217,7 @@ def test_full_trains_both_encoders_but_not_the_temperature(config):
     list(Trainer(method, batches, ours).steps())
     for name, value in method.model.state_dict().items():
         assert torch.equal(value, base[name]) == (name in FROZEN), name
-    assert method.trained == sum(p.numel() for p in method.model.parameters()) - 1
+    assert sum(method.trained.values()) == sum(p.numel() for p in method.model.parameters()) - 1
 
 
 def test_batch_norm_statistics_do_not_move(config, tmp_path):
@@ -283,9 +282,8 @@ def test_gradient_that_is_not_finite_stops_before_the_step(config, monkeypatch, 
 
 
 def test_unknown_method():
-    with pytest.raises(ConfigError, match=r"did you mean saft\? the methods are saft, full"):
+    with pytest.raises(ConfigError, match=r"did you mean saft\? the methods are zero-shot, saft,"):
         find_method("saff")
-    assert list(METHODS) == ["saft", "full"]
 
 
 # A run
@@ -413,7 +411,9 @@ def test_tensorboard_that_is_not_installed(tmp_path, monkeypatch):
 def record(output):
     """The lines of a run's record, without what depends on the clock."""
     lines = read_metrics(Path(output) / "metrics.jsonl")
-    return [{k: v for k, v in line.items() if k != "images_per_s"} for line in lines]
+    return [
+        {k: v for k, v in line.items() if k not in ("images_per_s", "seconds")} for line in lines
+    ]
 
 
 def stop_at(monkeypatch, step, action):

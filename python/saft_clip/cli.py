@@ -111,13 +111,17 @@ def evaluate(
         typer.Option(
             "--model",
             help="Model name of open_clip, or saft-tiny.",
-            show_default="the delta's, or ViT-B-16",
+            show_default="the delta's or the adapter's, or ViT-B-16",
         ),
     ] = None,
     pretrained: Pretrained = None,
     force_quick_gelu: QuickGelu = False,
     delta: Annotated[
         Path | None, typer.Option("--delta", help="Delta file to apply to the model first.")
+    ] = None,
+    adapter: Annotated[
+        Path | None,
+        typer.Option("--adapter", help="Adapter file: a trained classifier, or learned prompts."),
     ] = None,
     split: Annotated[str, typer.Option("--split", help="train, val or test.")] = "test",
     template: Template = None,
@@ -129,7 +133,7 @@ def evaluate(
         Path | None, typer.Option("--json", help="Also write the results to this file.")
     ] = None,
 ) -> None:
-    """Classify images zero-shot, by class prompts, with or without a delta."""
+    """Classify images zero-shot, by class prompts, with or without a delta; or by an adapter."""
     from saft_clip.commands import evaluate_command
 
     evaluate_command(
@@ -138,6 +142,7 @@ def evaluate(
         pretrained=pretrained,
         force_quick_gelu=force_quick_gelu,
         delta=delta,
+        adapter=adapter,
         split=split,
         templates=template or None,
         batch_size=batch_size,

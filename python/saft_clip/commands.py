@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
 
+from saft_clip.adapter_file import load_adapter
 from saft_clip.batches import ordered_batches
 from saft_clip.config import DEFAULT_PRETRAINED, FinetuneConfig
 from saft_clip.console import output, progress, say
 from saft_clip.data import distinct_names, load_dataset
-from saft_clip.evaluate import Evaluation, evaluate_zero_shot
+from saft_clip.errors import ConfigError
+from saft_clip.evaluate import Evaluation, Scores, evaluate, zero_shot_scores
 from saft_clip.methods.base import FROZEN
+from saft_clip.methods.dense import restored
 from saft_clip.methods.saft import Saft
 from saft_clip.models import load_model
-from saft_clip.prompts import class_prompts
+from saft_clip.prompts import ClassPrompts
 from saft_clip.shortages import explained_shortages
 from saft_clip.train import RunData, finetune, load_base
 from saft_kernels.delta import SparseDelta
@@ -37,6 +41,7 @@ def evaluate_command(
     pretrained: str | None,
     force_quick_gelu: bool,
     delta: Path | None,
+    adapter: Path | None,
     split: str,
     templates: Sequence[str] | None,
     batch_size: int,
@@ -47,17 +52,21 @@ def evaluate_command(
 ) -> list[Evaluation]:
     """Evaluate a model on data sets; print a table and write JSON.
 
-    Without ``model`` it is the one that the delta was made for; QuickGELU is used where the delta
-    was made with it. Whatever can be wrong with the arguments is found before the first evaluation.
+    Without ``model`` it is the one that the delta or the adapter was made for; QuickGELU is used
+    where it was made with it. Whatever can be wrong with the arguments is found before the first
+    evaluation.
     """
     if json_file is not None:
         require_writable(json_file)
+    if delta is not None and adapter is not None:
+        raise ConfigError("give --delta or --adapter, not both: a run writes one of them")
     change = None if delta is None else SparseDelta.load(delta)
-    if model is None and change is not None:
-        model = change.metadata.get("model")
-        pretrained = pretrained or change.metadata.get("pretrained")
-    if change is not None:
-        force_quick_gelu |= change.metadata.get("force_quick_gelu") == "yes"
+    beside = None if adapter is None else load_adapter(adapter)
+    texts = change.metadata if change is not None else beside.texts if beside is not None else {}
+    if model is None:
+        model = texts.get("model")
+        pretrained = pretrained or texts.get("pretrained")
+    force_quick_gelu |= texts.get("force_quick_gelu") == "yes"
     model = model or DEFAULT_MODEL
     clip = load_model(
         model,
@@ -68,11 +77,20 @@ def evaluate_command(
     )
     if change is not None:
         change.apply_(clip.model)
+    scores: Callable[[ClassPrompts], Scores] = functools.partial(
+        zero_shot_scores, clip.model, device=device, show_progress=True
+    )
+    if beside is not None:
+        scores = functools.partial(
+            restored(beside, clip, device, precision, f"the adapter {adapter}").scores,
+            show_progress=True,
+        )
     datasets = [load_dataset(s, split, clip.preprocess_val, templates=templates) for s in data]
     results = [
-        evaluate_zero_shot(
+        evaluate(
             clip,
             dataset,
+            scores,
             batch_size=batch_size,
             device=device,
             precision=precision,
@@ -85,6 +103,7 @@ def evaluate_command(
             "model": clip.name,
             "pretrained": clip.pretrained,
             "delta": None if delta is None else str(delta),
+            "adapter": None if adapter is None else str(adapter),
             "split": split,
             "precision": precision,
             "results": [
@@ -94,7 +113,7 @@ def evaluate_command(
         }
         with atomic_write(json_file) as temporary:
             temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    what = f"{clip.name}, {clip.pretrained}" + (f", {delta}" if delta else "")
+    what = ", ".join(str(each) for each in (clip.name, clip.pretrained, delta, adapter) if each)
     output.print(evaluation_table(data, results, what))
     return results
 
@@ -138,8 +157,8 @@ def select_command(config: FinetuneConfig, score: str, file: Path) -> CooMask:
     require_writable(file)
     clip = load_base(config)
     dataset = RunData(config, clip).plain
-    tokens = class_prompts(dataset.class_names, dataset.templates, clip.tokenizer)
-    method = Saft(clip, tokens, config)
+    prompts = ClassPrompts(dataset.class_names, dataset.templates, clip.tokenizer)
+    method = Saft(clip, prompts, config)
     batches = ordered_batches(dataset, config.batch_size, config.workers)
     with progress("selecting", len(batches), unit="batches") as advance:
         mask = select(

@@ -4,6 +4,9 @@ From the paper (SAFT, arXiv 2407.03036): ViT-B/16 with OpenAI's weights, 16 imag
 density 1e-3, AdamW with learning rate 5e-6 and weight decay 0.1, a cosine schedule with warm-up,
 bf16 autocast. Ours, because the paper's values are not known to us: batch size, epochs, length of
 the warm-up, augmentation, gradient clipping, the seed. AdamW's betas and eps are torch's.
+
+Other methods than SAFT have other defaults, and some have settings of their own
+(:data:`saft_clip.methods.METHODS`).
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ import math
 import os
 import shlex
 from contextlib import suppress
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import Field, dataclass, field, fields, replace
 from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
@@ -21,6 +24,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 import yaml
 
 from saft_clip.errors import ConfigError
+from saft_clip.methods import METHODS, find
 from saft_kernels.files import atomic_write
 from saft_kernels.untrusted import shown
 
@@ -31,6 +35,7 @@ _MAX_DEPTH = 10
 PAPER, OURS, TORCH = "the paper's", "ours", "torch's"
 
 GRADIENTS = ("dense", "streamed", "sampled")
+OPTIMIZERS = ("adamw", "sgd")
 #: open_clip's ``--precision`` names that are supported: weights are fp32 in both.
 PRECISIONS = ("fp32", "amp_bf16")
 
@@ -49,21 +54,26 @@ def option(
     choices: tuple[str, ...] | None = None,
     source: str | None = None,
     may_change: bool = False,
+    by_method: bool = False,
 ) -> Any:
     """A dataclass field that knows its help text and its limits.
 
     ``source`` says where the default comes from. ``may_change`` marks a setting that does not
-    influence the result, so that a resumed run may have another value of it.
+    influence the result, so that a resumed run may have another value of it. ``by_method`` marks
+    one whose default is the method's, if that has one: then ``default`` is that of all others, and
+    if it is None, other methods have no such setting at all.
     """
     limits = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
     return field(
-        default=default,
+        default=None if by_method else default,
         metadata={
             "help": help,
             "limits": limits,
             "choices": choices,
             "source": source,
             "may_change": may_change,
+            "by_method": by_method,
+            "default": default,
         },
     )
 
@@ -77,7 +87,10 @@ class FinetuneConfig:
     """
 
     train_data: str = field(
-        metadata={"help": "image folder, CoOp split file (.json) or builtin:<domain> to train on"}
+        metadata={
+            "help": "image folder, CoOp split file (.json) or builtin:<domain> to train on; with "
+            "#base or #new behind it, half of the classes"
+        }
     )
     val_data: str | None = option(
         None,
@@ -105,9 +118,7 @@ class FinetuneConfig:
         "file of templates [default: the data set's own]",
     )
 
-    method: str = option(
-        "saft", "what is trained: saft (the selected entries) or full (everything)"
-    )
+    method: str = option("saft", f"what is trained and how: {', '.join(METHODS)}")
     density: float = option(
         1e-3, "share of the parameters that saft selects", above=0, at_most=1, source=PAPER
     )
@@ -128,16 +139,63 @@ class FinetuneConfig:
     )
     augment: bool = option(True, "random crops, as open_clip trains with", source=OURS)
 
-    epochs: int = option(10, "passes over the training data", at_least=1, source=OURS)
-    batch_size: int = option(32, "images per forward pass", at_least=1, source=OURS)
+    epochs: int = option(
+        10, "passes over the training data", at_least=1, source=OURS, by_method=True
+    )
+    batch_size: int = option(32, "images per forward pass", at_least=1, source=OURS, by_method=True)
     accum_freq: int = option(1, "forward passes per optimizer step", at_least=1, source=OURS)
-    lr: float = option(5e-6, "peak learning rate", above=0, source=PAPER)
-    wd: float = option(0.1, "weight decay", at_least=0, source=PAPER)
+    optimizer: str = option(
+        "adamw", "what takes the steps", choices=OPTIMIZERS, source=PAPER, by_method=True
+    )
+    lr: float = option(5e-6, "peak learning rate", above=0, source=PAPER, by_method=True)
+    wd: float = option(0.1, "weight decay", at_least=0, source=PAPER, by_method=True)
+    momentum: float = option(
+        0.9, "momentum of sgd", at_least=0, below=1, source="Dassl's", by_method=True
+    )
     beta1: float = option(0.9, "AdamW's beta 1", at_least=0, below=1, source=TORCH)
     beta2: float = option(0.999, "AdamW's beta 2", at_least=0, below=1, source=TORCH)
     eps: float = option(1e-8, "AdamW's epsilon", above=0, source=TORCH)
     warmup: int | None = option(None, "warm-up steps [default: a tenth of all, ours]", at_least=0)
     grad_clip_norm: float | None = option(None, "largest norm of the trained gradient", above=0)
+    alpha: float | None = option(
+        None,
+        "the result lies at this share of the way from the pretrained to the trained weights",
+        at_least=0,
+        at_most=1,
+        by_method=True,
+    )
+    penalty: float | None = option(
+        None, "weight of the penalty or of the distillation", at_least=0, by_method=True
+    )
+    temperature: float | None = option(
+        None, "temperature of the distillation", above=0, by_method=True
+    )
+    margin: float | None = option(
+        None, "clipood's margin for classes that mean the same", at_least=0, by_method=True
+    )
+    beta: float | None = option(
+        None, "clipood's averaging: a and b of its Beta distribution", above=0, by_method=True
+    )
+    rank: int | None = option(None, "rank of lora's matrices", at_least=1, by_method=True)
+    lora_alpha: float | None = option(
+        None, "lora's change is scaled by this over the rank", above=0, by_method=True
+    )
+    context: int | None = option(
+        None,
+        "learned vectors in a prompt (and in an image, of maple)",
+        at_least=1,
+        at_most=64,
+        by_method=True,
+    )
+    depth: int | None = option(
+        None, "blocks that maple gives prompts of their own", at_least=1, by_method=True
+    )
+    probe_epochs: int | None = option(
+        None, "passes that lp-ft trains the classifier for first", at_least=1, by_method=True
+    )
+    probe_lr: float | None = option(
+        None, "learning rate of lp-ft's classifier then", above=0, by_method=True
+    )
     precision: str = option(
         "amp_bf16", "arithmetic of the forward pass", choices=PRECISIONS, source=PAPER
     )
@@ -152,10 +210,17 @@ class FinetuneConfig:
     tensorboard: bool = option(False, "also log for TensorBoard", may_change=True)
 
     def __post_init__(self) -> None:
-        """Check every value."""
+        """Take the method's defaults, and check every value."""
         hints = get_type_hints(type(self))
+        method = find(self.method)
         for item in fields(self):
             value = getattr(self, item.name)
+            if item.metadata.get("by_method"):
+                usual = self._usual(item)
+                if value is not None and usual is None:
+                    raise ConfigError(_no_such_setting(item.name, method.name))
+                if value is None:
+                    object.__setattr__(self, item.name, value := usual)
             _check_type(item.name, value, hints[item.name])
             _check_limits(item.name, value, item.metadata.get("limits", {}))
             _check_choices(item.name, value, item.metadata.get("choices"))
@@ -165,8 +230,24 @@ class FinetuneConfig:
         """What to load: ``pretrained``, or the model's default."""
         return self.pretrained or DEFAULT_PRETRAINED.get(self.model)
 
+    def _usual(self, item: Field[Any]) -> Any:
+        """The default of a setting, with this method."""
+        if not item.metadata.get("by_method"):
+            return item.default
+        return find(self.method).defaults.get(item.name, item.metadata["default"])
+
     def changed(self, **values: Any) -> FinetuneConfig:
-        """A copy with other values, checked like new."""
+        """A copy with other values, checked like new.
+
+        With another method, settings that were the old one's defaults become the new one's.
+        """
+        if values.get("method", self.method) != self.method:
+            usual = {
+                item.name: None
+                for item in fields(self)
+                if item.metadata.get("by_method") and getattr(self, item.name) == self._usual(item)
+            }
+            values = usual | values
         return replace(self, **values)
 
     def to_dict(self) -> dict[str, Any]:
@@ -232,7 +313,7 @@ class FinetuneConfig:
         words = ["saft", "finetune"]
         for item in fields(self):
             value = getattr(self, item.name)
-            if value != item.default:
+            if value != self._usual(item):
                 words += _flag(item.name, value)
         return shlex.join(words)
 
@@ -274,6 +355,11 @@ def _read(path: str | Path, where: str) -> str:
         raise ConfigError(f"{where} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{where} is not valid YAML") from error
+
+
+def _no_such_setting(name: str, method: str) -> str:
+    has = ", ".join(entry.name for entry in METHODS.values() if name in entry.defaults)
+    return f"--method {method} has no --{dashed(name)}: that is a setting of {has}"
 
 
 def dashed(name: str) -> str:

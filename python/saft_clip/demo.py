@@ -40,9 +40,10 @@ from saft_clip.demo_page import SUMMARY, summary_table, write_demo_page
 from saft_clip.domains import DOMAINS, domain_splits
 from saft_clip.errors import ConfigError, TrialError
 from saft_clip.evaluate import evaluate_zero_shot
-from saft_clip.methods import Method, find_method
+from saft_clip.methods import find_method
+from saft_clip.methods.base import Method
 from saft_clip.models import ClipModel, load_model
-from saft_clip.prompts import class_prompts
+from saft_clip.prompts import ClassPrompts
 from saft_clip.results import environment
 from saft_clip.run_folder import RunFolder, write_json
 from saft_clip.run_lock import RunLock
@@ -299,7 +300,7 @@ def run_trial(
     trained = 0
     if trial.method != ZERO_SHOT:
         method = _train(trial, plan, tuned, data["train"], folder / _name(trial))
-        trained = method.trained
+        trained = sum(method.trained.values())
         if trial.final and trial.seed == plan.seeds[0]:
             method.export(folder / _name(trial), lambda: clip.model)
     seconds = time.perf_counter() - start
@@ -332,8 +333,8 @@ def _train(trial: Trial, plan: Plan, clip: ClipModel, images: ImageDataset, fold
     )
     make_folder(folder)
     sample = few_shot(images, config.shots, config.seed)
-    tokens = class_prompts(sample.class_names, sample.templates, clip.tokenizer)
-    method = find_method(config.method)(clip, tokens, config)
+    prompts = ClassPrompts(sample.class_names, sample.templates, clip.tokenizer)
+    method = find_method(config.method)(clip, prompts, config)
     method.prepare(ordered_batches(sample, config.batch_size), folder)
     batches = TrainingBatches(
         sample,

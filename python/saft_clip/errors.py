@@ -53,3 +53,7 @@ class UnreadableImageError(DataError):
     def __reduce__(self) -> tuple[type[UnreadableImageError], tuple[str, str]]:
         """Data loading processes send it to the main one."""
         return type(self), (self.path, self.reason)
+
+
+class MissingExtraError(SaftError, ImportError):
+    """A package of an extra is needed and not installed."""

@@ -1,8 +1,8 @@
-"""Zero-shot classification: a class is what its prompts say."""
+"""Classification, zero-shot (a class is what its prompts say) or by any other scores."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from math import sqrt
 from typing import Any
@@ -17,7 +17,7 @@ from saft_clip.console import progress
 from saft_clip.data import ImageDataset, printable, say_skipped
 from saft_clip.errors import DataError, UnreadableImageError
 from saft_clip.models import ClipModel, autocast
-from saft_clip.prompts import class_prompts, encode_prompts
+from saft_clip.prompts import ClassPrompts, encode_prompts
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,10 @@ class Evaluation:
         return asdict(self)
 
 
+#: Images float32 [B, 3, H, W] on any device -> scores [B, C], the higher the likelier.
+Scores = Callable[[Tensor], Tensor]
+
+
 def evaluate_zero_shot(
     clip: ClipModel,
     dataset: ImageDataset,
@@ -65,12 +69,40 @@ def evaluate_zero_shot(
 ) -> Evaluation:
     """Classify every image by its most similar class embedding.
 
+    The arguments and errors are those of :func:`evaluate`.
+    """
+    return evaluate(
+        clip,
+        dataset,
+        lambda prompts: zero_shot_scores(clip.model, prompts, device, show_progress=show_progress),
+        batch_size=batch_size,
+        device=device,
+        precision=precision,
+        workers=workers,
+        show_progress=show_progress,
+    )
+
+
+def evaluate(
+    clip: ClipModel,
+    dataset: ImageDataset,
+    scores: Callable[[ClassPrompts], Scores],
+    *,
+    batch_size: int = 64,
+    device: str | torch.device = "cpu",
+    precision: str = "fp32",
+    workers: int = 0,
+    show_progress: bool = True,
+) -> Evaluation:
+    """Classify every image by the highest score.
+
     Unreadable images are left out and named in the result. The model ends in the mode (train or
     eval) it came in.
 
     Args:
         clip: the model, on ``device``.
         dataset: transformed with the model's ``preprocess_val``.
+        scores: called once, with the data set's classes; in the given precision.
         batch_size: images per forward pass.
         device: where the model is.
         precision: ``fp32`` or ``amp_bf16``.
@@ -85,10 +117,9 @@ def evaluate_zero_shot(
     clip.model.eval()
     try:
         with torch.inference_mode(), autocast(precision, device):
-            tokens = class_prompts(dataset.class_names, dataset.templates, clip.tokenizer)
-            classes = embed_classes(clip.model, tokens.to(device), show_progress=show_progress)
+            prompts = ClassPrompts(dataset.class_names, dataset.templates, clip.tokenizer)
             ranks, labels, skipped = _rank_images(
-                clip.model, classes, dataset, batch_size, device, workers, show_progress
+                scores(prompts), dataset, batch_size, workers, show_progress
             )
     finally:
         for module, training in modes.items():
@@ -98,6 +129,31 @@ def evaluate_zero_shot(
     if show_progress:
         say_skipped(dataset.name, skipped)
     return _summarize(dataset, ranks, labels, skipped)
+
+
+def zero_shot_scores(
+    model: nn.Module,
+    prompts: ClassPrompts,
+    device: str | torch.device,
+    *,
+    show_progress: bool = False,
+) -> Scores:
+    """The cosine of an image's embedding and each class's, in float32."""
+    classes = embed_classes(model, prompts.tokens.to(device), show_progress=show_progress)
+
+    def scores(images: Tensor) -> Tensor:
+        features = image_features(model, images.to(device))
+        # Under autocast the product would be rounded to bf16, and near classes would tie.
+        with torch.autocast(features.device.type, enabled=False):
+            return features @ classes.T
+
+    return scores
+
+
+def image_features(model: nn.Module, images: Tensor) -> Tensor:
+    """Normalised image embeddings in float32, whatever autocast is in force: [B, E]."""
+    encode_image: Any = model.encode_image
+    return F.normalize(encode_image(images).float(), dim=-1)
 
 
 #: Prompts between two moves of the progress bar.
@@ -151,16 +207,9 @@ def _collate(items: Sequence[Any]) -> tuple[list[Tensor], list[int], list[str]]:
 
 
 def _rank_images(
-    model: nn.Module,
-    classes: Tensor,
-    dataset: ImageDataset,
-    batch_size: int,
-    device: str | torch.device,
-    workers: int,
-    show_progress: bool,
+    scores: Scores, dataset: ImageDataset, batch_size: int, workers: int, show_progress: bool
 ) -> tuple[Tensor, Tensor, list[str]]:
     """For every readable image the rank of its true class and its label; the unreadable images."""
-    encode_image: Any = model.encode_image
     loader = DataLoader(
         _Tolerant(dataset),
         batch_size=batch_size,
@@ -173,11 +222,8 @@ def _rank_images(
         for images, truth, bad in loader:
             skipped += bad
             if images:
-                features = encode_image(torch.stack(images).to(device)).float()
-                # Under autocast the product would be rounded to bf16, and near classes would tie.
-                with torch.autocast(features.device.type, enabled=False):
-                    scores = (F.normalize(features, dim=-1) @ classes.T).cpu()
-                ranks.append(_rank(scores, torch.tensor(truth)))
+                found = scores(torch.stack(images)).cpu()
+                ranks.append(_rank(found, torch.tensor(truth)))
                 labels += truth
             advance(len(images) + len(bad))
     return torch.cat(ranks) if ranks else torch.empty(0), torch.tensor(labels), skipped

@@ -1,8 +1,8 @@
 """The record of a run: one JSON object per line in ``metrics.jsonl``, and TensorBoard if asked for.
 
 Every line has ``kind`` and ``step`` (optimizer steps taken). ``kind`` is ``train`` (``epoch``,
-``loss``, ``lr``, ``grad_norm``, ``images_per_s``), ``validation`` or ``evaluation`` (``when``:
-``before`` or ``after``; and what :class:`saft_clip.evaluate.Evaluation` holds).
+``loss``, ``lr``, ``grad_norm``, ``seconds``, ``images_per_s``), ``validation`` or ``evaluation``
+(``when``: ``before`` or ``after``; and what :class:`saft_clip.evaluate.Evaluation` holds).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ EVALUATION: Form = {
     **{"top1_stderr": is_share, "mean_per_class_stderr": is_share},
 }
 LINES: dict[str, Form] = {
-    "train": {"loss": is_number},
+    "train": {"loss": is_number, "seconds": is_number},
     "validation": {"top1": is_share},
     "evaluation": EVALUATION,
 }

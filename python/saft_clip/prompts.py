@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +71,26 @@ def _checked(templates: Sequence[str], source: str) -> tuple[str, ...]:
                 f"the prompt template {template!r} has no {{}} where the class name goes ({source})"
             )
     return tuple(templates)
+
+
+@dataclass(frozen=True)
+class ClassPrompts:
+    """C classes and what is said of them.
+
+    Attributes:
+        names: C names, as they appear in the text.
+        templates: T templates with ``{}`` for the name.
+        tokenizer: of the model: a list of P texts -> int64 [P, L].
+    """
+
+    names: tuple[str, ...]
+    templates: tuple[str, ...]
+    tokenizer: Callable[[list[str]], Tensor]
+
+    @cached_property
+    def tokens(self) -> Tensor:
+        """Every template for every class, int64 [C, T, L]; made when it is first asked for."""
+        return class_prompts(self.names, self.templates, self.tokenizer)
 
 
 def class_prompts(

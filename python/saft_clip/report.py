@@ -12,10 +12,12 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from saft_clip import figures
+from saft_clip.adapter_file import ADAPTER
 from saft_clip.config import FinetuneConfig, dashed
 from saft_clip.data import distinct_names
 from saft_clip.errors import CheckpointError
 from saft_clip.forms import require_form
+from saft_clip.methods import find
 from saft_clip.metrics import LINES, read_metrics
 from saft_clip.results import KINDS, read_results
 from saft_clip.run_folder import RunFolder
@@ -106,7 +108,7 @@ def page_content(
         "usage_note": _usage_note(results),
         "usage": shlex.join(["saft", "evaluate", *_usage(folder, config, results)]),
         "settings": _settings(config, results),
-        "surroundings": _surroundings(results),
+        "surroundings": _surroundings(config, results),
         "command": config.changed(resume=False).command(),
     }
 
@@ -220,8 +222,11 @@ def _kind_rows(blocks: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _blocks_note(config: FinetuneConfig, results: Mapping[str, Any]) -> str:
-    if results["trained"] == results["parameters"]:
+    if config.method == "full":
         return "Full fine-tuning trains every parameter of both encoders."
+    if config.method != "saft":
+        method = find(config.method)
+        return f"{method.title} trains {method.does} ({method.source})."
     entries = (
         "entries with the largest mean gradient, one ranking over both encoders"
         if config.mask is None
@@ -235,6 +240,11 @@ def _blocks_note(config: FinetuneConfig, results: Mapping[str, Any]) -> str:
 
 
 def _usage_note(results: Mapping[str, Any]) -> str:
+    if results["artefact"] == ADAPTER:
+        return (
+            "The file holds what was trained beside the model's own weights, or in place of some. "
+            "Classes that were not trained on can be evaluated with it, too."
+        )
     if not _is_delta(results):
         return "The file holds all weights of the model."
     return (
@@ -255,7 +265,9 @@ def _usage(folder: Path, config: FinetuneConfig, results: Mapping[str, Any]) -> 
         "--data": config.eval_data or (config.train_data,),
     }
     quick_gelu = config.force_quick_gelu
-    if not _is_delta(results):
+    if results["artefact"] == ADAPTER:
+        options |= {"--delta": [], "--adapter": [artefact]}
+    elif not _is_delta(results):
         options |= {"--pretrained": [artefact], "--delta": []}
         # A tag brings it along, a file of weights does not.
         quick_gelu |= open_clip.get_pretrained_cfg(model, pretrained).get("quick_gelu", False)
@@ -276,8 +288,14 @@ def _settings(config: FinetuneConfig, results: Mapping[str, Any]) -> list[tuple[
     return [(dashed(name), _plain(value)) for name, value in values.items()]
 
 
-def _surroundings(results: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _surroundings(config: FinetuneConfig, results: Mapping[str, Any]) -> list[tuple[str, str]]:
     seconds = [(f"{what} took", f"{value:,.1f} s") for what, value in results["seconds"].items()]
+    cost = results["cost"]
+    if cost["step_seconds"] is not None:
+        seconds.append(("a step took", f"{1000 * cost['step_seconds']:,.1f} ms (median)"))
+    if cost["peak_memory_bytes"] is not None:
+        where = "of the GPU" if config.device.startswith("cuda") else "of the process"
+        seconds.append(("peak memory", f"{file_size(cost['peak_memory_bytes'])} {where}"))
     return [*seconds, *results["environment"].items()]
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import platform
 import re
+import statistics
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -25,11 +27,10 @@ from saft_clip.forms import (
     optional,
     require_form,
 )
-from saft_clip.methods import Method
-from saft_clip.methods.base import FROZEN
+from saft_clip.methods import find
+from saft_clip.methods.base import BESIDE, FROZEN, Method
 from saft_clip.metrics import EVALUATION
 from saft_clip.run_folder import read_json
-from saft_kernels.mask import CooMask
 
 #: Kinds of parameters, in the order in which reports show them.
 KINDS = ("attention", "mlp", "norm", "embedding", "other")
@@ -56,6 +57,7 @@ _FORM: Form = {
         }
     ],
     **{"seconds": {str: is_number}, "environment": {str: is_text}},
+    "cost": {"step_seconds": optional(is_number), "peak_memory_bytes": optional(is_count)},
 }
 
 
@@ -78,40 +80,47 @@ def read_results(path: Path) -> dict[str, Any]:
 def summarize(
     method: Method,
     artefact: Path,
-    evaluations: list[dict[str, Any]],
-    seconds: dict[str, float],
+    lines: Sequence[Mapping[str, Any]],
+    seconds: Mapping[str, float],
+    peak_memory: int | None,
 ) -> dict[str, Any]:
     """Collect the results of a finished run.
 
     Args:
         method: after training.
         artefact: the file it wrote.
-        evaluations: the lines of kind ``evaluation`` in the run's record.
+        lines: the run's record.
         seconds: what took how long.
+        peak_memory: bytes, of preparation and training; None if nobody knows.
     """
+    steps = [line["seconds"] for line in lines if line["kind"] == "train"]
     state = method.model.state_dict()
     return {
-        "method": method.title,
+        "method": find(method.name).title,
         "model": method.clip.name,
         "pretrained": method.clip.pretrained,
-        "parameters": sum(param.numel() for param in method.encoder_parameters()),
-        "trained": method.trained,
+        "parameters": sum(p.numel() for p in method.encoder_parameters().values()),
+        "trained": sum(method.trained.values()),
         "model_bytes": sum(value.nbytes for value in state.values()),
         "artefact": artefact.name,
         "artefact_bytes": artefact.stat().st_size,
-        "blocks": count_blocks(method.model, method.mask),
-        "evaluations": evaluations,
+        "blocks": count_blocks(method.model, method.trained),
+        "evaluations": [line for line in lines if line["kind"] == "evaluation"],
         "seconds": {name: round(value, 2) for name, value in seconds.items()},
+        "cost": {
+            "step_seconds": statistics.median(steps) if steps else None,
+            "peak_memory_bytes": peak_memory,
+        },
         "environment": environment(method.device),
     }
 
 
-def count_blocks(model: nn.Module, mask: CooMask | None) -> list[dict[str, Any]]:
+def count_blocks(model: nn.Module, numbers: Mapping[str, int]) -> list[dict[str, Any]]:
     """The number of trained values in each block of each encoder, by kind (SAFT, Fig. 6).
 
     Args:
         model: an open_clip model.
-        mask: the trained entries; None for all.
+        numbers: of trained values in each tensor; those beside the encoders' blocks do not count.
 
     Returns:
         Dicts of ``encoder`` (image or text), ``block`` (``in``, a number from 1, or ``out``),
@@ -121,14 +130,11 @@ def count_blocks(model: nn.Module, mask: CooMask | None) -> list[dict[str, Any]]
     trained: Counter[tuple[str, str, str]] = Counter()
     parameters: Counter[tuple[str, str, str]] = Counter()
     for name, param in model.named_parameters():
-        if name in FROZEN:
-            continue
-        place = locate(name)
-        parameters[place] += param.numel()
-        if mask is None:
-            trained[place] += param.numel()
-        elif name in mask:
-            trained[place] += mask[name].numel()
+        if name not in FROZEN:
+            parameters[locate(name)] += param.numel()
+    for name, number in numbers.items():
+        if name not in FROZEN and not name.startswith(BESIDE):
+            trained[locate(name)] += number
     return [
         {
             "encoder": encoder,

@@ -9,7 +9,7 @@ from typing import Any
 
 from saft_clip.config import FinetuneConfig
 from saft_clip.errors import CheckpointError
-from saft_clip.methods import Method
+from saft_clip.methods.base import Method
 from saft_clip.random_states import check_random_states, set_random_states
 from saft_kernels.errors import SaftError
 

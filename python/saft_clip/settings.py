@@ -20,6 +20,7 @@ _PANELS = {
     "model": "Model",
     "method": "What is trained",
     "epochs": "Training",
+    "alpha": "Settings of some methods",
     "val_frequency": "Logging and loading",
 }
 
@@ -116,10 +117,11 @@ def _plain_type(hint: Any) -> Any:
 
 def _default(item: Field[Any]) -> str:
     """The default for the help text, where that does not say it itself."""
-    default = item.default
+    default = item.metadata.get("default", MISSING)
     if default in (MISSING, None, ()) or default is False:
         return ""
     value = f"{default:g}" if isinstance(default, float) else str(default)
     source = item.metadata.get("source")
     known = f", {source}" if source else ""
+    known += "; of some methods another" if item.metadata.get("by_method") else ""
     return f" [default: {'yes' if default is True else value}{known}]"

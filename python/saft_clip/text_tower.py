@@ -73,7 +73,7 @@ def packings(model: nn.Module, tokens: Tensor, size: int) -> list[Packing]:
             step, and on a GPU packing them waits for it: the result is kept.
         size: but a batch has one prompt at least.
     """
-    tower = _tower(model)
+    tower = tower_of(model)
     what = "packings", size, _pool_type(tower), _end_of_text(tower)
     return once(tokens, what, lambda: list(_pack(model, tokens, size)))
 
@@ -99,7 +99,7 @@ def _counts(lengths: Sequence[int], size: int) -> list[int]:
 
 def padding_reason(model: nn.Module) -> str | None:
     """Why the prompts of a model cannot be packed; None if they can."""
-    tower = _tower(model)
+    tower = tower_of(model)
     transformer: Any = getattr(tower, "transformer", None)
     if type(transformer) is not Transformer:
         return f"its text tower is a {type(tower).__name__} of another kind"
@@ -114,7 +114,8 @@ def padding_reason(model: nn.Module) -> str | None:
     return None
 
 
-def _tower(model: nn.Module) -> Any:
+def tower_of(model: nn.Module) -> Any:
+    """What holds a model's text tower: a module of its own, or the model itself."""
     text = getattr(model, "text", None)
     return text if isinstance(text, TextTransformer) else model
 
@@ -149,7 +150,7 @@ def _is_unusual(block: nn.Module) -> bool:
 
 def ends_of_text(model: nn.Module, tokens: Tensor) -> Tensor:
     """The index of each prompt's end-of-text token, where its features are read out, int64 [P]."""
-    tower = _tower(model)
+    tower = tower_of(model)
     if _pool_type(tower) == "argmax":
         return tokens.argmax(dim=-1)
     return tokens.eq(_end_of_text(tower)).int().argmax(dim=-1)
@@ -169,7 +170,7 @@ def encode_packed(model: nn.Module, packing: Packing) -> Tensor:
     Returns:
         [P, E], not normalised.
     """
-    tower = _tower(model)
+    tower = tower_of(model)
     dtype = tower.transformer.get_cast_dtype()
     x = tower.token_embedding(packing.tokens).to(dtype)
     x = x + tower.positional_embedding[packing.positions].to(dtype)

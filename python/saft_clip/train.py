@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 import os
@@ -23,17 +24,20 @@ from saft_clip.data import (
     BUILTIN,
     ImageDataset,
     available_splits,
+    divided,
     drop_unreadable,
     few_shot,
     load_dataset,
     require_classes,
 )
 from saft_clip.errors import CheckpointError, OutOfMemoryError, WorkerError
-from saft_clip.evaluate import Evaluation, evaluate_zero_shot
-from saft_clip.methods import Method, find_method
+from saft_clip.evaluate import Evaluation, evaluate, evaluate_zero_shot
+from saft_clip.methods import find_method
+from saft_clip.methods.base import Method
 from saft_clip.metrics import MetricsLog, read_metrics
 from saft_clip.models import ClipModel, load_model
-from saft_clip.prompts import class_prompts
+from saft_clip.peak_memory import PeakMemory
+from saft_clip.prompts import ClassPrompts
 from saft_clip.random_states import random_states
 from saft_clip.report import write_report
 from saft_clip.results import read_results, summarize
@@ -112,11 +116,11 @@ def _work_in(folder: RunFolder, config: FinetuneConfig, make_method: type[Method
         say(f"there is no run in {folder.path} yet: starting from the beginning")
     clip = load_base(config)
     data = RunData(config, clip)
-    tokens = class_prompts(data.train.class_names, data.train.templates, clip.tokenizer)
+    prompts = ClassPrompts(data.train.class_names, data.train.templates, clip.tokenizer)
     reason = padding_reason(clip.model)
     if reason is not None:
         say(f"the class prompts are encoded with their padding: {reason}")
-    method = make_method(clip, tokens, config)
+    method = make_method(clip, prompts, config)
     fresh = not folder.started()
     folder.start(config, {**data.describe(), "the pretrained model": describe_model(clip)})
     run: Run | None = None
@@ -154,9 +158,10 @@ def describe_model(clip: ClipModel) -> dict[str, str]:
 
 def _resolved(spec: str) -> tuple[str, ...]:
     """The same for every way to write the path of the same data."""
+    whole, half = divided(spec)
     if spec.startswith(BUILTIN):
-        return (spec,)
-    return tuple(os.path.realpath(part) for part in spec.split("::"))
+        return whole, half
+    return (*(os.path.realpath(part) for part in whole.split("::")), half)
 
 
 class RunData:
@@ -201,11 +206,14 @@ class RunData:
         return not self.is_shifted(spec) and not self._has_test_images
 
     def _training_images(self, config: FinetuneConfig) -> ImageDataset:
-        everything = self._load(config.train_data, "train")
+        whole, half = divided(config.train_data)
+        everything = self._load(whole, "train")
         if config.shots:
+            # Before the classes are divided, as in CoOp: so the base half's images are the same.
             chosen = few_shot(everything, config.shots, config.seed)
+            chosen = chosen.half(half) if half else chosen
         else:
-            chosen = drop_unreadable(everything)
+            chosen = drop_unreadable(everything.half(half) if half else everything)
         require_classes(chosen)
         return chosen
 
@@ -273,6 +281,7 @@ class Run:
     def prepare(self) -> None:
         """Let the method decide what to train, then go to the last checkpoint, if there is one."""
         start = time.perf_counter()
+        self.peak_memory = PeakMemory(self.method.device)
         batches = ordered_batches(self.data.plain, self.config.batch_size, self.config.workers)
         self.method.prepare(batches, self.folder.path)
         self.seconds["preparation"] = time.perf_counter() - start
@@ -308,6 +317,8 @@ class Run:
         trainer, config = self.trainer, self.config
         if trainer.step == 0:
             self._evaluate("before")
+        if not self.method.trains:
+            return
         total, per_epoch = trainer.batches.steps, trainer.batches.steps_per_epoch
         images = sum(trainer.batches.images_in(step) for step in range(trainer.step, total))
         if trainer.step % per_epoch == 0:
@@ -320,7 +331,7 @@ class Run:
                 save = epoch_ends and (self._epoch % config.save_frequency == 0 or step == total)
                 now = time.perf_counter()
                 self.seconds["training"] += now - clock
-                self._log_step(taken, size / (now - clock))
+                self._log_step(taken, size, now - clock)
                 advance(int(size), note=f"epoch {self._epoch} loss {taken['loss']:.3f}")
                 if save or stop():
                     self._save()
@@ -339,10 +350,11 @@ class Run:
         """The epoch that the last step belonged to, from 1; 0 before the first."""
         return math.ceil(self.trainer.step / self.trainer.batches.steps_per_epoch)
 
-    def _log_step(self, values: dict[str, float], rate: float) -> None:
+    def _log_step(self, values: dict[str, float], images: float, seconds: float) -> None:
         step = self.trainer.step
         if step % self.config.log_every_n_steps == 0:
-            self.log.write("train", step, epoch=self._epoch, **values, images_per_s=round(rate, 1))
+            times = {"seconds": round(seconds, 6), "images_per_s": round(images / seconds, 1)}
+            self.log.write("train", step, epoch=self._epoch, **values, **times)
 
     def _validate(self) -> None:
         every, epoch = self.config.val_frequency, self._epoch
@@ -353,8 +365,9 @@ class Run:
             self.log.write("validation", self.trainer.step, epoch=epoch, **_brief(found))
 
     def _evaluate(self, when: str) -> None:
+        evaluate_on = self._evaluate_zero_shot if when == "before" else self._evaluate_on
         for spec, dataset in self.data.evaluation.items():
-            found = self._evaluate_on(dataset)
+            found = evaluate_on(dataset)
             self.log.write(
                 "evaluation",
                 self.trainer.step,
@@ -366,23 +379,36 @@ class Run:
             )
 
     def _evaluate_on(self, dataset: ImageDataset, show_progress: bool = True) -> Evaluation:
-        return evaluate_zero_shot(
+        return evaluate(
             self.clip,
             dataset,
+            lambda prompts: self.method.scores(prompts, show_progress=show_progress),
             device=self.config.device,
             precision=self.config.precision,
             workers=self.config.workers,
             show_progress=show_progress,
         )
 
+    def _evaluate_zero_shot(self, dataset: ImageDataset) -> Evaluation:
+        """By the class prompts, however the method classifies."""
+        return evaluate_zero_shot(
+            self.clip,
+            dataset,
+            device=self.config.device,
+            precision=self.config.precision,
+            workers=self.config.workers,
+        )
+
     def finish(self) -> None:
         """Write the result, evaluate it, and write the report."""
+        peak = self.peak_memory.bytes()  # before the pretrained model is loaded once more
+        base = functools.cache(lambda: load_base(self.config).model)
+        self.method.finish(base)
         self.method.require_finite()
-        artefact = self.method.export(self.folder.path, lambda: load_base(self.config).model)
+        artefact = self.method.export(self.folder.path, base)
         self._evaluate("after")
         lines = read_metrics(self.folder.metrics)
-        evaluations = [line for line in lines if line["kind"] == "evaluation"]
-        self.folder.finish(summarize(self.method, artefact, evaluations, self.seconds))
+        self.folder.finish(summarize(self.method, artefact, lines, self.seconds, peak))
         write_report(self.folder.path)
         say(f"wrote {artefact} and {self.folder.report}")
 

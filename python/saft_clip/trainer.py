@@ -15,8 +15,9 @@ from torch import Tensor
 from saft_clip.batches import Batch, TrainingBatches
 from saft_clip.config import FinetuneConfig
 from saft_clip.console import say
-from saft_clip.methods import Method
+from saft_clip.methods.base import Method
 from saft_clip.models import train_mode
+from saft_clip.schedule import learning_rate
 from saft_kernels.errors import NonFiniteGradientError
 
 
@@ -48,9 +49,11 @@ class Trainer:
             loss = self._backward(batches, size)
             norm = self.method.clip_grad_norm_(self.config.grad_clip_norm or math.inf)
             self._check_finite(loss, norm)
-            lr = learning_rate(self.step, self.batches.steps, self.config)
+            config, total = self.config, self.batches.steps
+            lr = learning_rate(self.step, total, config.lr, config.warmup)
             self.method.step(lr)
             self.step += 1
+            self.method.after_step(self.step, total)
             yield {"loss": float(loss), "lr": lr, "grad_norm": float(norm), "images": size}
 
     def _backward(self, batches: Iterator[Batch], size: int) -> Tensor:
@@ -70,20 +73,6 @@ class Trainer:
                     f"the {what} is {float(value)} at step {self.step + 1}: lower --lr, set "
                     "--grad-clip-norm, or use --precision fp32"
                 )
-
-
-def learning_rate(step: int, steps: int, config: FinetuneConfig) -> float:
-    """Linear warm-up, then a cosine to zero (Loshchilov & Hutter 2017), per step.
-
-    Args:
-        step: steps taken so far, from 0.
-        steps: of the whole run.
-        config: for ``lr`` and ``warmup``.
-    """
-    warmup = steps // 10 if config.warmup is None else config.warmup
-    if step < warmup:
-        return config.lr * (step + 1) / warmup
-    return config.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from saft_kernels.delta import SparseDelta
 from saft_kernels.mask import CooMask
 
 #: What depends on the clock, and where.
-TIMES = ("images_per_s", "seconds")
+TIMES = ("images_per_s", "seconds", "cost")
 
 _HIDDEN = re.compile(r"\.(.+)\.[0-9a-f]{8}\.tmp")
 

@@ -17,7 +17,7 @@ import safetensors.numpy
 from safetensors import SafetensorError
 
 from saft_clip import checkpoint, metrics, train
-from saft_clip.methods import full, saft
+from saft_clip.methods import dense, saft
 from saft_clip.run_folder import RunFolder
 from saft_clip.trainer import Trainer
 from saft_kernels import mask
@@ -131,10 +131,11 @@ class Watch:
             (mask.CooMask, "save", "mask"),
             (train.Run, "_load_checkpoint", "restoring"),
             (train.Run, "_restore", "restoring"),
-            (train.Run, "_evaluate_on", "evaluation"),
+            (train.Run, "_evaluate", "evaluation"),
+            (train.Run, "_validate", "evaluation"),
             (train, "save_checkpoint", "checkpoint"),
             (saft.Saft, "export", "result"),
-            (full.Full, "export", "result"),
+            (dense.Dense, "export", "result"),
             (RunFolder, "finish", "finishing"),
             (RunFolder, "settle", "finishing"),
             (train, "write_report", "report"),
@@ -166,7 +167,7 @@ class Watch:
     def _watch_calls(self) -> None:
         for name in ("replace", "unlink", "mkdir", "rmdir", "open"):
             self._watch_call(os, name)
-        for owner in (checkpoint, delta_file, full, safetensors.numpy):
+        for owner in (checkpoint, delta_file, dense, safetensors.numpy):
             self._watch_call(owner, "save_file", _save_half)
         for owner in (checkpoint, delta_file, mask):
             self._watch_call(owner, "sort_metadata")

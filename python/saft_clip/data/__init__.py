@@ -11,6 +11,7 @@ from torch import Tensor
 
 from saft_clip.data import coop, folder
 from saft_clip.data.dataset import (
+    HALVES,
     ImageDataset,
     drop_unreadable,
     few_shot,
@@ -23,10 +24,12 @@ from saft_clip.errors import DataError
 from saft_clip.prompts import DEFAULT_TEMPLATES, resolve_templates
 
 __all__ = [
+    "HALVES",
     "SPLITS",
     "ImageDataset",
     "available_splits",
     "distinct_names",
+    "divided",
     "drop_unreadable",
     "few_shot",
     "load_dataset",
@@ -56,7 +59,10 @@ def load_dataset(
               ``test`` folders of those;
             - a split file in CoOp's format, ``split_zhou_OxfordPets.json``, its images beside it or
               in one folder beside it; ``SPLIT.json::FOLDER`` names any other folder of images;
-            - ``builtin:<domain>``, images that ship with this package or are rendered by it.
+            - ``builtin:<domain>``, images that ship with this package or are rendered by it;
+
+            each of them with ``#base`` or ``#new`` behind it for one half of its classes, see
+            :meth:`ImageDataset.half`.
         split: ``train``, ``val`` or ``test``. A folder without split folders gives all its images
             for each: :func:`available_splits` tells.
         transform: PIL image -> tensor, a model's ``preprocess_train`` or ``preprocess_val``.
@@ -69,6 +75,9 @@ def load_dataset(
     """
     if split not in SPLITS:
         raise DataError(f"there is no split {split!r}; choose one of {', '.join(SPLITS)}")
+    whole, half = divided(spec)
+    if half:
+        return load_dataset(whole, split, transform, templates=templates).half(half)
     chosen = None if templates is None else resolve_templates(templates)
     if spec.startswith(BUILTIN):
         domain = load_domain(spec.removeprefix(BUILTIN), split)
@@ -95,6 +104,14 @@ def load_dataset(
     )
 
 
+def divided(spec: str) -> tuple[str, str]:
+    """What a user names without ``#base`` or ``#new``, and which of them it was; or nothing."""
+    for half in HALVES:
+        if spec.endswith(f"#{half}"):
+            return spec.removesuffix(f"#{half}"), half
+    return spec, ""
+
+
 def available_splits(spec: str) -> tuple[str, ...]:
     """The splits that the data itself makes and that hold images.
 
@@ -104,6 +121,7 @@ def available_splits(spec: str) -> tuple[str, ...]:
         DataError: if there is no such data or it is malformed.
         DomainError: if there is no such built-in domain.
     """
+    spec, _ = divided(spec)
     if spec.startswith(BUILTIN):
         own = domain_splits(spec.removeprefix(BUILTIN))
         return tuple(split for split in SPLITS if split in own)

@@ -20,6 +20,9 @@ from saft_clip.data.names import printable
 from saft_clip.errors import DataError, UnreadableImageError
 from saft_clip.shortages import is_shortage
 
+#: What a data set's classes can be divided into.
+HALVES = ("base", "new")
+
 
 @dataclass
 class ImageDataset(Dataset[tuple[Tensor, int]]):
@@ -75,6 +78,27 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         """The images at these positions, in this order, with the same classes."""
         return replace(
             self, images=[self.images[i] for i in indices], labels=self.labels[list(indices)]
+        )
+
+    def half(self, which: str) -> ImageDataset:
+        """One half of the classes, numbered anew from 0, as CoOp divides them.
+
+        Of C classes in the order of their numbers, ``base`` has the first ceil(C / 2), ``new`` the
+        others (Zhou et al. 2022, CVPR, Section 4.1, and their code).
+
+        Raises:
+            DataError: if there is one class, or the half has no images.
+        """
+        middle = -(-len(self.class_names) // 2)
+        first, last = (0, middle) if which == "base" else (middle, len(self.class_names))
+        chosen = ((self.labels >= first) & (self.labels < last)).nonzero().flatten().tolist()
+        if not chosen:
+            raise DataError(f"the {which} half of the classes of {self.name} has no images")
+        return replace(
+            self.subset(chosen),
+            name=f"{self.name} ({which})",
+            labels=self.labels[chosen] - first,
+            class_names=self.class_names[first:last],
         )
 
 

@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 
 from saft_clip.domains import effects
-from saft_clip.domains.extras import MissingExtraError, require
+from saft_clip.domains.extras import require
 from saft_clip.domains.glyphs import DIGITS, IMAGE, LETTERS, glyph_fields
+from saft_clip.errors import MissingExtraError
 from saft_kernels.errors import SaftError
 
 __all__ = ["DOMAINS", "Domain", "DomainError", "MissingExtraError", "domain_splits", "load_domain"]

@@ -5,11 +5,7 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-from saft_kernels.errors import SaftError
-
-
-class MissingExtraError(SaftError, ImportError):
-    """A package of the ``demo`` extra is needed and not installed."""
+from saft_clip.errors import MissingExtraError
 
 
 def require(module: str, package: str) -> ModuleType:

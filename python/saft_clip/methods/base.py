@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,50 +16,53 @@ from torch.nn import functional as F
 from saft_clip.batches import Batches
 from saft_clip.config import FinetuneConfig
 from saft_clip.errors import CheckpointError, ConfigError
-from saft_clip.evaluate import embed_classes
+from saft_clip.evaluate import Scores, embed_classes, image_features, zero_shot_scores
 from saft_clip.models import ClipModel, autocast
+from saft_clip.prompts import ClassPrompts
 from saft_kernels.errors import NonFiniteGradientError
-from saft_kernels.mask import CooMask
 
 #: Parameters that are never trained: the paper's theta is the two encoders.
 FROZEN = ("logit_scale", "logit_bias")
+
+#: What names of tensors begin with that are trained beside the model's own: heads, prompts.
+BESIDE = "adapter."
 
 
 class Method(ABC):
     """One way to fine-tune: what is trained, how, on which loss, and what comes out.
 
-    The training loop calls :meth:`prepare` once, then :meth:`loss` and :meth:`step`; checkpoints
-    hold :meth:`state_dict`; :meth:`export` writes the result.
+    The training loop calls :meth:`prepare` once, then :meth:`loss`, :meth:`step` and
+    :meth:`after_step`; :meth:`scores` classifies images at any time; checkpoints hold
+    :meth:`state_dict`; in the end :meth:`finish` makes the result and :meth:`export` writes it.
 
     Args:
         clip: the pretrained model, on its device; it is changed in place.
-        tokens: int64 [C, T, L], T prompts for each of C classes.
+        prompts: of the classes that are trained on.
         config: the run's settings.
 
     Raises:
-        ConfigError: if a mask is given to a method that takes none.
+        ConfigError: if a mask is given to a method that takes none, or the method cannot train a
+            model of this kind.
     """
 
     #: What ``--method`` calls it.
     name: ClassVar[str]
-    #: What pages call it.
-    title: ClassVar[str]
     #: The file that :meth:`export` writes.
     artefact: ClassVar[str]
     #: Whether ``--mask`` can say what it trains.
     takes_mask: ClassVar[bool] = False
-    #: The trained entries; None if all of the encoders' parameters are trained.
-    mask: CooMask | None = None
+    #: Whether there is anything to train.
+    trains: ClassVar[bool] = True
     optimizer: torch.optim.Optimizer
 
-    def __init__(self, clip: ClipModel, tokens: Tensor, config: FinetuneConfig) -> None:
+    def __init__(self, clip: ClipModel, prompts: ClassPrompts, config: FinetuneConfig) -> None:
         if config.mask is not None and not self.takes_mask:
             raise ConfigError(f"--method {self.name} takes no --mask: leave one of them out")
         self.clip = clip
         self.model = clip.model
         self.config = config
         self.device = torch.device(config.device)
-        self.tokens = tokens.to(self.device)
+        self.prompts = prompts
         for name, param in self.model.named_parameters():
             param.requires_grad_(name not in FROZEN)
 
@@ -70,16 +75,31 @@ class Method(ABC):
             folder: of the run: what takes long to decide is kept there, and found there on resume.
         """
 
-    @property
-    def trained(self) -> int:
-        """The number of trained values."""
-        if self.mask is not None:
-            return self.mask.nnz
-        return sum(param.numel() for param in self.encoder_parameters())
+    @cached_property
+    def tokens(self) -> Tensor:
+        """The prompts of the classes that are trained on: int64 [C, T, L], on the device."""
+        return self.prompts.tokens.to(self.device)
 
-    def encoder_parameters(self) -> list[nn.Parameter]:
-        """All parameters of the two encoders, each once."""
-        return [param for name, param in self.model.named_parameters() if name not in FROZEN]
+    @property
+    @abstractmethod
+    def trained(self) -> Mapping[str, int]:
+        """How many values of each tensor are trained; what is no parameter of the model, too."""
+
+    def encoder_parameters(self) -> dict[str, nn.Parameter]:
+        """All parameters of the two encoders by name, each once."""
+        return {n: param for n, param in self.model.named_parameters() if n not in FROZEN}
+
+    def scores(self, prompts: ClassPrompts, *, show_progress: bool = False) -> Scores:
+        """How images are classified, with what has been trained so far.
+
+        Args:
+            prompts: of any classes, which need not be those that are trained on.
+            show_progress: of many prompts.
+
+        Returns:
+            images float32 [B, 3, H, W] -> scores [B, C], the higher the likelier.
+        """
+        return zero_shot_scores(self.model, prompts, self.device, show_progress=show_progress)
 
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:
         """The mean cross-entropy over the class prompts (SAFT, Eq. 1), in the run's precision.
@@ -121,6 +141,16 @@ class Method(ABC):
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+
+    def after_step(self, done: int, total: int) -> None:  # noqa: B027
+        """Called when ``done`` of a run's ``total`` steps have been taken."""
+
+    def finish(self, base: Callable[[], nn.Module]) -> None:  # noqa: B027
+        """Turn what was trained into the result, after the last step.
+
+        Args:
+            base: loads the pretrained model as it was before training.
+        """
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
@@ -174,22 +204,43 @@ def saved_tensors(saved: Any, expected: Mapping[str, Tensor], what: str) -> dict
 def prompt_loss(
     model: nn.Module, images: Tensor, labels: Tensor, tokens: Tensor, precision: str
 ) -> Tensor:
-    """SAFT's Eq. 1: mean cross-entropy of the logits exp(logit_scale) * cosine(image, class).
+    """SAFT's Eq. 1: the mean cross-entropy of :func:`prompt_logits`; labels are int64 [B]."""
+    return F.cross_entropy(prompt_logits(model, images, tokens, precision), labels)
+
+
+def prompt_logits(model: nn.Module, images: Tensor, tokens: Tensor, precision: str) -> Tensor:
+    """The logits exp(logit_scale) * cosine(image, class), float32 [B, C].
 
     Args:
         model: an open_clip model.
         images: float32 [B, 3, H, W].
-        labels: int64 [B].
         tokens: int64 [C, T, L]; a class is the mean of its T prompts' embeddings.
-        precision: ``fp32`` or ``amp_bf16``, of the encoders; the logits are always float32.
+        precision: ``fp32`` or ``amp_bf16``, of the encoders.
     """
-    encode_image: Any = model.encode_image
     scale: Any = model.logit_scale
     with autocast(precision, images.device):
-        features = encode_image(images)
+        features = image_features(model, images)
         classes = embed_classes(model, tokens)
-    logits = scale.exp() * F.normalize(features.float(), dim=-1) @ classes.float().T
-    return F.cross_entropy(logits, labels)
+    logits: Tensor = scale.exp() * features @ classes.float().T
+    return logits
+
+
+def about(method: Method) -> dict[str, str]:
+    """What a file says of how it came about."""
+    config = method.config
+    texts = {
+        "model": method.clip.name,
+        "pretrained": str(method.clip.pretrained),
+        "method": method.name,
+        "train_data": config.train_data,
+        "shots": str(config.shots),
+        "seed": str(config.seed),
+        "training": json.dumps(config.training()),
+    }
+    texts |= {key: text for key in ("license", "notes") if (text := getattr(config, key))}
+    if config.force_quick_gelu:  # no weight shows it, and without it accuracy is lower
+        texts["force_quick_gelu"] = "yes"
+    return texts
 
 
 def adamw_options(config: FinetuneConfig) -> dict[str, Any]:

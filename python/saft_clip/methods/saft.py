@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,14 +12,15 @@ from torch import Tensor, nn
 from saft_clip.batches import Batches
 from saft_clip.config import FinetuneConfig
 from saft_clip.console import progress, say
-from saft_clip.errors import CheckpointError
-from saft_clip.methods.base import FROZEN, Method, adamw_options, saved_tensors
+from saft_clip.errors import CheckpointError, ConfigError
+from saft_clip.methods.base import FROZEN, Method, about, adamw_options, saved_tensors
 from saft_clip.models import ClipModel
+from saft_clip.prompts import ClassPrompts
 from saft_kernels import ops
 from saft_kernels.delta import SparseDelta
 from saft_kernels.mask import CooMask
 from saft_kernels.optim import SparseAdamW
-from saft_kernels.select import select
+from saft_kernels.select import Score, select
 
 
 class Saft(Method):
@@ -28,21 +28,30 @@ class Saft(Method):
 
     Unless one is given, the mask is selected once, over the training images in order and without
     augmentation, with the training loss in the training precision, the model in eval mode. Then
-    :class:`~saft_kernels.SparseAdamW` trains the selected entries. The result is a delta.
+    :class:`~saft_kernels.SparseAdamW` trains the selected entries. The result is a delta; with
+    ``--alpha`` it is a share of what was trained (WiSE-FT, Wortsman et al. 2022, Eq. 1).
     """
 
     name = "saft"
-    title = "SAFT"
     artefact = "delta.safetensors"
     takes_mask = True
+    #: What ranks the entries; see :func:`saft_kernels.select`.
+    score: ClassVar[Score] = "mean_grad"
+    #: The trained entries.
+    mask: CooMask
 
-    def __init__(self, clip: ClipModel, tokens: Tensor, config: FinetuneConfig) -> None:
+    def __init__(self, clip: ClipModel, prompts: ClassPrompts, config: FinetuneConfig) -> None:
         """Read the given mask, if there is one.
 
         Raises:
-            MaskError: if it cannot be read or does not fit the model.
+            ConfigError: if another optimizer than AdamW is asked for.
+            MaskError: if the mask cannot be read or does not fit the model.
         """
-        super().__init__(clip, tokens, config)
+        super().__init__(clip, prompts, config)
+        if config.optimizer != "adamw":
+            raise ConfigError(
+                f"--method {self.name} steps with AdamW only, not --optimizer {config.optimizer}"
+            )
         self._given = None if config.mask is None else CooMask.load(config.mask)
         if self._given is not None:
             self._given.parameters(self.model)
@@ -70,11 +79,18 @@ class Saft(Method):
                 lambda model, batch: self.loss(*batch),
                 batches,
                 density=self.config.density,
+                score=self.score,
                 exclude=FROZEN,
                 progress=lambda done, total, what: advance(),
+                seed=self.config.seed,
             )
         say(f"selected {mask.nnz:,} of {mask.numel:,} parameters, in {len(mask)} tensors")
         return mask
+
+    @property
+    def trained(self) -> Mapping[str, int]:
+        """The selected entries of each tensor."""
+        return {name: indices.numel() for name, indices in self.mask.items()}
 
     def _freeze_all_but(self, mask: CooMask) -> None:
         for name, param in self.model.named_parameters():
@@ -87,7 +103,6 @@ class Saft(Method):
 
     def state_dict(self) -> dict[str, Any]:
         """The selected values, the optimizer's state, and which mask they belong to."""
-        assert self.mask is not None
         values = {n: ops.gather(p, i) for n, p, i in self._selected()}
         return {
             "mask": self.mask.fingerprint,
@@ -103,7 +118,6 @@ class Saft(Method):
             CheckpointError: if it was saved with another mask, or is not what was saved.
             OptimizerStateError: likewise, of the optimizer.
         """
-        assert self.mask is not None
         if state.get("mask") != self.mask.fingerprint:
             raise CheckpointError(
                 "the checkpoint was made with another mask than the run's mask.safetensors: put "
@@ -117,26 +131,24 @@ class Saft(Method):
             ops.scatter_(param, index, values[name].to(param.device))
 
     def _selected(self) -> list[tuple[str, nn.Parameter, Tensor]]:
-        assert self.mask is not None
         return [(n, p, i.to(p.device)) for n, p, i in self.mask.parameters(self.model)]
+
+    @torch.no_grad()
+    def finish(self, base: Callable[[], nn.Module]) -> None:
+        """Go back to ``--alpha`` of the way from the pretrained values."""
+        assert self.config.alpha is not None
+        if self.config.alpha == 1:
+            return
+        before = dict(base().named_parameters())
+        for name, param, index in self._selected():
+            start = ops.gather(before[name].to(param.device), index).double()
+            way = ops.gather(param, index).double() - start
+            ops.scatter_(param, index, (start + self.config.alpha * way).to(param.dtype))
 
     def export(self, folder: Path, base: Callable[[], nn.Module]) -> Path:
         """Write the delta; capturing it makes sure that nothing outside the mask has changed."""
-        assert self.mask is not None
         path = folder / self.artefact
-        config = self.config
-        about = {
-            "model": self.clip.name,
-            "pretrained": str(self.clip.pretrained),
-            "method": self.name,
-            "train_data": config.train_data,
-            "shots": str(config.shots),
-            "seed": str(config.seed),
-            "score": "mean_grad" if config.mask is None else "a mask file's",
-            "training": json.dumps(config.training()),
-        }
-        about |= {key: text for key in ("license", "notes") if (text := getattr(config, key))}
-        if config.force_quick_gelu:  # no weight shows it, and without it accuracy is lower
-            about["force_quick_gelu"] = "yes"
-        SparseDelta.capture(self.model, self.mask, base(), about).save(path)
+        score = self.score if self.config.mask is None else "a mask file's"
+        texts = about(self) | {"score": score}
+        SparseDelta.capture(self.model, self.mask, base(), texts).save(path)
         return path

@@ -22,8 +22,11 @@ from fuzz.targets.base import SafetensorsTarget
 from saft_clip.checkpoint import load_checkpoint, load_latest, save_checkpoint
 from saft_clip.config import FinetuneConfig
 from saft_clip.errors import CheckpointError, ConfigError
-from saft_clip.methods import Full, Method, Saft
+from saft_clip.methods.base import Method
+from saft_clip.methods.full import Full
+from saft_clip.methods.saft import Saft
 from saft_clip.models import ClipModel
+from saft_clip.prompts import ClassPrompts
 from saft_clip.random_states import random_states
 from saft_clip.run_state import RunState
 from saft_kernels import CooMask
@@ -121,7 +124,8 @@ def _prepared(kind: type[Method]) -> Method:
         chosen = {"visual.weight": torch.arange(0, 12, 5), "transformer.bias": torch.tensor([1])}
         CooMask.from_indices(clip.model, chosen).save(Path(folder) / "mask.safetensors")
         config = FinetuneConfig(**_SETTINGS, method=kind.name, gradients="dense")
-        method = kind(clip, torch.zeros(1, 1, 1, dtype=torch.int64), config)
+        prompts = ClassPrompts(("x",), ("{}",), lambda _: torch.zeros(1, 1, dtype=torch.int64))
+        method = kind(clip, prompts, config)
         method.prepare([], Path(folder))
     return method
 

@@ -49,7 +49,7 @@ def _evaluation(when: str, spec: str, top1: float) -> dict[str, Any]:
 _EVALUATIONS = [_evaluation(w, s, t) for w, t in (("before", 0.5), ("after", 0.7)) for s in "ab"]
 _METRICS = [
     *_EVALUATIONS[:2],
-    *({"kind": "train", "step": i, "epoch": 1, "loss": 1 / i, "lr": 1e-3} for i in range(1, 5)),
+    *({"kind": "train", "step": i, "epoch": 1, "loss": 1 / i, "seconds": 0.1} for i in range(1, 5)),
     {"kind": "validation", "step": 4, "epoch": 1, "top1": 0.6, "n": 10},
     *_EVALUATIONS[2:],
 ]
@@ -63,6 +63,7 @@ _RESULTS = {
     ],
     "evaluations": _EVALUATIONS,
     "seconds": {"preparation": 0.5, "training": 1.5},
+    "cost": {"step_seconds": 0.01, "peak_memory_bytes": 10**9},
     "environment": {"python": "3.11", "device": "CPU"},
 }
 
