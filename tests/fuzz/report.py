@@ -58,13 +58,16 @@ def _multiple(outcome: Outcome) -> str:
 
 
 def keep(seed: int, wall: float, rows: Iterable[tuple[str, Outcome]]) -> None:
-    """Write the record of a run."""
+    """Write the record of a run; what is known of other targets stays."""
+    known = json.loads(RESULT.read_text()) if RESULT.exists() else {"outcomes": [], "seconds": 0}
+    new = [{"engine": engine, "seed": seed, **json.loads(each.to_json())} for engine, each in rows]
+    done = {(each["engine"], each["target"]) for each in new}
+    others = [each for each in known["outcomes"] if (each["engine"], each["target"]) not in done]
     record = {
-        "seed": seed,
-        "seconds": round(wall),
+        "seconds": round(wall) + (known["seconds"] if others else 0),
         "machine": f"{platform.machine()}, Python {platform.python_version()}, "
         f"torch {torch.__version__}",
-        "outcomes": [{"engine": engine, **json.loads(each.to_json())} for engine, each in rows],
+        "outcomes": others + new,
     }
     RESULT.write_text(json.dumps(record, indent=1) + "\n")
 
@@ -72,7 +75,8 @@ def keep(seed: int, wall: float, rows: Iterable[tuple[str, Outcome]]) -> None:
 def kept() -> tuple[dict[str, Any], list[tuple[str, Outcome]]]:
     """The record of the last run that was kept, and its rows."""
     record = json.loads(RESULT.read_text())
-    rows = [
-        (each.pop("engine"), Outcome.from_json(json.dumps(each))) for each in record["outcomes"]
-    ]
+    rows = []
+    for each in record["outcomes"]:
+        own = {name: value for name, value in each.items() if name not in ("engine", "seed")}
+        rows.append((each["engine"], Outcome.from_json(json.dumps(own))))
     return record, rows

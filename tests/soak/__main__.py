@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import json
+import os
 import platform
 import statistics
 import sys
@@ -17,6 +18,10 @@ import time
 from collections import Counter
 from pathlib import Path
 from typing import Annotated
+
+# torch's oneDNN keeps what it has compiled for the last thousand shapes: here, where shapes change
+# all the time, that would take hours to fill up, and look like a leak until then.
+os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] = "0"  # before torch is imported
 
 import torch
 import typer
