@@ -490,7 +490,7 @@ def gather(dense: Tensor, indices: Tensor) -> Tensor:
 """
 
 #: Other tests run meanwhile: only what takes several times as long counts.
-QUICK = ("gather_scatter", "--smoke", "--threads", "1", "--rounds", "5", "--threshold", "400")
+QUICK = ("gather_scatter", "--smoke", "--threads", "1", "--rounds", "3", "--threshold", "400")
 
 
 def test_slowed_operation_is_caught(checkout: Path) -> None:

@@ -107,6 +107,12 @@ def test_the_last_long_run_was_long_and_found_nothing() -> None:
         assert {outcome.target for its, outcome in rows if its == engine} == set(NAMES)
 
 
+def test_the_page_shows_the_last_long_run() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "reliability.md").read_text()
+    _, rows = report.kept()
+    assert f"<!-- fuzz -->\n{report.summary(rows)}\n<!-- /fuzz -->" in page
+
+
 # Inputs -------------------------------------------------------------------------------------------
 
 

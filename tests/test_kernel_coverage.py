@@ -65,9 +65,8 @@ def test_all_kernels_have_run(run: Run, workers: list[str]) -> None:
     assert "kernels that no test has run" not in done.stdout.str()
 
 
-@WORKERS
-def test_kernels_that_have_not_run_are_named(run: Run, workers: list[str]) -> None:
-    done = run(["two"], *workers)
+def test_kernels_that_have_not_run_are_named(run: Run) -> None:
+    done = run(["two"])
     assert done.ret == pytest.ExitCode.TESTS_FAILED
     done.assert_outcomes(passed=1)
     done.stdout.fnmatch_lines(

@@ -7,7 +7,7 @@ import json
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +45,10 @@ SMALLER: dict[str, dict[str, Any]] = {"maple": {"depth": 2}, "coop": {"context":
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(small_checkpoint(tmp_path_factory.mktemp("weights") / "small.safetensors", SMALL))
+def pretrained(tmp_path_factory: pytest.TempPathFactory) -> ClipModel:
+    """The model that tests train copies of."""
+    folder = tmp_path_factory.mktemp("weights")
+    return load_model(SMALL, str(small_checkpoint(folder / "small.safetensors", SMALL)))
 
 
 @dataclass
@@ -79,13 +81,11 @@ class Problem:
 
 
 @pytest.fixture
-def problem(weights: str) -> Callable[..., Problem]:
+def problem(pretrained: ClipModel) -> Callable[..., Problem]:
     def make(name: str, **settings: Any) -> Problem:
         own = {"density": 0.02, "precision": "fp32", **SMALLER.get(name, {}), **settings}
-        config = FinetuneConfig(
-            train_data="builtin:mnist", model=SMALL, pretrained=weights, method=name, **own
-        )
-        clip = load_model(SMALL, weights)
+        config = FinetuneConfig(train_data="builtin:mnist", model=SMALL, method=name, **own)
+        clip = replace(pretrained, model=copy.deepcopy(pretrained.model))
         prompts = ClassPrompts(NAMES, ("a {}.", "the {}."), clip.tokenizer)
         generator = torch.Generator().manual_seed(0)
         size = clip.preprocess_val.transforms[0].size
@@ -580,7 +580,7 @@ def test_loras_frozen_weights_keep_their_bits(problem: Callable[..., Problem]) -
     assert seen == own.keys()
 
 
-def test_lora_of_a_resnet(weights: str, tmp_path: Path) -> None:
+def test_lora_of_a_resnet(tmp_path: Path) -> None:
     """Its attention pooling takes weights of layers that it never calls: these are left out."""
     file = str(small_checkpoint(tmp_path / "resnet.safetensors", SMALL_RESNET))
     clip = load_model(SMALL_RESNET, file)

@@ -33,6 +33,30 @@ def table(rows: Iterable[tuple[str, Outcome]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def summary(rows: Iterable[tuple[str, Outcome]]) -> str:
+    """What docs/reliability.md shows of a run: a row for each target, and one for all together."""
+    rows = list(rows)
+    names = list(dict.fromkeys(outcome.target for _, outcome in rows))
+    lines = [
+        "| what is read | mutations | atheris | accepted | wrong | slowest | most memory |",
+        "|---|---|---|---|---|---|---|",
+        *(_summed(name, [row for row in rows if row[1].target == name]) for name in names),
+        _summed("**all**", rows),
+    ]
+    return "\n".join(lines)
+
+
+def _summed(name: str, rows: Iterable[tuple[str, Outcome]]) -> str:
+    total, inputs = Outcome(name), dict.fromkeys(("mutations", "atheris"), 0)
+    for engine, outcome in rows:
+        total.merge(outcome)
+        inputs[engine] += outcome.inputs
+    accepted = sum(n for label, n in total.outcomes.items() if label.startswith("accepted"))
+    counts = (*inputs.values(), accepted, total.outcomes["failed"])
+    most = f"{total.slowest[0]:.2f} s | {total.largest[0] / 1e6:.1f} MB"
+    return f"| {name} | {' | '.join(f'{n:,}' for n in counts)} | {most} |"
+
+
 def _cells(target: str, engine: str, outcome: Outcome) -> Sequence[str]:
     counts = outcome.outcomes
     accepted = sum(count for label, count in counts.items() if label.startswith("accepted"))
