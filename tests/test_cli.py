@@ -23,7 +23,7 @@ from saft_clip.console import progress
 from saft_clip.data import load_dataset
 from saft_clip.evaluate import evaluate_zero_shot
 from saft_clip.methods import METHODS
-from saft_clip.models import load_model
+from saft_clip.models import fingerprint_of, load_model
 from saft_clip.prompts import ClassPrompts
 from saft_clip.settings import run_with_settings
 from saft_kernels.delta import SparseDelta
@@ -334,10 +334,12 @@ def test_an_adapter_that_cannot_be_used(small, pets, tmp_path, capsys):
     adapter = tmp_path / "adapter.safetensors"
     prompts = ClassPrompts(("a", "b"), ("{}",), open_clip.get_tokenizer(SMALL))
     training = json.dumps(FinetuneConfig(train_data="x", method="lp").training())
-    good = {"method": "lp", "training": training}
+    base = fingerprint_of(load_model(SMALL, small[3]).model)
+    good = {"method": "lp", "training": training, "base": base}
     for tensors, texts, sentence in (
-        ({"adapter.head": torch.ones(2, 3)}, good, "'adapter.head' must be torch.float32 [2, 16]"),
-        ({"x": torch.ones(1)}, good, "does not hold values of this model"),
+        ({"adapter.head": torch.ones(2, 3)}, good, "'adapter.head' must have the shape [2, 16]"),
+        ({"x": torch.ones(1)}, good, "must have the shape"),
+        ({"adapter.head": torch.ones(2, 16)}, good | {"base": "0"}, "made for other weights"),
         ({}, good | {"training": "{"}, "cannot be used with small-clip"),
         ({}, good | {"training": "{}"}, "does not say what to train on"),
         ({}, {"method": "full", "training": training.replace('"lp"', '"full"')}, "no adapters"),

@@ -529,3 +529,26 @@ def test_few_shot_draws_before_the_classes_are_divided(tmp_path):
         preprocess_val = preprocess_train = staticmethod(lambda image: image)
 
     assert RunData(config, Clip()).plain.images == whole.images
+
+
+def test_the_other_half_may_have_few_images(tmp_path):
+    root = write_folder(tmp_path / "pets", {"a": 1, "b": 4, "c": 4, "d": 4})
+    whole = load_dataset(str(root), "train", lambda image: image)
+    drawn = few_shot(whole, 3, 1, whole.half_of_classes("new")).half("new")
+    assert drawn.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    with pytest.raises(DataError, match="class 'a' of pets has 1 readable"):
+        few_shot(whole, 3, 1, whole.half_of_classes("base"))
+
+
+def test_training_images_that_are_evaluated_are_told_in_halves_too(tmp_path, capsys):
+    root = write_folder(tmp_path / "pets", dict.fromkeys("abcd", 3))
+
+    class Clip:
+        preprocess_val = preprocess_train = staticmethod(lambda image: image)
+
+    specs = tuple(f"{root}{half}" for half in ("", "#base", "#new"))
+    config = FinetuneConfig(train_data=f"{root}#base", eval_data=specs, shots=2, augment=False)
+    data = RunData(config, Clip())
+    assert [data.includes_training(spec) for spec in specs] == [True, True, False]
+    assert [data.is_shifted(spec) for spec in specs] == [True, False, True]
+    assert "training images included" in capsys.readouterr().err

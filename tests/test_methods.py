@@ -29,9 +29,11 @@ from saft_clip.methods.clipood import beta_density, margin_loss
 from saft_clip.methods.flyp import contrastive_loss
 from saft_clip.methods.kd import distillation_loss
 from saft_clip.methods.lora import adaptable_layers
-from saft_clip.models import ClipModel, load_model
-from saft_clip.prompts import ClassPrompts
+from saft_clip.models import ClipModel, fingerprint_of, load_model
+from saft_clip.prompts import ClassPrompts, encode_prompts
+from saft_clip.text_tower import padding_reason
 from saft_kernels.delta import SparseDelta
+from saft_kernels.errors import NonFiniteGradientError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -166,6 +168,11 @@ def test_another_method_brings_its_defaults() -> None:
     assert config.changed(seed=2).lr == 2e-3
 
 
+def test_a_method_is_a_text() -> None:
+    with pytest.raises(ConfigError, match=r"--method cannot be .*: it must be text"):
+        FinetuneConfig(train_data="x", method={"a": 1})  # type: ignore[arg-type]
+
+
 def test_sparse_methods_step_with_adamw_only(problem: Callable[..., Problem]) -> None:
     with pytest.raises(ConfigError, match="saft steps with AdamW only, not --optimizer sgd"):
         problem("saft", optimizer="sgd").method()
@@ -258,6 +265,19 @@ def test_a_checkpoint_of_another_method_changes_nothing(
             method.load_state_dict(broken)
     again = method.state_dict()
     assert repr(again) == repr(before)
+
+
+@pytest.mark.parametrize("name", ["full", "lp", "wise-ft", "coop", "maple", "saft"])
+def test_what_has_diverged_is_no_result(problem: Callable[..., Problem], name: str) -> None:
+    """Whether it is the model's own or stands beside it."""
+    method: Any = problem(name).method()
+    method.require_finite()
+    param = next(iter(method.params.values())) if hasattr(method, "params") else None
+    param = method.model.visual.proj if param is None else param
+    with torch.no_grad():
+        param.view(-1)[0] = math.nan
+    with pytest.raises(NonFiniteGradientError, match=r"training has diverged: .* lower --lr"):
+        method.require_finite()
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -392,9 +412,19 @@ def test_known_classes_are_scored_by_the_head_and_others_by_their_prompts(
         scores = method.scores(prompts)(case.images)
         features = image_features(case.clip.model, case.images)
         zero_shot = features @ embed_classes(case.clip.model, prompts.tokens).T
-        head = features @ method.head.T
+        head = features @ method.head.T / case.base.logit_scale.exp()
     torch.testing.assert_close(scores[:, 0], zero_shot[:, 0])
     torch.testing.assert_close(scores[:, 1], head[:, NAMES.index("dog")])
+
+
+def test_two_classes_of_one_name_have_rows_of_their_own(problem: Callable[..., Problem]) -> None:
+    case = problem("lp", lr=1e-2)
+    case.prompts = ClassPrompts(("cat", "cat", "dog"), ("a {}.",), case.clip.tokenizer)
+    method: Any = case.method()
+    case.train(method, 3)
+    with torch.inference_mode():
+        scores = method.scores(case.prompts)(case.images)
+    assert not torch.equal(scores[:, 0], scores[:, 1])
 
 
 def test_the_probe_of_lp_ft_leaves_the_encoder_and_is_kept(
@@ -405,20 +435,20 @@ def test_the_probe_of_lp_ft_leaves_the_encoder_and_is_kept(
     assert differing(case.clip.model, case.base) == set()
     first = embed_classes(case.base, case.prompts.tokens)
     features = image_features(case.base, case.images)
-    scale = case.base.logit_scale.exp()
+    first = case.base.logit_scale.exp() * first
     before, after = (
-        F.cross_entropy(scale * features @ head.T, case.labels) for head in (first, method.head)
+        F.cross_entropy(features @ head.T, case.labels) for head in (first, method.head)
     )
     assert after < before
     again: Any = problem("lp-ft", probe_lr=1e-1, probe_epochs=1).method(tmp_path)
     assert torch.equal(again.head, method.head)  # it was there already
     fresh: Any = problem("lp-ft", probe_lr=1e-1).method()
     assert torch.equal(fresh.head, method.head)
-    (tmp_path / "probe.safetensors").write_bytes(
-        save_adapter(tmp_path / "x", {"y": torch.ones(1)}, {}, case.prompts).read_bytes()
-    )
-    with pytest.raises(CheckpointError, match="is no probe of this run: delete it"):
-        problem("lp-ft").method(tmp_path)
+    other = save_adapter(tmp_path / "x", {"y": torch.ones(1)}, {}, case.prompts).read_bytes()
+    for content in (other, other[:20], b""):
+        (tmp_path / "probe.safetensors").write_bytes(content)
+        with pytest.raises(CheckpointError, match="is no probe of this run: delete it"):
+            problem("lp-ft").method(tmp_path)
 
 
 # Losses -------------------------------------------------------------------------------------------
@@ -436,6 +466,11 @@ def test_flyp_loss_of_a_case_by_hand() -> None:
     )
     found = contrastive_loss(images, texts, torch.tensor(2.0))
     assert float(found) == pytest.approx((rows + columns) / 4)
+
+
+def test_flyp_needs_two_images(problem: Callable[..., Problem]) -> None:
+    with pytest.raises(ConfigError, match="contrasts images: give a --batch-size of 2 or more"):
+        problem("flyp", batch_size=1).method()
 
 
 def test_flyp_captions_are_of_the_images_classes(
@@ -487,6 +522,15 @@ def test_clipoods_result_is_the_average_weighted_by_beta(problem: Callable[..., 
         expected = sum(w * each[name] for w, each in zip(density, way, strict=True)) / sum(density)
         torch.testing.assert_close(param.double(), expected, rtol=1e-4, atol=1e-6)
     assert not torch.equal(param.double(), way[-1][name])
+
+
+def test_a_density_too_small_for_a_number_is_no_error(problem: Callable[..., Problem]) -> None:
+    """Then the newest weights, of much greater density, are the average so far."""
+    case = problem("clipood", beta=1000.0, lr=1e-2)
+    method: Any = case.method()
+    case.train(method, 2, total=10**6)
+    method.finish(lambda: case.base)
+    assert all(param.isfinite().all() for param in method.params.values())
 
 
 def test_penalties_are_distances_to_the_start(problem: Callable[..., Problem]) -> None:
@@ -580,6 +624,18 @@ def test_loras_frozen_weights_keep_their_bits(problem: Callable[..., Problem]) -
     assert seen == own.keys()
 
 
+def test_lora_encodes_prompts_without_their_padding(problem: Callable[..., Problem]) -> None:
+    case = problem("lora", lr=1e-2)
+    method = case.method()
+    case.train(method, 2)
+    model: Any = case.clip.model
+    assert padding_reason(model) is None
+    with torch.no_grad():
+        padded = F.normalize(model.encode_text(case.prompts.tokens.flatten(0, 1)), dim=-1)
+        packed = encode_prompts(model, case.prompts.tokens.flatten(0, 1))
+    torch.testing.assert_close(packed, padded)
+
+
 def test_lora_of_a_resnet(tmp_path: Path) -> None:
     """Its attention pooling takes weights of layers that it never calls: these are left out."""
     file = str(small_checkpoint(tmp_path / "resnet.safetensors", SMALL_RESNET))
@@ -626,11 +682,15 @@ def test_coop_has_so_many_vectors_and_starts_small(problem: Callable[..., Proble
     assert not torch.equal(other.context, method.context)
 
 
-def test_a_name_that_is_too_long_for_the_context(problem: Callable[..., Problem]) -> None:
-    case = problem("coop", context=60)
-    case.prompts = ClassPrompts((*NAMES, "w " * 20), ("a {}.",), case.clip.tokenizer)
-    with pytest.raises(ConfigError, match=r"too long for 60 learned words .* lower --context"):
-        case.method()
+def test_names_that_are_too_long_for_the_context(problem: Callable[..., Problem]) -> None:
+    """The small model has 16 tokens: 4 vectors, start, stop and end leave 9 for a name."""
+    method = problem("coop", context=4).method()
+    method.check_classes([("w " * 9).strip(), "a-long-name"])  # just fits
+    with pytest.raises(ConfigError, match=r"name 'w w w .*' is too long for 4 learned words in 16"):
+        method.check_classes(["a rather long name of few tokens", ("w " * 10).strip()])
+    problem("coop", context=12).method()
+    with pytest.raises(ConfigError, match=r"leaves no room for a class name .* give at most 12"):
+        problem("coop", context=13).method()
 
 
 def test_cocoop_moves_the_context_by_the_image(problem: Callable[..., Problem]) -> None:
@@ -692,6 +752,14 @@ def test_maples_deep_prompts_replace_what_came_out_before(problem: Callable[...,
             assert not torch.equal(method._image_features(case.images), expected)
 
 
+def test_maples_vectors_start_differently_where_there_are_no_words(
+    problem: Callable[..., Problem],
+) -> None:
+    method: Any = problem("maple", context=5).method()
+    for vectors in method.vectors:
+        assert len(vectors.detach().unique(dim=0)) == 5
+
+
 def test_maple_has_no_more_depth_than_blocks(problem: Callable[..., Problem]) -> None:
     with pytest.raises(ConfigError, match=r"--depth 99 is more than the . blocks of .* at most"):
         problem("maple", depth=99).method()
@@ -713,6 +781,7 @@ def test_an_adapter_holds_what_was_trained(
     assert adapter.names == NAMES
     assert adapter.templates == case.prompts.templates
     assert adapter.texts["method"] == name
+    assert adapter.texts["base"] == fingerprint_of(case.base)
     assert adapter.tensors.keys() == method.params.keys()
     assert all(torch.equal(value, method.params[key]) for key, value in adapter.tensors.items())
     first = path.read_bytes()

@@ -194,14 +194,14 @@ def test_a_run_in_a_folder_in_use_is_refused_before_its_work(config, holder, mon
 
 def test_a_folder_that_comes_into_use_while_a_run_is_prepared(config, holder, monkeypatch):
     folder = Path(config.output)
-    describe = train.describe_model
+    describe = train.fingerprint_of
 
-    def slowly(clip):
+    def slowly(model):
         folder.mkdir()
         holder(folder)
-        return describe(clip)
+        return describe(model)
 
-    monkeypatch.setattr(train, "describe_model", slowly)
+    monkeypatch.setattr(train, "fingerprint_of", slowly)
     with pytest.raises(LockedError, match="is in use"):
         finetune(config)
     assert [path.name for path in folder.iterdir()] == [NAME]
@@ -209,14 +209,14 @@ def test_a_folder_that_comes_into_use_while_a_run_is_prepared(config, holder, mo
 
 def test_a_run_that_came_first_meanwhile_is_not_touched(config, monkeypatch):
     """It has even ended: nobody holds the lock any more."""
-    describe = train.describe_model
+    describe = train.fingerprint_of
 
-    def slowly(clip):
+    def slowly(model):
         monkeypatch.undo()
         finetune(config)
-        return describe(clip)
+        return describe(model)
 
-    monkeypatch.setattr(train, "describe_model", slowly)
+    monkeypatch.setattr(train, "fingerprint_of", slowly)
     with pytest.raises(ConfigError, match="already holds a finished run"):
         finetune(config.changed(lr=1e-3))
     assert FinetuneConfig.load(Path(config.output) / "config.yaml") == config

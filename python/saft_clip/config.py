@@ -174,7 +174,11 @@ class FinetuneConfig:
         None, "clipood's margin for classes that mean the same", at_least=0, by_method=True
     )
     beta: float | None = option(
-        None, "clipood's averaging: a and b of its Beta distribution", above=0, by_method=True
+        None,
+        "clipood's averaging: a and b of its Beta distribution",
+        above=0,
+        at_most=1000,
+        by_method=True,
     )
     rank: int | None = option(None, "rank of lora's matrices", at_least=1, by_method=True)
     lora_alpha: float | None = option(
@@ -212,6 +216,7 @@ class FinetuneConfig:
     def __post_init__(self) -> None:
         """Take the method's defaults, and check every value."""
         hints = get_type_hints(type(self))
+        _check_type("method", self.method, str)
         method = find(self.method)
         for item in fields(self):
             value = getattr(self, item.name)

@@ -216,6 +216,7 @@ def _rank_images(
         num_workers=workers,
         collate_fn=_collate,
         worker_init_fn=ignore_interrupts,
+        generator=torch.Generator(),  # its own, or else it would move the global random state
     )
     ranks, labels, skipped = [], [], list(dataset.skipped)
     with progress(f"evaluating {dataset.name}", len(dataset), show=show_progress) as advance:

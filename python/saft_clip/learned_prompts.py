@@ -15,6 +15,10 @@ from torch.nn import functional as F
 
 from saft_clip.errors import ConfigError
 from saft_clip.text_tower import ends_of_text, padding_reason, tower_of
+from saft_kernels.untrusted import shown
+
+#: Tokens of a prompt beside context and name: start, full stop, end; and one of the name.
+_AROUND = 4
 
 
 class PromptFrame:
@@ -46,17 +50,24 @@ class PromptFrame:
         tower = tower_of(model)
         self.model = model
         self.context = context
-        tokens = tokenizer([f"{words} {name}." for name in names])
-        tokens = tokens.to(tower.positional_embedding.device)
+        room = len(tower.positional_embedding)
+        if context > room - _AROUND:
+            raise ConfigError(
+                f"--context {context} leaves no room for a class name in the {room} tokens of a "
+                f"prompt of this model: give at most {room - _AROUND}"
+            )
+        texts = [f"{words} {name}." for name in names]
+        tokens = tokenizer(texts).to(tower.positional_embedding.device)
+        too_long = _first_cut(model, tokenizer, texts, tokens)
+        if too_long is not None:
+            raise ConfigError(
+                f"the class name {shown(names[too_long])!r} is too long for {context} learned "
+                f"words in {room} tokens: give a lower --context"
+            )
         self.ends = ends_of_text(model, tokens)
         length = int(self.ends.max()) + 1
         with torch.no_grad():
             self.embedded = tower.token_embedding(tokens[:, :length]).detach()
-        if length >= tokens.shape[1] and _was_cut(tokenizer, words, names, tokens.shape[1]):
-            raise ConfigError(
-                f"a class name is too long for {context} learned words in {tokens.shape[1]} "
-                "tokens: give a lower --context"
-            )
 
     def first_words(self) -> Tensor:
         """The embeddings of what stands where vectors are learned: [context, D]."""
@@ -78,13 +89,17 @@ class PromptFrame:
         return encode_embedded(self.model, self.filled(vectors), self.ends, deep)
 
 
-def _was_cut(
-    tokenizer: Callable[[list[str]], Tensor], words: str, names: Sequence[str], length: int
-) -> bool:
-    """Whether tokens of the longest prompt are missing: then it ends like any longer one."""
-    longest = max(names, key=len)
-    own, more = tokenizer([f"{words} {longest}.", f"{words} {longest}. x"])
-    return torch.equal(own[: length - 1], more[: length - 1])
+def _first_cut(
+    model: nn.Module, tokenizer: Callable[..., Tensor], texts: Sequence[str], tokens: Tensor
+) -> int | None:
+    """The first text whose tokens are more than there is room for; None if all are whole."""
+    room = tokens.shape[1]
+    full = (ends_of_text(model, tokens) == room - 1).nonzero().flatten().tolist()
+    for which in full:  # a text that is cut ends there too
+        longer = tokenizer([texts[which]], context_length=2 * room)
+        if int(ends_of_text(model, longer)) >= room:
+            return int(which)
+    return None
 
 
 def encode_embedded(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import logging
 import warnings
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ from saft_clip.errors import CheckpointError, ModelError
 from saft_clip.tiny import TINY_NAME, TINY_WEIGHTS, register_tiny
 from saft_kernels.backends import require_environment
 from saft_kernels.delta.weights import load_torch_file, require_real
+from saft_kernels.fingerprint import fingerprints
 from saft_kernels.untrusted import is_file, open_safetensors, reason, require_plain_archive, shown
 
 #: Asks for random weights by name, so that nobody trains from scratch by leaving out
@@ -90,6 +92,12 @@ def load_model(
     if file is not None:
         _load_weights(clip.model, name, file)
     return clip
+
+
+def fingerprint_of(model: nn.Module) -> str:
+    """What tells a model from one with other weights."""
+    found = fingerprints(model.state_dict().values())
+    return hashlib.sha256("".join(found).encode()).hexdigest()[:16]
 
 
 def check_precision(precision: str) -> None:

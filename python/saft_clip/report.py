@@ -161,6 +161,8 @@ def file_size(count: float) -> str:
 
 
 def _lead(config: FinetuneConfig, results: Mapping[str, Any]) -> str:
+    if config.method == "zero-shot":
+        return f"Nothing was trained: the weights {results['pretrained']!r} as they are."
     images = f"{config.shots} images per class" if config.shots else "all images"
     return (
         f"Trained on {images} of {config.train_data}, {config.epochs} epochs, seed {config.seed}, "

@@ -3,10 +3,11 @@
 =================== ==========================================================================
 config.yaml         the settings
 inputs.json         fingerprints of the data and the pretrained weights
-mask.safetensors    the selected entries (method saft)
+mask.safetensors    the selected entries (saft and other sparse methods)
+probe.safetensors   the first classifier (lp-ft)
 metrics.jsonl       one line per step and evaluation
 checkpoints/        the last two, until the run is finished
-delta.safetensors   the result (saft), or model.safetensors (full)
+delta.safetensors   the result; with other methods model.safetensors or adapter.safetensors
 results.json        evaluations before and after, sizes, times, environment; written last but one
 report.html         the page about it all
 =================== ==========================================================================
@@ -34,9 +35,13 @@ from saft_kernels.errors import FileWriteError
 from saft_kernels.files import atomic_write, make_folder, remove_leftovers
 from saft_kernels.untrusted import parse_json, shown
 
+#: The classifier that lp-ft trains first; a run that is stopped later finds it here.
+PROBE = "probe.safetensors"
+
 _OURS = (
     *("config.yaml", "inputs.json", "mask.safetensors", "metrics.jsonl", "results.json"),
-    *("delta.safetensors", "model.safetensors", "report.html", "demo.json"),
+    *("delta.safetensors", "model.safetensors", "adapter.safetensors", PROBE),
+    *("report.html", "demo.json"),
 )
 
 
@@ -105,7 +110,8 @@ class RunFolder:
         """Remove what a run has written that failed before it had selected or trained anything."""
         if self._has_results():
             return
-        for path in (self.metrics, self.inputs, self.config):  # the one that makes it a run last
+        # The one that makes it a run last.
+        for path in (self.path / PROBE, self.metrics, self.inputs, self.config):
             path.unlink(missing_ok=True)
         shutil.rmtree(self.checkpoints, ignore_errors=True)
 

@@ -17,6 +17,7 @@ import torch
 from open_clip.transformer import ResidualAttentionBlock, TextTransformer, Transformer
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 from saft_kernels.once import once
@@ -138,7 +139,7 @@ def _is_unusual(block: nn.Module) -> bool:
     attention: Any = getattr(block, "attn", None)
     return (
         type(block) is not ResidualAttentionBlock
-        or type(attention) is not nn.MultiheadAttention
+        or not _is_plain_attention(attention)
         or attention.dropout > 0
         or attention.in_proj_weight is None
         or attention.bias_k is not None
@@ -146,6 +147,13 @@ def _is_unusual(block: nn.Module) -> bool:
         or hasattr(block, "ln_1_kv")
         or any(m._forward_hooks or m._forward_pre_hooks for m in (block, attention))
     )
+
+
+def _is_plain_attention(attention: Any) -> bool:
+    """Whether it is torch's, be its weights parametrized (as LoRA's are)."""
+    if not isinstance(attention, nn.MultiheadAttention):
+        return False
+    return parametrize.type_before_parametrizations(attention) is nn.MultiheadAttention
 
 
 def ends_of_text(model: nn.Module, tokens: Tensor) -> Tensor:

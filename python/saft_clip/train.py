@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import math
 import os
 import shlex
@@ -35,7 +34,7 @@ from saft_clip.evaluate import Evaluation, evaluate, evaluate_zero_shot
 from saft_clip.methods import find_method
 from saft_clip.methods.base import Method
 from saft_clip.metrics import MetricsLog, read_metrics
-from saft_clip.models import ClipModel, load_model
+from saft_clip.models import ClipModel, fingerprint_of, load_model
 from saft_clip.peak_memory import PeakMemory
 from saft_clip.prompts import ClassPrompts
 from saft_clip.random_states import random_states
@@ -47,7 +46,6 @@ from saft_clip.shortages import explained_shortages
 from saft_clip.text_tower import padding_reason
 from saft_clip.trainer import Trainer, stop_requests
 from saft_kernels.errors import FileWriteError, SaftError
-from saft_kernels.fingerprint import fingerprints
 
 
 @dataclass(frozen=True)
@@ -56,7 +54,7 @@ class FinetuneResult:
 
     Attributes:
         output: the folder.
-        artefact: ``delta.safetensors`` or ``model.safetensors`` in it.
+        artefact: ``delta.safetensors``, ``model.safetensors`` or ``adapter.safetensors`` in it.
         results: the content of ``results.json``.
     """
 
@@ -122,7 +120,10 @@ def _work_in(folder: RunFolder, config: FinetuneConfig, make_method: type[Method
         say(f"the class prompts are encoded with their padding: {reason}")
     method = make_method(clip, prompts, config)
     fresh = not folder.started()
-    folder.start(config, {**data.describe(), "the pretrained model": describe_model(clip)})
+    folder.start(
+        config,
+        {**data.describe(), "the pretrained model": {"fingerprint": fingerprint_of(clip.model)}},
+    )
     run: Run | None = None
     try:
         run = Run(config, folder, clip, data, method)
@@ -148,12 +149,6 @@ def load_base(config: FinetuneConfig) -> ClipModel:
         precision=config.precision,
         force_quick_gelu=config.force_quick_gelu,
     )
-
-
-def describe_model(clip: ClipModel) -> dict[str, str]:
-    """What tells a model from one with other weights."""
-    found = fingerprints(clip.model.state_dict().values())
-    return {"fingerprint": hashlib.sha256("".join(found).encode()).hexdigest()[:16]}
 
 
 def _resolved(spec: str) -> tuple[str, ...]:
@@ -186,9 +181,16 @@ class RunData:
         self.validation = self._load(spec, "val") if spec else None
         specs = config.eval_data or ((config.train_data,) if "test" in own else ())
         self.evaluation = {spec: self._load(spec, "test") for spec in specs}
-        self._trained = _resolved(config.train_data)
+        self._train_data = config.train_data
         self._has_test_images = bool(own)
         self._warn()
+
+    def all(self) -> Iterator[ImageDataset]:
+        """What is trained on, validated on and evaluated on."""
+        yield self.train
+        if self.validation is not None:
+            yield self.validation
+        yield from self.evaluation.values()
 
     def _warn(self) -> None:
         for spec in self.evaluation:
@@ -199,18 +201,21 @@ class RunData:
 
     def is_shifted(self, spec: str) -> bool:
         """Whether these are other data than the training data, however their paths are written."""
-        return _resolved(spec) != self._trained
+        return _resolved(spec) != _resolved(self._train_data)
 
     def includes_training(self, spec: str) -> bool:
         """Whether images that were trained on are evaluated, for want of a test split."""
-        return not self.is_shifted(spec) and not self._has_test_images
+        (whole, half), (trained, own) = divided(spec), divided(self._train_data)
+        same = _resolved(whole) == _resolved(trained) and (half == own or not half or not own)
+        return same and not self._has_test_images
 
     def _training_images(self, config: FinetuneConfig) -> ImageDataset:
         whole, half = divided(config.train_data)
         everything = self._load(whole, "train")
         if config.shots:
             # Before the classes are divided, as in CoOp: so the base half's images are the same.
-            chosen = few_shot(everything, config.shots, config.seed)
+            needed = everything.half_of_classes(half) if half else None
+            chosen = few_shot(everything, config.shots, config.seed, needed)
             chosen = chosen.half(half) if half else chosen
         else:
             chosen = drop_unreadable(everything.half(half) if half else everything)
@@ -284,6 +289,8 @@ class Run:
         self.peak_memory = PeakMemory(self.method.device)
         batches = ordered_batches(self.data.plain, self.config.batch_size, self.config.workers)
         self.method.prepare(batches, self.folder.path)
+        for dataset in self.data.all():
+            self.method.check_classes(dataset.class_names)
         self.seconds["preparation"] = time.perf_counter() - start
         if self._saved is not None:
             self._restore(self._saved)

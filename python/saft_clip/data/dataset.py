@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -89,8 +89,8 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         Raises:
             DataError: if there is one class, or the half has no images.
         """
-        middle = -(-len(self.class_names) // 2)
-        first, last = (0, middle) if which == "base" else (middle, len(self.class_names))
+        classes = self.half_of_classes(which)
+        first, last = classes.start, classes.stop
         chosen = ((self.labels >= first) & (self.labels < last)).nonzero().flatten().tolist()
         if not chosen:
             raise DataError(f"the {which} half of the classes of {self.name} has no images")
@@ -100,6 +100,11 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
             labels=self.labels[chosen] - first,
             class_names=self.class_names[first:last],
         )
+
+    def half_of_classes(self, which: str) -> range:
+        """The numbers of the classes in a half."""
+        middle = -(-len(self.class_names) // 2)
+        return range(middle) if which == "base" else range(middle, len(self.class_names))
 
 
 def drop_unreadable(dataset: ImageDataset, *, show_progress: bool = True) -> ImageDataset:
@@ -148,7 +153,9 @@ def require_classes(dataset: ImageDataset) -> None:
         )
 
 
-def few_shot(dataset: ImageDataset, shots: int, seed: int) -> ImageDataset:
+def few_shot(
+    dataset: ImageDataset, shots: int, seed: int, needed: Container[int] | None = None
+) -> ImageDataset:
     """Draw the same number of images of every class, as CoOp does.
 
     One ``random.Random(seed)`` draws ``sample(images, shots)`` for each class, in the order in
@@ -162,6 +169,8 @@ def few_shot(dataset: ImageDataset, shots: int, seed: int) -> ImageDataset:
         dataset: where to draw from.
         shots: images per class, at least 1.
         seed: of the generator.
+        needed: classes that must have so many images; others are drawn, as far as there are any,
+            only so that what is drawn of these is what it is without them. None: all.
 
     Returns:
         ``shots`` images of each class, class by class.
@@ -174,12 +183,14 @@ def few_shot(dataset: ImageDataset, shots: int, seed: int) -> ImageDataset:
     pools: dict[int, list[int]] = {}
     for index, label in enumerate(dataset.labels.tolist()):
         pools.setdefault(label, []).append(index)
+    needed = range(len(dataset.class_names)) if needed is None else needed
     for label in range(len(dataset.class_names)):
-        _check_enough(dataset, label, len(pools.get(label, ())), shots)
+        if label in needed:
+            _check_enough(dataset, label, len(pools.get(label, ())), shots)
     generator = random.Random(seed)
-    drawn = {label: generator.sample(pool, shots) for label, pool in pools.items()}
+    drawn = {n: generator.sample(pool, min(shots, len(pool))) for n, pool in pools.items()}
     skipped: dict[int, str] = {}
-    new = [index for indices in drawn.values() for index in indices]
+    new = [index for label, indices in drawn.items() if label in needed for index in indices]
     while bad := _find_unreadable(dataset, new):
         skipped |= bad
         new = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -80,6 +80,13 @@ class Method(ABC):
         """The prompts of the classes that are trained on: int64 [C, T, L], on the device."""
         return self.prompts.tokens.to(self.device)
 
+    def check_classes(self, names: Sequence[str]) -> None:  # noqa: B027
+        """Make sure that images can be classified among these classes, before anything is trained.
+
+        Raises:
+            ConfigError: if a name cannot be used.
+        """
+
     @property
     @abstractmethod
     def trained(self) -> Mapping[str, int]:
@@ -129,11 +136,15 @@ class Method(ABC):
         Raises:
             NonFiniteGradientError: naming the first parameter that holds NaN or infinity.
         """
-        for name, param in self.model.named_parameters():
+        for name, param in self.results():
             if not torch.isfinite(param).all():
                 raise NonFiniteGradientError(
                     f"training has diverged: {name!r} holds NaN or infinity; lower --lr", name
                 )
+
+    def results(self) -> Iterator[tuple[str, Tensor]]:
+        """Everything that answers depend on, by name."""
+        yield from self.model.named_parameters()
 
     def step(self, lr: float) -> None:
         """Take an optimizer step with this learning rate and drop the gradients."""

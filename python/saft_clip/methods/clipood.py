@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -60,8 +61,9 @@ class Clipood(Dense):
             self._weights = beta_density(0.5 / (total + 1), self.config.beta)
         weight = beta_density((done + 0.5) / (total + 1), self.config.beta)
         self._weights += weight
+        share = weight / self._weights if self._weights else 1.0  # densities too small for a float
         for name, param in self.params.items():
-            self._average[name].lerp_(param, weight / self._weights)
+            self._average[name].lerp_(param, share)
 
     @torch.no_grad()
     def finish(self, base: Callable[[], nn.Module]) -> None:
@@ -110,4 +112,5 @@ def margin_loss(
 
 def beta_density(x: float, b: float) -> float:
     """The density of Beta(b, b) at x in (0, 1)."""
-    return float(torch.distributions.Beta(b, b).log_prob(torch.tensor(x)).exp())
+    constant = math.lgamma(2 * b) - 2 * math.lgamma(b)
+    return math.exp(constant + (b - 1) * (math.log(x) + math.log1p(-x)))

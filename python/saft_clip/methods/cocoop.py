@@ -12,7 +12,7 @@ from saft_clip.evaluate import Scores, image_features
 from saft_clip.learned_prompts import PromptFrame, encode_embedded
 from saft_clip.methods.coop import CoOp
 from saft_clip.models import autocast
-from saft_clip.prompts import ClassPrompts
+from saft_clip.prompts import TOKEN_BATCH, ClassPrompts
 
 #: How much narrower the network is in the middle than an image's features.
 _NARROWER = 16
@@ -70,9 +70,13 @@ class CoCoOp(CoOp):
     def scores(self, prompts: ClassPrompts, *, show_progress: bool = False) -> Scores:
         """By prompts that are each image's own."""
         frame = self.frame_of(prompts.names)
-        return lambda images: self._cosines(
-            image_features(self.model, images.to(self.device)), frame
-        )
+        size = max(1, TOKEN_BATCH // frame.embedded[..., 0].numel())  # images at a time
+
+        def scores(images: Tensor) -> Tensor:
+            features = image_features(self.model, images.to(self.device))
+            return torch.cat([self._cosines(some, frame) for some in features.split(size)])
+
+        return scores
 
     def _cosines(self, features: Tensor, frame: PromptFrame) -> Tensor:
         """float32 [B, C] of normalised features [B, E]."""

@@ -16,7 +16,7 @@ from saft_clip.evaluate import Scores, image_features
 from saft_clip.learned_prompts import PromptFrame
 from saft_clip.methods.base import about
 from saft_clip.methods.dense import Dense
-from saft_clip.models import autocast
+from saft_clip.models import autocast, fingerprint_of
 from saft_clip.prompts import ClassPrompts
 
 #: The deviation of vectors that start at random, as CoOp has it.
@@ -43,6 +43,14 @@ class CoOp(Dense):
         start = DEVIATION * torch.randn(self.first_words().shape, generator=generator)
         self.context = nn.Parameter(start.to(self.device))
         return {"adapter.context": self.context}
+
+    def check_classes(self, names: Sequence[str]) -> None:
+        """Make sure that every name fits behind the context.
+
+        Raises:
+            ConfigError: naming the one that does not.
+        """
+        self.frame_of(names)
 
     @property
     def words(self) -> str:
@@ -88,4 +96,5 @@ class CoOp(Dense):
 
     def export(self, folder: Path, base: Callable[[], nn.Module]) -> Path:
         """Write what was learned."""
-        return save_adapter(folder / self.artefact, self.params, about(self), self.prompts)
+        texts = about(self) | {"base": fingerprint_of(base())}
+        return save_adapter(folder / self.artefact, self.params, texts, self.prompts)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from saft_clip.config import FinetuneConfig
 from saft_clip.errors import CheckpointError
 from saft_clip.methods import find_method
 from saft_clip.methods.base import Method, adamw_options, saved_tensors
-from saft_clip.models import ClipModel
+from saft_clip.models import ClipModel, fingerprint_of
 from saft_clip.prompts import ClassPrompts
 from saft_kernels.errors import SaftError
 from saft_kernels.files import atomic_write
@@ -45,6 +45,11 @@ class Dense(Method):
         for param in self.model.parameters():
             param.requires_grad_(id(param) in trained)
         self.optimizer = make_optimizer(list(self.params.values()), self.config)
+
+    def results(self) -> Iterator[tuple[str, Tensor]]:
+        """The model's parameters, and what is trained beside them."""
+        yield from super().results()
+        yield from self.params.items()
 
     @property
     def trained(self) -> Mapping[str, int]:
@@ -129,11 +134,14 @@ def restored(adapter: Adapter, clip: ClipModel, device: str, precision: str, sou
     try:
         settings = parse_json(adapter.texts["training"])
         config = FinetuneConfig.from_dict(settings, source)
+        kind = find_method(config.method)
+        if not issubclass(kind, Dense) or kind.artefact != ADAPTER:
+            raise CheckpointError(f"--method {config.method} writes no adapters")
+        if adapter.texts.get("base") != fingerprint_of(clip.model):
+            raise CheckpointError("it was made for other weights: give its --pretrained")
         config = config.changed(device=device, precision=precision)
         prompts = ClassPrompts(adapter.names, adapter.templates, clip.tokenizer)
-        method = find_method(config.method)(clip, prompts, config)
-        if not isinstance(method, Dense) or method.artefact != ADAPTER:
-            raise CheckpointError(f"--method {config.method} writes no adapters")
+        method = kind(clip, prompts, config)
         method.restore(adapter.tensors)
     except (SaftError, ValueError) as error:
         raise CheckpointError(f"{source} cannot be used with {clip.name}: {error}") from error

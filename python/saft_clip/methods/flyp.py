@@ -8,10 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from saft_clip.config import FinetuneConfig
+from saft_clip.errors import ConfigError
 from saft_clip.evaluate import image_features
 from saft_clip.methods.dense import Dense
-from saft_clip.models import autocast
-from saft_clip.prompts import encode_prompts
+from saft_clip.models import ClipModel, autocast
+from saft_clip.prompts import ClassPrompts, encode_prompts
 
 
 class Flyp(Dense):
@@ -23,6 +25,16 @@ class Flyp(Dense):
     """
 
     name = "flyp"
+
+    def __init__(self, clip: ClipModel, prompts: ClassPrompts, config: FinetuneConfig) -> None:
+        """Refuse batches in which there is nothing to contrast.
+
+        Raises:
+            ConfigError: if a batch is one image.
+        """
+        super().__init__(clip, prompts, config)
+        if config.batch_size < 2:
+            raise ConfigError("--method flyp contrasts images: give a --batch-size of 2 or more")
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Both encoders and the temperature."""

@@ -12,21 +12,23 @@ from torch.nn import functional as F
 
 from saft_clip.adapter_file import ADAPTER, save_adapter
 from saft_clip.batches import Batches
+from saft_clip.errors import CheckpointError
 from saft_clip.evaluate import Scores, embed_classes, image_features
 from saft_clip.methods.base import about
 from saft_clip.methods.dense import Dense
-from saft_clip.models import autocast
+from saft_clip.models import autocast, fingerprint_of
 from saft_clip.prompts import ClassPrompts
 
 HEAD = "adapter.head"
 
 
 class WithHead(Dense):
-    """Classifies by ``exp(logit_scale) * (image features) @ head.T``, features of unit length.
+    """Classifies by ``(image features) @ head.T``, features of unit length.
 
-    The head starts as the class embeddings, so that the first answers are the zero-shot ones
-    (Wortsman et al. 2022, Section 3). Classes that were not trained on have no row in it; they are
-    scored by their prompts, and stand beside the rows of those that were.
+    The head starts as ``exp(logit_scale)`` times the class embeddings, so that the first answers
+    are the zero-shot ones (Wortsman et al. 2022, Section 3, and their code). Classes that were not
+    trained on have no row in it; they are scored by their prompts, times as much, and stand beside
+    the rows of those that were.
     """
 
     artefact = ADAPTER
@@ -41,14 +43,21 @@ class WithHead(Dense):
     def start_head(self, batches: Batches, folder: Path | None) -> None:
         """Make the head of the class embeddings."""
         with torch.no_grad(), autocast(self.config.precision, self.device):
-            self.head = nn.Parameter(embed_classes(self.model, self.tokens).float())
+            classes = embed_classes(self.model, self.tokens).float()
+        self.head = nn.Parameter(self._scale() * classes)
+
+    def _scale(self) -> Tensor:
+        scale: Any = self.model.logit_scale
+        return scale.detach().exp()
 
     def restore(self, values: Mapping[str, Tensor]) -> None:
         """Become what another run has trained; no prompt of its classes is needed for that."""
-        one = self.prompts.tokenizer([self.prompts.names[0]])[:, None].to(self.device)
+        one = self.prompts.tokenizer(["x"])[:, None].to(self.device)
         with torch.no_grad():
-            size = embed_classes(self.model, one).shape[1]
-        shape = len(self.prompts.names), size
+            shape = len(self.prompts.names), embed_classes(self.model, one).shape[1]
+        head = values.get(HEAD)
+        if head is None or tuple(head.shape) != shape:
+            raise CheckpointError(f"its classifier {HEAD!r} must have the shape {list(shape)}")
         self.head = nn.Parameter(torch.zeros(shape, device=self.device))
         super().restore(values)
 
@@ -60,20 +69,11 @@ class WithHead(Dense):
 
     def logits(self, features: Tensor) -> Tensor:
         """[B, C] of normalised features [B, E]."""
-        scale: Any = self.model.logit_scale
-        return scale.exp() * features.float() @ self.head.T
+        return features.float() @ self.head.T
 
     def scores(self, prompts: ClassPrompts, *, show_progress: bool = False) -> Scores:
         """By the rows of classes that were trained on, and the prompts of others."""
-        known = {name: row for row, name in enumerate(self.prompts.names)}
-        others = [i for i, name in enumerate(prompts.names) if name not in known]
-        rows = torch.empty(len(prompts.names), self.head.shape[1], device=self.device)
-        for i, name in enumerate(prompts.names):
-            if name in known:
-                rows[i] = self.head[known[name]]
-        if others:
-            tokens = prompts.tokens[others].to(self.device)
-            rows[others] = embed_classes(self.model, tokens, show_progress=show_progress).float()
+        rows = self._rows(prompts, show_progress) / self._scale()
 
         def scores(images: Tensor) -> Tensor:
             features = image_features(self.model, images.to(self.device))
@@ -82,6 +82,23 @@ class WithHead(Dense):
 
         return scores
 
+    def _rows(self, prompts: ClassPrompts, show_progress: bool) -> Tensor:
+        """The head for any classes: [C, E]."""
+        if prompts.names == self.prompts.names:  # two of which may have one name
+            return self.head
+        known = {name: row for row, name in enumerate(self.prompts.names)}
+        others = [i for i, name in enumerate(prompts.names) if name not in known]
+        rows = torch.empty(len(prompts.names), self.head.shape[1], device=self.device)
+        for i, name in enumerate(prompts.names):
+            if name in known:
+                rows[i] = self.head[known[name]]
+        if others:
+            tokens = prompts.tokens[others].to(self.device)
+            found = embed_classes(self.model, tokens, show_progress=show_progress)
+            rows[others] = self._scale() * found.float()
+        return rows
+
     def export(self, folder: Path, base: Callable[[], nn.Module]) -> Path:
         """Write everything that was trained, and the names of the classes."""
-        return save_adapter(folder / self.artefact, self.params, about(self), self.prompts)
+        texts = about(self) | {"base": fingerprint_of(base())}
+        return save_adapter(folder / self.artefact, self.params, texts, self.prompts)

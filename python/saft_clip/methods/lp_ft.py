@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -15,6 +16,7 @@ from saft_clip.errors import CheckpointError
 from saft_clip.evaluate import image_features
 from saft_clip.methods.head import HEAD, WithHead
 from saft_clip.models import autocast
+from saft_clip.run_folder import PROBE
 from saft_clip.schedule import learning_rate
 from saft_kernels.files import atomic_write
 from saft_kernels.untrusted import open_safetensors
@@ -37,7 +39,7 @@ class LpFt(WithHead):
     def start_head(self, batches: Batches, folder: Path | None) -> None:
         """Train the probe, or take the one that the run has trained already."""
         super().start_head(batches, folder)
-        file = folder / "probe.safetensors" if folder else None
+        file = folder / PROBE if folder else None
         if file is not None and file.exists():
             self._load_probe(file)
         else:
@@ -47,9 +49,13 @@ class LpFt(WithHead):
                     save_file({HEAD: self.head.detach().cpu()}, temporary)
 
     def _load_probe(self, file: Path) -> None:
-        with open_safetensors(file) as opened:
-            found = opened.get_tensor(HEAD) if HEAD in opened.keys() else None  # noqa: SIM118
-        if found is None or (found.dtype, found.shape) != (torch.float32, self.head.shape):
+        try:
+            with open_safetensors(file) as opened:
+                found = opened.get_tensor(HEAD)
+            fits = (found.dtype, found.shape) == (torch.float32, self.head.shape)
+        except (SafetensorError, OSError, ValueError):
+            fits = False
+        if not fits:
             raise CheckpointError(f"{file} is no probe of this run: delete it, to train it anew")
         self.head.data.copy_(found)
 

@@ -23,9 +23,10 @@ class MaPLe(CoOp):
     """Deep prompts coupled by linear layers (Khattak et al. 2023, Sections 3.2 and 3.3).
 
     In the first ``--depth`` blocks of the text encoder, ``--context`` vectors P_i stand behind the
-    start token (in the first block in place of "a photo of a", from which they start), and F_i(P_i)
-    behind the patches in the image encoder. What comes out of a block in these places is replaced
-    in the next one. F_i is a linear layer. The encoders' own weights stay what they are.
+    start token, and F_i(P_i) behind the patches in the image encoder, where F_i is a linear layer.
+    In the first block they stand in place of the first words of "a photo of a", from which they
+    start if there are no more. What comes out of a block in these places is replaced in the next
+    one. The encoders' own weights stay what they are.
     """
 
     name = "maple"
@@ -43,7 +44,8 @@ class MaPLe(CoOp):
         width = visual.transformer.width
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.seed)
-            starts = [words, *(DEVIATION * torch.randn_like(words) for _ in range(depth - 1))]
+            drawn = [DEVIATION * torch.randn_like(words) for _ in range(depth)]
+            starts = [words if self.words == _WORDS else drawn[0], *drawn[1:]]
             layers = [nn.Linear(words.shape[1], width) for _ in range(depth)]
         self.vectors = nn.ParameterList([nn.Parameter(s.to(self.device)) for s in starts])
         self.couplings = nn.ModuleList(layers).to(self.device)

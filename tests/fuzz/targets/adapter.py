@@ -25,7 +25,7 @@ from saft_clip.prompts import ClassPrompts
 
 #: Method -> settings with which it fits the small model.
 _METHODS: dict[str, dict[str, Any]] = {
-    **{"lp": {}, "lp-ft": {}, "cocoop": {}},
+    **{"lp": {}, "lp-ft": {}, "wise-ft": {}, "cocoop": {}},
     **{"coop": {"context": 2}, "maple": {"depth": 3}},
 }
 _NAMES = ("cat", "small dog")
