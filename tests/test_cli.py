@@ -328,6 +328,10 @@ def test_evaluate_with_an_adapter(small, pets, tmp_path, capsys, method):
     assert (found["top1"], found["per_class"]) == (after["top1"], after["per_class"])
     page = Page((run / "report.html").read_text()).text
     assert f"--adapter {run / 'adapter.safetensors'}" in page
+    assert f"after, as {METHODS[method].title} classifies" in page
+    assert "lora-alpha" not in page  # which it has no use for
+    own_only = method in ("lp", "coop", "cocoop", "maple")
+    assert ("share of it" in page) == (not own_only)
 
 
 def test_an_adapter_that_cannot_be_used(small, pets, tmp_path, capsys):

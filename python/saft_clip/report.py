@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -100,9 +101,10 @@ def page_content(
         "lead": _lead(config, results),
         "tiles": _tiles(rows, results),
         "rows": rows,
+        "accuracy_note": _accuracy_note(results),
         "accuracy": Markup(figures.accuracy_figure(rows)) if rows else "",
         "curves": Markup(figures.curves_figure(metrics)) if trained else "",
-        "blocks": Markup(figures.blocks_figure(results["blocks"], _kinds(results["blocks"]))),
+        "blocks": Markup(_blocks(results["blocks"])),
         "blocks_note": _blocks_note(config, results),
         "kinds": _kind_rows(results["blocks"]),
         "usage_note": _usage_note(results),
@@ -223,6 +225,21 @@ def _kind_rows(blocks: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
+def _accuracy_note(results: Mapping[str, Any]) -> str:
+    if results["artefact"] == ADAPTER:
+        return (
+            f"Top-1: before, zero-shot by class prompts; after, as {results['method']} classifies."
+        )
+    return "Zero-shot classification by class prompts, top-1."
+
+
+def _blocks(blocks: Sequence[Mapping[str, Any]]) -> str:
+    """The figure of trained parameters; nothing, if none of the encoders' are."""
+    if not any(block["trained"] for block in blocks):
+        return ""
+    return figures.blocks_figure(blocks, _kinds(blocks))
+
+
 def _blocks_note(config: FinetuneConfig, results: Mapping[str, Any]) -> str:
     if config.method == "full":
         return "Full fine-tuning trains every parameter of both encoders."
@@ -284,6 +301,9 @@ def _is_delta(results: Mapping[str, Any]) -> bool:
 def _settings(config: FinetuneConfig, results: Mapping[str, Any]) -> list[tuple[str, str]]:
     values = config.to_dict()
     del values["resume"]
+    for item in fields(config):  # what this method has no use for
+        if item.metadata.get("by_method") and values[item.name] is None:
+            del values[item.name]
     if config.mask is not None:  # --density had no say
         share = results["trained"] / results["parameters"]
         values["density"] = f"{share:.3g} (of the given mask)"
