@@ -245,7 +245,7 @@ def _blocks_note(config: FinetuneConfig, results: Mapping[str, Any]) -> str:
         return "Full fine-tuning trains every parameter of both encoders."
     if config.method != "saft":
         method = find(config.method)
-        return f"{method.title} trains {method.does} ({method.source})."
+        return f"{method.title} trains {method.does}. After: {method.source}."
     entries = (
         "entries with the largest mean gradient, one ranking over both encoders"
         if config.mask is None
