@@ -281,6 +281,15 @@ def test_gradient_that_is_not_finite_stops_before_the_step(config, monkeypatch, 
         assert all(torch.equal(now[name], state[key][name]) for name in now)
 
 
+def test_a_class_name_that_a_method_cannot_use_is_found_before_anything_is_done(config, tmp_path):
+    """Among those of the evaluation data, too; nothing is left of the run."""
+    other = write_folder(tmp_path / "other", {"a name of far too many words for it to fit": 1})
+    ours = config.changed(method="coop", context=4, eval_data=(str(other),))
+    with pytest.raises(ConfigError, match="is too long for 4 learned words in 16 tokens"):
+        finetune(ours)
+    assert list(Path(config.output).iterdir()) == []
+
+
 def test_unknown_method():
     with pytest.raises(ConfigError, match=r"did you mean saft\? the methods are zero-shot, saft,"):
         find_method("saff")

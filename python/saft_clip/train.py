@@ -288,9 +288,9 @@ class Run:
         start = time.perf_counter()
         self.peak_memory = PeakMemory(self.method.device)
         batches = ordered_batches(self.data.plain, self.config.batch_size, self.config.workers)
-        self.method.prepare(batches, self.folder.path)
         for dataset in self.data.all():
             self.method.check_classes(dataset.class_names)
+        self.method.prepare(batches, self.folder.path)
         self.seconds["preparation"] = time.perf_counter() - start
         if self._saved is not None:
             self._restore(self._saved)
