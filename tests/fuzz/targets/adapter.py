@@ -42,6 +42,7 @@ class AdapterTarget(SafetensorsTarget):
         with tempfile.TemporaryDirectory() as folder:
             file = small_checkpoint(Path(folder) / "small.safetensors", SMALL_DEEP)
             self._clip = load_model(SMALL_DEEP, str(file))
+        self._clip.pretrained = "small"  # the path is another one each time
         self._images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
     def _fresh(self) -> ClipModel:
