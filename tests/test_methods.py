@@ -30,6 +30,7 @@ from saft_clip.methods.flyp import contrastive_loss
 from saft_clip.methods.kd import distillation_loss
 from saft_clip.methods.lora import adaptable_layers
 from saft_clip.models import ClipModel, fingerprint_of, load_model
+from saft_clip.peak_memory import PeakMemory
 from saft_clip.prompts import ClassPrompts, encode_prompts
 from saft_clip.text_tower import padding_reason
 from saft_kernels.delta import SparseDelta
@@ -227,6 +228,25 @@ def test_the_loss_goes_down(problem: Callable[..., Problem], name: str) -> None:
         method.clip_grad_norm_(1.0)
         method.step(case.config.lr)
     assert float(method.loss(case.images, case.labels)) < before
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_steps_under_bf16_autocast(problem: Callable[..., Problem], name: str) -> None:
+    """The loss is fp32 and finite, every trained tensor gets a gradient, answers are numbers."""
+    case = problem(name, precision="amp_bf16", lr=1e-3)
+    method = case.method()
+    loss = method.loss(case.images, case.labels)
+    assert loss.dtype == torch.float32
+    loss.backward()
+    params = getattr(method, "params", {})
+    assert all(param.grad is not None for param in params.values())
+    norm = method.clip_grad_norm_(1.0)
+    assert 0 < float(norm) < math.inf
+    method.step(case.config.lr)
+    with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+        scores = method.scores(case.prompts)(case.images)
+    assert scores.dtype == torch.float32
+    assert scores.isfinite().all()
 
 
 @pytest.mark.parametrize("name", TRAINING)
@@ -624,6 +644,25 @@ def test_loras_frozen_weights_keep_their_bits(problem: Callable[..., Problem]) -
     assert seen == own.keys()
 
 
+def test_why_attention_is_not_pefts() -> None:
+    """As docs/methods.md says, frozen weights are others after one pass; if not, use PEFT's."""
+    from peft import LoraConfig, LoraModel
+
+    torch.manual_seed(0)
+    model = nn.Module()
+    model.attention = nn.MultiheadAttention(64, 4, batch_first=True)
+    before = model.attention.in_proj_weight.detach().clone()
+    config = LoraConfig(r=4, lora_alpha=32, target_modules=["attention"])
+    LoraModel(model, {"default": config}, "default")
+    for name, param in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(param, std=0.02)
+    x = torch.randn(2, 5, 64)
+    model.attention(x, x, x)
+    share = (model.attention.base_layer.in_proj_weight != before).double().mean()
+    assert 0.1 < share < 0.25
+
+
 def test_lora_encodes_prompts_without_their_padding(problem: Callable[..., Problem]) -> None:
     case = problem("lora", lr=1e-2)
     method = case.method()
@@ -726,7 +765,7 @@ def test_maple_puts_prompts_into_both_encoders(problem: Callable[..., Problem]) 
         assert torch.equal(plain, image_features(case.base, case.images))
         without = lengths.copy()
         lengths.clear()
-        prompted = method._image_features(case.images)
+        prompted = method.image_features(case.images)
     assert lengths == [length + 2 for length in without]
     assert not torch.allclose(plain, prompted)
 
@@ -737,7 +776,7 @@ def test_maples_deep_prompts_replace_what_came_out_before(problem: Callable[...,
     method: Any = case.method()
     blocks = case.clip.model.visual.transformer.resblocks
     with torch.inference_mode():
-        expected = method._image_features(case.images)
+        expected = method.image_features(case.images)
 
         def spoil(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
             output = output.clone()
@@ -745,11 +784,11 @@ def test_maples_deep_prompts_replace_what_came_out_before(problem: Callable[...,
             return output
 
         handle = blocks[0].register_forward_hook(spoil)
-        assert torch.equal(method._image_features(case.images), expected)
+        assert torch.equal(method.image_features(case.images), expected)
         handle.remove()
         blocks[1].register_forward_hook(spoil)
         if len(blocks) > 2:
-            assert not torch.equal(method._image_features(case.images), expected)
+            assert not torch.equal(method.image_features(case.images), expected)
 
 
 def test_maples_vectors_start_differently_where_there_are_no_words(
@@ -763,6 +802,24 @@ def test_maples_vectors_start_differently_where_there_are_no_words(
 def test_maple_has_no_more_depth_than_blocks(problem: Callable[..., Problem]) -> None:
     with pytest.raises(ConfigError, match=r"--depth 99 is more than the . blocks of .* at most"):
         problem("maple", depth=99).method()
+
+
+# Cost ---------------------------------------------------------------------------------------------
+
+
+def test_peak_memory_of_a_process_and_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    peak = PeakMemory(torch.device("cpu"))
+    before = peak.bytes()
+    assert before is not None
+    held = torch.ones(1 << 24)  # 64 MiB
+    found = peak.bytes()
+    assert found is not None
+    assert found - before > held.nbytes / 2
+    asked: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", asked.append)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 77)
+    assert PeakMemory(torch.device("cuda", 1)).bytes() == 77
+    assert asked == [torch.device("cuda", 1)]
 
 
 # Files --------------------------------------------------------------------------------------------

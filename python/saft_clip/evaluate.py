@@ -140,12 +140,22 @@ def zero_shot_scores(
 ) -> Scores:
     """The cosine of an image's embedding and each class's, in float32."""
     classes = embed_classes(model, prompts.tokens.to(device), show_progress=show_progress)
+    return scores_of(lambda images: image_features(model, images.to(device)), classes)
+
+
+def scores_of(features: Callable[[Tensor], Tensor], classes: Tensor) -> Scores:
+    """Products of image features and classes, in float32 whatever autocast is in force.
+
+    Args:
+        features: images -> float32 [B, E].
+        classes: float32 [C, E].
+    """
 
     def scores(images: Tensor) -> Tensor:
-        features = image_features(model, images.to(device))
+        found = features(images)
         # Under autocast the product would be rounded to bf16, and near classes would tie.
-        with torch.autocast(features.device.type, enabled=False):
-            return features @ classes.T
+        with torch.autocast(found.device.type, enabled=False):
+            return found @ classes.T
 
     return scores
 

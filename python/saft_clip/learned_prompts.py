@@ -17,6 +17,9 @@ from saft_clip.errors import ConfigError
 from saft_clip.text_tower import ends_of_text, padding_reason, tower_of
 from saft_kernels.untrusted import shown
 
+#: What learned vectors start from, where their number allows it (CoCoOp, MaPLe).
+WORDS = "a photo of a"
+
 #: Tokens of a prompt beside context and name: start, full stop, end; and one of the name.
 _AROUND = 4
 
@@ -129,10 +132,7 @@ def encode_embedded(
             vectors = deep[depth - 1].to(x.dtype)
             own = vectors.expand(len(x), -1, -1)
             x = torch.cat([x[:, :1], own, x[:, 1 + len(vectors) :]], dim=1)
-        if transformer.batch_first:
-            x = block(x, attn_mask=mask)
-        else:
-            x = block(x.transpose(0, 1), attn_mask=mask).transpose(0, 1)
+        x = block(x, attn_mask=mask)
     x = tower.ln_final(x)[torch.arange(len(x), device=x.device), ends]
     projection = tower.text_projection
     if isinstance(projection, nn.Module):

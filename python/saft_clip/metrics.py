@@ -35,7 +35,7 @@ EVALUATION: Form = {
     **{"top1_stderr": is_share, "mean_per_class_stderr": is_share},
 }
 LINES: dict[str, Form] = {
-    "train": {"loss": is_number, "seconds": is_number},
+    "train": {"loss": is_number},
     "validation": {"top1": is_share},
     "evaluation": EVALUATION,
 }

@@ -93,7 +93,8 @@ def summarize(
         seconds: what took how long.
         peak_memory: bytes, of preparation and training; None if nobody knows.
     """
-    steps = [line["seconds"] for line in lines if line["kind"] == "train"]
+    found: list[Any] = [line.get("seconds") for line in lines if line["kind"] == "train"]
+    steps = [value for value in found if is_number(value)]  # releases before had none
     state = method.model.state_dict()
     return {
         "method": find(method.name).title,

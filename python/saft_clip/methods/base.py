@@ -96,6 +96,14 @@ class Method(ABC):
         """All parameters of the two encoders by name, each once."""
         return {n: param for n, param in self.model.named_parameters() if n not in FROZEN}
 
+    def image_parameters(self) -> dict[str, nn.Parameter]:
+        """All parameters of the image encoder by name, each once."""
+        return {n: p for n, p in self.encoder_parameters().items() if _of_images(n)}
+
+    def text_parameters(self) -> dict[str, nn.Parameter]:
+        """All parameters of the text encoder by name, each once."""
+        return {n: p for n, p in self.encoder_parameters().items() if not _of_images(n)}
+
     def scores(self, prompts: ClassPrompts, *, show_progress: bool = False) -> Scores:
         """How images are classified, with what has been trained so far.
 
@@ -107,6 +115,10 @@ class Method(ABC):
             images float32 [B, 3, H, W] -> scores [B, C], the higher the likelier.
         """
         return zero_shot_scores(self.model, prompts, self.device, show_progress=show_progress)
+
+    def image_features(self, images: Tensor) -> Tensor:
+        """Normalised image embeddings, float32 [B, E], of images on any device."""
+        return image_features(self.model, images.to(self.device))
 
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:
         """The mean cross-entropy over the class prompts (SAFT, Eq. 1), in the run's precision.
@@ -187,6 +199,10 @@ class Method(ABC):
         Raises:
             FileWriteError: if the file cannot be written.
         """
+
+
+def _of_images(name: str) -> bool:
+    return name.startswith("visual.")
 
 
 def saved_tensors(saved: Any, expected: Mapping[str, Tensor], what: str) -> dict[str, Tensor]:

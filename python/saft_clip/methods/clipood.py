@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from saft_clip.batches import Batches
 from saft_clip.errors import CheckpointError
-from saft_clip.evaluate import embed_classes, image_features
+from saft_clip.evaluate import embed_classes
 from saft_clip.methods.base import saved_tensors
 from saft_clip.methods.dense import Dense
 from saft_clip.models import autocast
@@ -31,7 +31,7 @@ class Clipood(Dense):
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """The image encoder."""
-        return {n: p for n, p in self.encoder_parameters().items() if n.startswith("visual.")}
+        return self.image_parameters()
 
     def prepare(self, batches: Batches, folder: Path | None) -> None:
         """Start the average with the pretrained weights."""
@@ -47,7 +47,7 @@ class Clipood(Dense):
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:
         """Margin metric softmax."""
         with autocast(self.config.precision, self.device):
-            features = image_features(self.model, images.to(self.device))
+            features = self.image_features(images)
         scale: Any = self.model.logit_scale
         margin = self.config.margin
         assert margin is not None

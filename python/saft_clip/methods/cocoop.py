@@ -8,15 +8,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from saft_clip.evaluate import Scores, image_features
-from saft_clip.learned_prompts import PromptFrame, encode_embedded
+from saft_clip.evaluate import Scores
+from saft_clip.learned_prompts import WORDS, PromptFrame, encode_embedded
 from saft_clip.methods.coop import CoOp
 from saft_clip.models import autocast
 from saft_clip.prompts import TOKEN_BATCH, ClassPrompts
 
 #: How much narrower the network is in the middle than an image's features.
 _NARROWER = 16
-_WORDS = "a photo of a"
 
 
 class CoCoOp(CoOp):
@@ -36,7 +35,7 @@ class CoCoOp(CoOp):
         """
         found = super().trainable()
         words = self.first_words()
-        if len(words) == len(_WORDS.split()):
+        if len(words) == len(WORDS.split()):
             self.context.data.copy_(words)
         size = self._feature_size()
         with torch.random.fork_rng(devices=[]):
@@ -56,14 +55,14 @@ class CoCoOp(CoOp):
     @property
     def words(self) -> str:
         """Those of the original, if there are as many vectors."""
-        return _WORDS if self.config.context == len(_WORDS.split()) else super().words
+        return WORDS if self.config.context == len(WORDS.split()) else super().words
 
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:
         """The mean cross-entropy; nothing goes back into the image encoder."""
         scale: Any = self.model.logit_scale
         with autocast(self.config.precision, self.device):
             with torch.no_grad():
-                features = image_features(self.model, images.to(self.device))
+                features = self.image_features(images)
             cosines = self._cosines(features, self.frame)
         return F.cross_entropy(scale.exp() * cosines, labels.to(self.device))
 
@@ -73,7 +72,7 @@ class CoCoOp(CoOp):
         size = max(1, TOKEN_BATCH // frame.embedded[..., 0].numel())  # images at a time
 
         def scores(images: Tensor) -> Tensor:
-            features = image_features(self.model, images.to(self.device))
+            features = self.image_features(images)
             return torch.cat([self._cosines(some, frame) for some in features.split(size)])
 
         return scores

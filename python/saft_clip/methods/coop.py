@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from saft_clip.adapter_file import ADAPTER, save_adapter
-from saft_clip.evaluate import Scores, image_features
+from saft_clip.evaluate import Scores, scores_of
 from saft_clip.learned_prompts import PromptFrame
 from saft_clip.methods.base import about
 from saft_clip.methods.dense import Dense
@@ -78,21 +78,14 @@ class CoOp(Dense):
         scale: Any = self.model.logit_scale
         with autocast(self.config.precision, self.device):
             with torch.no_grad():
-                features = image_features(self.model, images.to(self.device))
+                features = self.image_features(images)
             classes = self.frame.encode(self.context)
         logits = scale.exp() * features @ classes.T
         return F.cross_entropy(logits, labels.to(self.device))
 
     def scores(self, prompts: ClassPrompts, *, show_progress: bool = False) -> Scores:
         """By the learned context, in front of any names."""
-        classes = self.frame_of(prompts.names).encode(self.context)
-
-        def scores(images: Tensor) -> Tensor:
-            features = image_features(self.model, images.to(self.device))
-            with torch.autocast(features.device.type, enabled=False):
-                return features @ classes.T
-
-        return scores
+        return scores_of(self.image_features, self.frame_of(prompts.names).encode(self.context))
 
     def export(self, folder: Path, base: Callable[[], nn.Module]) -> Path:
         """Write what was learned."""

@@ -48,8 +48,7 @@ class Dense(Method):
 
     def results(self) -> Iterator[tuple[str, Tensor]]:
         """The model's parameters, and what is trained beside them."""
-        yield from super().results()
-        yield from self.params.items()
+        yield from {**dict(super().results()), **self.params}.items()
 
     @property
     def trained(self) -> Mapping[str, int]:

@@ -10,7 +10,6 @@ from torch.nn import functional as F
 
 from saft_clip.config import FinetuneConfig
 from saft_clip.errors import ConfigError
-from saft_clip.evaluate import image_features
 from saft_clip.methods.dense import Dense
 from saft_clip.models import ClipModel, autocast
 from saft_clip.prompts import ClassPrompts, encode_prompts
@@ -46,7 +45,7 @@ class Flyp(Dense):
         drawn = torch.randint(self.tokens.shape[1], labels.shape).to(self.device)
         captions = self.tokens[labels.to(self.device), drawn]
         with autocast(self.config.precision, self.device):
-            features = image_features(self.model, images.to(self.device))
+            features = self.image_features(images)
             texts = encode_prompts(self.model, captions)
         return contrastive_loss(features, texts, self.params["logit_scale"].exp())
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from saft_clip.adapter_file import ADAPTER, save_adapter
 from saft_clip.batches import Batches
 from saft_clip.errors import CheckpointError
-from saft_clip.evaluate import Scores, embed_classes, image_features
+from saft_clip.evaluate import Scores, embed_classes, scores_of
 from saft_clip.methods.base import about
 from saft_clip.methods.dense import Dense
 from saft_clip.models import autocast, fingerprint_of
@@ -64,7 +64,7 @@ class WithHead(Dense):
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:
         """The mean cross-entropy."""
         with autocast(self.config.precision, self.device):
-            features = image_features(self.model, images.to(self.device))
+            features = self.image_features(images)
         return F.cross_entropy(self.logits(features), labels.to(self.device))
 
     def logits(self, features: Tensor) -> Tensor:
@@ -73,14 +73,7 @@ class WithHead(Dense):
 
     def scores(self, prompts: ClassPrompts, *, show_progress: bool = False) -> Scores:
         """By the rows of classes that were trained on, and the prompts of others."""
-        rows = self._rows(prompts, show_progress) / self._scale()
-
-        def scores(images: Tensor) -> Tensor:
-            features = image_features(self.model, images.to(self.device))
-            with torch.autocast(features.device.type, enabled=False):
-                return features @ rows.T
-
-        return scores
+        return scores_of(self.image_features, self._rows(prompts, show_progress) / self._scale())
 
     def _rows(self, prompts: ClassPrompts, show_progress: bool) -> Tensor:
         """The head for any classes: [C, E]."""

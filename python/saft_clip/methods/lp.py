@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from saft_clip.evaluate import image_features
 from saft_clip.methods.head import HEAD, WithHead
 from saft_clip.models import autocast
 
@@ -23,5 +22,5 @@ class LinearProbe(WithHead):
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:
         """The mean cross-entropy; nothing goes back into the encoder."""
         with torch.no_grad(), autocast(self.config.precision, self.device):
-            features = image_features(self.model, images.to(self.device))
+            features = self.image_features(images)
         return F.cross_entropy(self.logits(features), labels.to(self.device))

@@ -13,7 +13,6 @@ from torch.nn import functional as F
 from saft_clip.batches import Batches
 from saft_clip.console import progress
 from saft_clip.errors import CheckpointError
-from saft_clip.evaluate import image_features
 from saft_clip.methods.head import HEAD, WithHead
 from saft_clip.models import autocast
 from saft_clip.run_folder import PROBE
@@ -33,8 +32,7 @@ class LpFt(WithHead):
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Image encoder and head."""
-        visual = {n: p for n, p in self.encoder_parameters().items() if n.startswith("visual.")}
-        return {**visual, HEAD: self.head}
+        return {**self.image_parameters(), HEAD: self.head}
 
     def start_head(self, batches: Batches, folder: Path | None) -> None:
         """Train the probe, or take the one that the run has trained already."""
@@ -66,7 +64,7 @@ class LpFt(WithHead):
         with progress("image features", len(batches), unit="batches") as advance:
             for images, truth in batches:
                 with autocast(self.config.precision, self.device):
-                    features.append(image_features(self.model, images.to(self.device)))
+                    features.append(self.image_features(images))
                 labels.append(truth)
                 advance()
         return torch.cat(features), torch.cat(labels).to(self.device)

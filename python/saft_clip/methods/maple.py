@@ -10,13 +10,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from saft_clip.errors import ConfigError
-from saft_clip.evaluate import Scores, image_features
+from saft_clip.evaluate import Scores, scores_of
+from saft_clip.learned_prompts import WORDS
 from saft_clip.methods.coop import DEVIATION, CoOp
 from saft_clip.models import autocast
 from saft_clip.prompts import ClassPrompts
 from saft_clip.text_tower import tower_of
-
-_WORDS = "a photo of a"
 
 
 class MaPLe(CoOp):
@@ -38,14 +37,14 @@ class MaPLe(CoOp):
             ConfigError: if the encoders are of other kinds than CLIP's transformers, or have fewer
                 blocks.
         """
+        words = self.first_words()  # which asks for a text tower of CLIP's kind
         depth = self._checked_depth()
-        words = self.first_words()
         visual: Any = self.model.visual
         width = visual.transformer.width
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.seed)
             drawn = [DEVIATION * torch.randn_like(words) for _ in range(depth)]
-            starts = [words if self.words == _WORDS else drawn[0], *drawn[1:]]
+            starts = [words if self.words == WORDS else drawn[0], *drawn[1:]]
             layers = [nn.Linear(words.shape[1], width) for _ in range(depth)]
         self.vectors = nn.ParameterList([nn.Parameter(s.to(self.device)) for s in starts])
         self.couplings = nn.ModuleList(layers).to(self.device)
@@ -64,9 +63,7 @@ class MaPLe(CoOp):
                 f"that of {self.clip.name} is a {type(visual).__name__}"
             )
         blocks = len(visual.transformer.resblocks)
-        if hasattr(tower_of(self.model), "transformer"):
-            text: Any = tower_of(self.model).transformer
-            blocks = min(blocks, len(getattr(text, "resblocks", ())) or blocks)
+        blocks = min(blocks, len(tower_of(self.model).transformer.resblocks))
         if depth > blocks:
             raise ConfigError(
                 f"--depth {depth} is more than the {blocks} blocks of {self.clip.name}: give at "
@@ -78,12 +75,11 @@ class MaPLe(CoOp):
     def words(self) -> str:
         """Those of the original, if there are no more vectors."""
         assert self.config.context is not None
-        return _WORDS if self.config.context <= len(_WORDS.split()) else super().words
+        return WORDS if self.config.context <= len(WORDS.split()) else super().words
 
     def _hook(self, visual: Any) -> None:
         """Let blocks find the image prompts behind the patches, while there are any."""
         self._image_prompts: list[Tensor] = []
-        batch_first = visual.transformer.batch_first
 
         def append(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
             x, *rest = inputs
@@ -95,11 +91,9 @@ class MaPLe(CoOp):
             def hook(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
                 x, *rest = inputs
                 if self._image_prompts:
-                    x = x if batch_first else x.transpose(0, 1)
                     vectors = self._image_prompts[depth].to(x.dtype)
                     own = vectors.expand(len(x), -1, -1)
                     x = torch.cat([x[:, : -len(vectors)], own], dim=1)
-                    x = x if batch_first else x.transpose(0, 1)
                 return (x, *rest)
 
             return hook
@@ -114,12 +108,12 @@ class MaPLe(CoOp):
                 block.register_forward_pre_hook(replace(depth))
         visual.transformer.register_forward_hook(take_off)
 
-    def _image_features(self, images: Tensor) -> Tensor:
+    def image_features(self, images: Tensor) -> Tensor:
         """Normalised features with prompts in the image encoder, made of the text prompts."""
         pairs = zip(self.couplings, self.vectors, strict=True)
         self._image_prompts = [layer(vectors) for layer, vectors in pairs]
         try:
-            return image_features(self.model, images.to(self.device))
+            return super().image_features(images)
         finally:
             self._image_prompts = []
 
@@ -127,7 +121,7 @@ class MaPLe(CoOp):
         """The mean cross-entropy."""
         scale: Any = self.model.logit_scale
         with autocast(self.config.precision, self.device):
-            features = self._image_features(images)
+            features = self.image_features(images)
             classes = self.frame.encode(self.vectors[0], list(self.vectors)[1:])
         logits = scale.exp() * features @ classes.T
         return F.cross_entropy(logits, labels.to(self.device))
@@ -135,10 +129,4 @@ class MaPLe(CoOp):
     def scores(self, prompts: ClassPrompts, *, show_progress: bool = False) -> Scores:
         """With prompts in both encoders, for any names."""
         classes = self.frame_of(prompts.names).encode(self.vectors[0], list(self.vectors)[1:])
-
-        def scores(images: Tensor) -> Tensor:
-            features = self._image_features(images)
-            with torch.autocast(features.device.type, enabled=False):
-                return features @ classes.T
-
-        return scores
+        return scores_of(self.image_features, classes)

@@ -14,4 +14,4 @@ class Text(Dense):
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """The text encoder."""
-        return {n: p for n, p in self.encoder_parameters().items() if not n.startswith("visual.")}
+        return self.text_parameters()

@@ -14,4 +14,4 @@ class Visual(Dense):
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """The image encoder."""
-        return {n: p for n, p in self.encoder_parameters().items() if n.startswith("visual.")}
+        return self.image_parameters()

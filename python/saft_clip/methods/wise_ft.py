@@ -24,8 +24,7 @@ class WiseFt(WithHead):
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Image encoder and head."""
-        visual = {n: p for n, p in self.encoder_parameters().items() if n.startswith("visual.")}
-        return {**visual, HEAD: self.head}
+        return {**self.image_parameters(), HEAD: self.head}
 
     def prepare(self, batches: Batches, folder: Path | None) -> None:
         """Keep the head that training starts from."""
