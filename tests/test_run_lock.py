@@ -145,6 +145,20 @@ def test_a_lock_that_is_released_while_another_waits_in_front_of_it(tmp_path, mo
     second.release()
 
 
+def test_a_release_that_is_interrupted_releases(tmp_path, monkeypatch):
+    lock, other = RunLock(tmp_path), RunLock(tmp_path)
+    lock.acquire()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "unlink", interrupted)
+        lock.release()
+    other.acquire()
+    other.release()
+
+
+def interrupted(path):
+    raise KeyboardInterrupt
+
+
 def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, capsys):
     def refuse(descriptor, operation):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import multiprocessing
 import os
 import re
 import resource
@@ -330,6 +331,16 @@ def test_what_torch_and_python_raise_is_explained(error, expected):
         raise error
     assert "\n" not in str(caught.value)
     assert caught.value.__cause__ is error
+
+
+def test_a_process_that_dies_while_it_sends_is_explained():
+    """As happened: the connection is gone, and torch's signal handler has not yet been called."""
+    ours, theirs = multiprocessing.Pipe()
+    theirs.close()
+    with pytest.raises(WorkerError, match="loads images has died, as"), explained_shortages():
+        ours.recv()
+    with pytest.raises(EOFError), explained_shortages():
+        raise EOFError("a file that ends too early, say")
 
 
 @pytest.mark.parametrize(

@@ -54,9 +54,11 @@ class RunLock:
         """Give the lock up, if it is held, and remove its file."""
         if self._descriptor is None:
             return
-        with suppress(OSError):  # before it is unlocked: what others then make is another file
-            self._path.unlink()
-        self.let_go()
+        try:
+            with suppress(OSError):  # before it is unlocked: what others then make is another file
+                self._path.unlink()
+        finally:  # Ctrl-C and torch's dead processes may be noticed anywhere
+            self.let_go()
 
     def let_go(self) -> None:
         """Close the file and leave it where it is."""

@@ -77,7 +77,7 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
         say(f"the run in {folder.path} is finished already")
         folder.tidy()
     else:
-        with _saying_how_to_go_on(folder), folder.lock, explained_shortages():
+        with _saying_how_to_go_on(folder), explained_shortages(), folder.lock:
             _work_in(folder, config, make_method)
     artefact = folder.path / make_method.artefact
     return FinetuneResult(folder.path, artefact, read_results(folder.results))
