@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from saft_clip import delta_cli
+from saft_clip import delta_cli, experiment_cli
 
 #: What the disk and its owner may refuse at any time; any other OSError is a bug.
 _EXPECTED = frozenset(
@@ -39,6 +39,7 @@ app = typer.Typer(
     help="Fine-tune CLIP by updating 0.1% of its parameters, and ship the change as a small file.",
 )
 app.add_typer(delta_cli.app, name="delta")
+app.command()(experiment_cli.experiment)
 
 Data = Annotated[
     list[str],
