@@ -53,10 +53,8 @@ def trial_cells(plan: Plan, folder: Path) -> Iterator[Cell]:
     if tuning is None:
         return
     for model, task, method in product(plan.models, tasks(plan), plan.methods):
-        if method.name not in tuning.grids:
-            continue
         contest = (model.name, task.train, method.name)
-        for number, trial in enumerate(tuning.trials(method.name), start=1):
+        for number, trial in enumerate(tuning.tried.get(method.name, ()), start=1):
             config = plan.config(model, method, task.train, tuning.shots, tuning.seed, trial)
             name = "/".join(["trials", *map(_folder_name, contest), f"trial-{number}"])
             config = config.changed(
@@ -76,7 +74,7 @@ def final_cells(
         chosen: settings that trials have found; contests that are missing have no cells if the plan
             tunes their method.
     """
-    tuned = set(plan.tuning.grids) if plan.tuning else set()
+    tuned = set(plan.tuning.tried) if plan.tuning else set()
     for model, task, method in product(plan.models, tasks(plan), plan.methods):
         contest = (model.name, task.train, method.name)
         if method.name in tuned and contest not in chosen:

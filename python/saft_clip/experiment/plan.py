@@ -52,27 +52,19 @@ class Tuning:
     """The trials that settings are chosen with, on validation images: as many for each method.
 
     Attributes:
-        grids: method's name in the plan -> setting -> values: every combination is a trial.
+        tried: method's name in the plan -> the settings of each of its trials, in order.
         seed: of the few-shot sample and the order in all trials.
         shots: training images per class in all trials.
     """
 
-    grids: Mapping[str, Mapping[str, tuple[Any, ...]]]
+    tried: Mapping[str, tuple[Mapping[str, Any], ...]]
     seed: int
     shots: int
 
-    def trials(self, name: str) -> list[dict[str, Any]]:
-        """The settings of each trial of a method, in the order of the grid."""
-        grid = self.grids.get(name, {})
-        return [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
-
     def to_dict(self) -> dict[str, Any]:
         """For YAML."""
-        grids = {
-            name: {key: list(values) for key, values in grid.items()}
-            for name, grid in self.grids.items()
-        }
-        return {"seed": self.seed, "shots": self.shots, "try": grids}
+        tried = {name: [dict(trial) for trial in trials] for name, trials in self.tried.items()}
+        return {"seed": self.seed, "shots": self.shots, "try": tried}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,19 +119,19 @@ class Plan:
     def _check(self, model: Entry, method: Entry) -> None:
         _require_known(model.settings, _OF_MODELS, f"the model {shown(model.name)}")
         _require_known(method.settings, _SETTINGS, f"the method {shown(method.name)}")
-        trials = self.tuning.trials(method.name) if self.tuning else [{}]
-        for trial in trials:
+        tried = self.tuning.tried if self.tuning else {}
+        for trial in tried.get(method.name, ({},)):
             _require_known(trial, _SETTINGS, f"the trials of {shown(method.name)}")
             for shots, seed in product(self.shots, self.seeds):
                 self.config(model, method, self.train[0], shots, seed, trial)
 
     def _check_budget(self, tuning: Tuning) -> None:
         names = {entry.name for entry in self.methods}
-        for name in tuning.grids:
+        for name in tuning.tried:
             if name not in names:
                 raise ConfigError(f"tuning names {shown(repr(name))}, which is not among methods")
         trained = [e.name for e in self.methods if find(e.settings["method"]).trains]
-        counts = {name: len(tuning.trials(name)) for name in trained}
+        counts = {name: len(tuning.tried.get(name, ())) for name in trained}
         if len(set(counts.values())) > 1:
             found = ", ".join(f"{shown(name)} {count}" for name, count in counts.items())
             raise ConfigError(f"every method must get the same number of trials, not {found}")
@@ -258,21 +250,29 @@ def _tuning(values: Mapping[str, Any]) -> Tuning | None:
     if not given:
         return None
     _require_known(given, ("seed", "shots", "try"), "tuning")
-    grids = {
-        str(name): {
-            str(key): tuple(one if isinstance(one, list) else [one])
-            for key, one in _mapping(grid, f"try of {shown(name)}").items()
-        }
-        for name, grid in _mapping(given.get("try"), "try").items()
-    }
-    if not grids:
+    tried = {name: _trials(one, name) for name, one in _mapping(given.get("try"), "try").items()}
+    if not tried:
         raise ConfigError("tuning does not say what to try (try: {method: {lr: [...]}})")
-    if any(not values for grid in grids.values() for values in grid.values()):
-        raise ConfigError("tuning has a setting without values to try")
     most = max(_numbers(values.get("shots", [16]), "shots"), key=lambda k: k or math.inf)
     seed, shots = given.get("seed", 0), given.get("shots", most)
     _numbers([seed, shots], "seed and shots of tuning")
-    return Tuning(grids, seed, shots)
+    return Tuning(tried, seed, shots)
+
+
+def _trials(value: Any, name: str) -> tuple[dict[str, Any], ...]:
+    """A list of settings, or values of each setting, of which every combination is tried."""
+    what = f"try of {shown(name)}"
+    if isinstance(value, list):
+        trials = [_mapping(one, what) for one in value]
+    else:
+        grid = {
+            key: one if isinstance(one, list) else [one]
+            for key, one in _mapping(value, what).items()
+        }
+        trials = [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
+    if not trials or not all(trials):
+        raise ConfigError(f"{what} has nothing to try")
+    return tuple(trials)
 
 
 def _mapping(value: Any, what: str) -> dict[str, Any]:
