@@ -92,10 +92,10 @@ def gaps(record: Record) -> list[Gap]:
                 ]
                 if find(entry.settings["method"]).trains and runs:
                     found.append(_gap(record, runs))
-    return found
+    return [gap for gap in found if gap is not None]
 
 
-def _gap(record: Record, runs: list[Run]) -> Gap:
+def _gap(record: Record, runs: list[Run]) -> Gap | None:
     cell, results = runs[0].cell, runs[0].results
     model, _, method = cell.contest
     kind = cell.config.method
@@ -105,8 +105,10 @@ def _gap(record: Record, runs: list[Run]) -> Gap:
         for row in record.rows
         if (row.model, row.method, row.shots) == (model, method, cell.shots) and row.alpha is None
     ]
-    n = min(row.n for row in rows if row.role == "train")
     differences = list(_differences(rows))
+    if not differences:
+        return None
+    n = min(row.n for row in rows if row.role == "train")
     return Gap(
         model, method, cell.shots, results["trained"], bits, n,
         estimate(differences), occam_bound(bits, n),

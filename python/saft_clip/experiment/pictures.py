@@ -33,7 +33,9 @@ def looks(record: Record) -> dict[str, dict[str, Any]]:
             colour, marker = _FIXED[kind]
             used.add(kind)
         else:
-            colour, marker = _COLOURS[number % len(_COLOURS)], _MARKERS[number % len(_MARKERS)]
+            # The markers go on by one each time around, so that no pair comes twice.
+            turn = number + number // len(_MARKERS)
+            colour, marker = _COLOURS[number % len(_COLOURS)], _MARKERS[turn % len(_MARKERS)]
             number += 1
         found[entry.name] = {"color": PLACEHOLDERS[colour], "marker": marker}
     return found

@@ -61,8 +61,8 @@ def p_value(ours: Mapping[Any, float], theirs: Mapping[Any, float]) -> float | N
     differences = np.array([ours[key] - theirs[key] for key in ours if key in theirs])
     if not len(differences):
         return None
-    if not differences.any():
-        return 1.0
+    if len(differences) == 1 or not differences.any():
+        return 1.0  # either sign is as far from 0
     found = stats.permutation_test(
         (differences,),
         np.mean,
