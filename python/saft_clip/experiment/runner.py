@@ -105,6 +105,9 @@ def _say_untuned(trials: Sequence[Cell], chosen: Mapping[Contest, Any]) -> None:
 def _run_cells(pool: Any, what: str, cells: Sequence[Cell], folder: Path, keep: bool) -> int:
     """Run what is missing; the number of those that failed."""
     missing = [cell for cell in cells if not _is_done(cell)]
+    for cell in cells:
+        if cell not in missing:  # by a plan that asked for other settings
+            failure_file(folder, cell.name).unlink(missing_ok=True)
     if len(missing) < len(cells):
         say(f"{len(cells) - len(missing)} of {len(cells)} {what} are there already")
     futures = {
