@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from saft_clip import delta_cli
+from saft_clip import data_cli, delta_cli
 
 #: What the disk and its owner may refuse at any time; any other OSError is a bug.
 _EXPECTED = frozenset(
@@ -38,6 +38,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Fine-tune CLIP by updating 0.1% of its parameters, and ship the change as a small file.",
 )
+app.add_typer(data_cli.app, name="data")
 app.add_typer(delta_cli.app, name="delta")
 
 Data = Annotated[

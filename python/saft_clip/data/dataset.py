@@ -18,9 +18,6 @@ from saft_clip.data.images import ImageSource, source_of
 from saft_clip.data.names import printable
 from saft_clip.errors import DataError, UnreadableImageError
 
-#: What a data set's classes can be divided into.
-HALVES = ("base", "new")
-
 
 @dataclass
 class ImageDataset(Dataset[tuple[Tensor, int]]):
@@ -28,7 +25,8 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
 
     Attributes:
         name: what tables call it.
-        images: N file paths, uint8 arrays [H, W, 3], or other sources (:mod:`saft_clip.data.images`).
+        images: N file paths, uint8 arrays [H, W, 3], or other sources, see
+            :mod:`saft_clip.data.images`.
         labels: int64 [N], each in [0, C).
         class_names: C names as they appear in prompts.
         templates: prompt templates with ``{}`` for the class name.

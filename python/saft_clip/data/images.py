@@ -33,6 +33,11 @@ class ImageSource(ABC):
     def label(self) -> str:
         """What messages call it, a path if it has one."""
 
+    @property
+    def original(self) -> ImageSource:
+        """The image that this one was made from, or itself."""
+        return self
+
     @abstractmethod
     def open(self) -> Image.Image:
         """The image in 8-bit RGB, as :meth:`saft_clip.data.ImageDataset.open` says.

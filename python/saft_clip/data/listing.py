@@ -5,11 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from saft_clip.errors import DataError
 from saft_clip.prompts import DEFAULT_TEMPLATES
-from saft_kernels.untrusted import quoted
+from saft_kernels.untrusted import quoted, shown
+
+SPLITS = ("train", "val", "test")
 
 
 @dataclass(frozen=True)
@@ -86,3 +89,18 @@ def require_distinct(what: object, names: Sequence[str]) -> None:
         if name in seen:
             raise DataError(f"two classes of {what} are called {quoted(name)}; rename one")
         seen.add(name)
+
+
+def read_lines(file: Path) -> list[str]:
+    """The lines of a text file, without spaces around them and without empty ones.
+
+    Raises:
+        DataError: if it cannot be read or is not text.
+    """
+    try:
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+    except OSError as error:
+        raise DataError(f"{file} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file} is not a text file in UTF-8 ({shown(error)})") from error
+    return [line.strip() for line in lines if line.strip()]
