@@ -13,12 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from saft_clip.data.listing import SPLITS, Layout, Listing, read_lines, require_split
+from saft_clip.data.spec import SEPARATOR
 from saft_clip.errors import DataError
 from saft_clip.prompts import DEFAULT_TEMPLATES
 from saft_kernels.untrusted import is_file, parse_json, quoted, shown
-
-#: Stands between the split file and the folder of its images.
-ROOT_SEPARATOR = "::"
 
 _FORMAT = 'expected {"train": [[path, label, class name], ...], "val": ..., "test": ...}'
 
@@ -193,7 +191,7 @@ def list_images(spec: str, split: str) -> Listing:
             found.
     """
     content = read_split_file(spec)
-    file, _, root = spec.partition(ROOT_SEPARATOR)
+    file, _, root = spec.partition(SEPARATOR)
     if split not in content:
         raise DataError(f"{file} has no split {split!r}, only {shown(', '.join(content))}")
     entries = content[split]
@@ -213,7 +211,7 @@ def list_images(spec: str, split: str) -> Listing:
 
 
 def _name(spec: str) -> str:
-    return Path(spec.partition(ROOT_SEPARATOR)[0]).stem.removeprefix(_PREFIX)
+    return Path(spec.partition(SEPARATOR)[0]).stem.removeprefix(_PREFIX)
 
 
 def read_split_file(spec: str) -> dict[str, list[tuple[str, int, str]]]:
@@ -222,7 +220,7 @@ def read_split_file(spec: str) -> dict[str, list[tuple[str, int, str]]]:
     Raises:
         DataError: if the file is missing or malformed.
     """
-    file = spec.partition(ROOT_SEPARATOR)[0]
+    file = spec.partition(SEPARATOR)[0]
     try:
         content = parse_json(Path(file).expanduser().read_text(encoding="utf-8"))
     except OSError as error:
@@ -262,7 +260,7 @@ def _image_root(file: Path, root: str, first: str, ours: Published | None) -> Pa
         where = "nowhere" if not found else "in more than one folder"
         raise DataError(
             f"the first image of {file}, {shown(first)}, is {where} beside it; "
-            f"name the folder of images: {file}{ROOT_SEPARATOR}FOLDER"
+            f"name the folder of images: {file}{SEPARATOR}FOLDER"
         )
     return found[0]
 

@@ -190,6 +190,11 @@ def _order() -> dict[str, int]:
     return {wnid: number for number, wnid in enumerate(table("imagenet"))}
 
 
+def is_wnid(text: str) -> bool:
+    """Whether this is the WordNet number of one of the 1,000 classes."""
+    return text in _order()
+
+
 @functools.cache
 def class_names() -> dict[str, str]:
     """WordNet number -> class name, for the 1,000 classes."""

@@ -6,10 +6,13 @@ from pathlib import Path
 
 from saft_clip.data import coop
 from saft_clip.data.builtin import Builtin
+from saft_clip.data.csv_file import CsvFile
+from saft_clip.data.domainnet import DomainNet
 from saft_clip.data.folder import Folder
 from saft_clip.data.imagenet import ImageNet
 from saft_clip.data.listing import Layout
-from saft_clip.data.spec import BUILTIN
+from saft_clip.data.shards import Shards
+from saft_clip.data.spec import BUILTIN, SEPARATOR
 from saft_clip.errors import DataError
 
 
@@ -25,6 +28,10 @@ def recognise(source: str) -> Layout:
               beside it or in one folder beside it; ``SPLIT.json::FOLDER`` names any other folder
               (:mod:`saft_clip.data.coop`);
             - a folder of ImageNet or of one of its variants (:mod:`saft_clip.data.imagenet`);
+            - ``ROOT/sketch``, one domain of DomainNet (:mod:`saft_clip.data.domainnet`);
+            - ``FILE.csv`` or ``FILE.tsv`` (:mod:`saft_clip.data.csv_file`);
+            - ``FILE.tar``, ``shards-{000..003}.tar`` or a folder of such archives
+              (:mod:`saft_clip.data.shards`);
             - ``builtin:<domain>``, images that ship with this package or are rendered by it
               (:mod:`saft_clip.domains`).
 
@@ -34,7 +41,11 @@ def recognise(source: str) -> Layout:
     """
     if source.startswith(BUILTIN):
         return Builtin(source.removeprefix(BUILTIN))
-    if coop.ROOT_SEPARATOR in source or source.endswith(".json"):
+    if CsvFile.names(source):
+        return CsvFile(source)
+    if Shards.names(source) and not Path(source).is_dir():
+        return Shards(source)
+    if SEPARATOR in source or source.endswith(".json"):
         return coop.SplitFile(source)
     return _of_folder(_folder(source))
 
@@ -46,7 +57,7 @@ def _of_folder(root: Path) -> Layout:
     aircraft = coop.Aircraft.find(root)
     if aircraft is not None:
         return coop.Aircraft(aircraft)
-    return ImageNet.find(root) or Folder(root)
+    return ImageNet.find(root) or DomainNet.find(root) or Shards.find(root) or Folder(root)
 
 
 def _folder(source: str) -> Path:

@@ -10,7 +10,7 @@ from typing import Any
 
 from saft_clip.errors import DataError
 from saft_clip.prompts import DEFAULT_TEMPLATES
-from saft_kernels.untrusted import quoted, shown
+from saft_kernels.untrusted import shown
 
 SPLITS = ("train", "val", "test")
 
@@ -78,29 +78,21 @@ def class_name(text: str) -> str:
     return text.replace("_", " ").strip()
 
 
-def require_distinct(what: object, names: Sequence[str]) -> None:
-    """Refuse two classes of one name.
+def read_lines(file: Path, *, keep_empty: bool = False) -> list[str]:
+    """The lines of a text file, without spaces around them.
 
-    Raises:
-        DataError: if there are.
-    """
-    seen: set[str] = set()
-    for name in names:
-        if name in seen:
-            raise DataError(f"two classes of {what} are called {quoted(name)}; rename one")
-        seen.add(name)
-
-
-def read_lines(file: Path) -> list[str]:
-    """The lines of a text file, without spaces around them and without empty ones.
+    Args:
+        file: to read.
+        keep_empty: keep empty lines, but for those at the end.
 
     Raises:
         DataError: if it cannot be read or is not text.
     """
     try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
+        text = file.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise DataError(f"{file} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{file} is not a text file in UTF-8 ({shown(error)})") from error
-    return [line.strip() for line in lines if line.strip()]
+    lines = [line.strip() for line in text.rstrip().splitlines()]
+    return lines if keep_empty else [line for line in lines if line]

@@ -12,6 +12,10 @@ HALVES = ("base", "new")
 #: Starts the name of a built-in domain.
 BUILTIN = "builtin:"
 
+#: Stands between a file and what else belongs to it: the folder of a split file's images, the
+#: column of a CSV file.
+SEPARATOR = "::"
+
 _CORRUPTION = re.compile(r"[a-z_]+:\d+")
 
 
@@ -52,4 +56,4 @@ def resolved(source: str) -> tuple[str, ...]:
     """The same for every way to write where the same data are: links and dots are followed."""
     if source.startswith(BUILTIN):
         return (source,)
-    return tuple(os.path.realpath(part) for part in source.split("::"))
+    return tuple(os.path.realpath(part) for part in source.split(SEPARATOR))
