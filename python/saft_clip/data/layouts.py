@@ -12,7 +12,8 @@ from saft_clip.data.folder import Folder
 from saft_clip.data.imagenet import ImageNet
 from saft_clip.data.listing import Layout
 from saft_clip.data.shards import Shards
-from saft_clip.data.spec import BUILTIN, SEPARATOR
+from saft_clip.data.spec import BUILTIN, SEPARATOR, TORCHVISION
+from saft_clip.data.torchvision_sets import TorchvisionSet
 from saft_clip.errors import DataError
 
 
@@ -32,6 +33,7 @@ def recognise(source: str) -> Layout:
             - ``FILE.csv`` or ``FILE.tsv`` (:mod:`saft_clip.data.csv_file`);
             - ``FILE.tar``, ``shards-{000..003}.tar`` or a folder of such archives
               (:mod:`saft_clip.data.shards`);
+            - ``torchvision:NAME:ROOT`` (:mod:`saft_clip.data.torchvision_sets`);
             - ``builtin:<domain>``, images that ship with this package or are rendered by it
               (:mod:`saft_clip.domains`).
 
@@ -41,6 +43,8 @@ def recognise(source: str) -> Layout:
     """
     if source.startswith(BUILTIN):
         return Builtin(source.removeprefix(BUILTIN))
+    if source.startswith(TORCHVISION):
+        return TorchvisionSet(source)
     if CsvFile.names(source):
         return CsvFile(source)
     if Shards.names(source) and not Path(source).is_dir():

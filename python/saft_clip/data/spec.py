@@ -12,6 +12,9 @@ HALVES = ("base", "new")
 #: Starts the name of a built-in domain.
 BUILTIN = "builtin:"
 
+#: Starts the name of a data set of torchvision's, ``torchvision:NAME:ROOT``.
+TORCHVISION = "torchvision:"
+
 #: Stands between a file and what else belongs to it: the folder of a split file's images, the
 #: column of a CSV file.
 SEPARATOR = "::"
@@ -56,4 +59,7 @@ def resolved(source: str) -> tuple[str, ...]:
     """The same for every way to write where the same data are: links and dots are followed."""
     if source.startswith(BUILTIN):
         return (source,)
+    if source.startswith(TORCHVISION):
+        name, _, root = source.removeprefix(TORCHVISION).partition(":")
+        return TORCHVISION, name, os.path.realpath(root)
     return tuple(os.path.realpath(part) for part in source.split(SEPARATOR))
