@@ -50,6 +50,21 @@ def test_imagenet_as_coop_has_it(tmp_path, inner):
         load(root, "val")
 
 
+def test_other_folders_beside_the_images_are_left_alone(tmp_path):
+    """CoOp's own code makes one."""
+    write_folder(tmp_path / "images" / "val", {TENCH: 1, GOLDFISH: 1})
+    (tmp_path / "split_fewshot").mkdir()
+    assert load(tmp_path).class_names == ("tench", "goldfish")
+
+
+def test_several_places_are_not_guessed_between(tmp_path):
+    for name in ("imagenetv2-a", "imagenetv2-b"):
+        write_folder(tmp_path / name, {"0": 1, "1": 1})
+    with pytest.raises(DataError, match=r"\(imagenetv2-a, imagenetv2-b\); name the one to use"):
+        load(tmp_path)
+    assert load(tmp_path / "imagenetv2-b").class_names == ("tench", "goldfish")
+
+
 def test_val_stays_what_it_is_where_there_is_a_test_set(tmp_path):
     for split in ("train", "val", "test"):
         write_folder(tmp_path / split, {TENCH: 1, GOLDFISH: 1})

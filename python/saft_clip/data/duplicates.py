@@ -83,7 +83,7 @@ def hash_of_bytes(image: ImageSource) -> bytes | None:
     """16 bytes that tell what is stored; None if it cannot be read."""
     try:
         return xxhash.xxh3_128_digest(image.read())
-    except OSError:
+    except (OSError, ValueError):
         return None
 
 

@@ -43,6 +43,9 @@ _SKETCH = Variant("ImageNet-Sketch", ("imagenet-sketch",))
 _V2 = Variant("ImageNetV2", ("imagenetv2",))
 _VALIDATION = Variant("ImageNet's validation set", ())
 
+#: More folders than these are classes, and none of them is looked into.
+_MOST_BESIDE = 10
+
 #: What the files of a test set with all classes begin with.
 _FILES = {"sketch_": _SKETCH, "ILSVRC2012_val_": _VALIDATION}
 
@@ -70,19 +73,23 @@ class ImageNet(Layout):
 
     @staticmethod
     def find(root: Path) -> ImageNet | None:
-        """The data in a folder, if they have ImageNet's classes.
+        """The data in a folder, or in one folder in it (``images``, ``imagenet-a``).
 
-        They may lie one folder deeper (``images``, ``imagenet-a``), if that is the only one.
+        Raises:
+            DataError: if there are several such folders in it.
         """
-        folders = [root]
-        beside = subfolders(root)
-        if len(beside) == 1:
-            folders.append(root / beside[0])
-        for base in folders:
-            parts = split_folders(base) or (".",)
-            if _has_numbers(base) or all(_has_wnids(base / part) for part in parts):
-                return ImageNet(root, base)
-        return None
+        if _has_classes(root):
+            return ImageNet(root, root)
+        inside = subfolders(root)
+        if len(inside) > _MOST_BESIDE:
+            return None
+        found = [root / name for name in sorted(inside) if _has_classes(root / name)]
+        if len(found) > 1:
+            raise DataError(
+                f"{root} holds several folders of ImageNet classes "
+                f"({shown(', '.join(folder.name for folder in found))}); name the one to use"
+            )
+        return ImageNet(root, found[0]) if found else None
 
     @property
     def kind(self) -> str:
@@ -131,6 +138,11 @@ class ImageNet(Layout):
                 "add a line for it"
             )
         return tuple(names[wnid] for wnid in self.wnids)
+
+
+def _has_classes(folder: Path) -> bool:
+    parts = split_folders(folder) or (".",)
+    return _has_numbers(folder) or all(_has_wnids(folder / part) for part in parts)
 
 
 def _has_wnids(folder: Path) -> bool:

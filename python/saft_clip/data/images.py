@@ -60,6 +60,7 @@ class ImageSource(ABC):
 
         Raises:
             OSError: if it cannot be read.
+            ValueError: if its path can be none.
         """
 
     @abstractmethod
@@ -109,13 +110,13 @@ class ImageFile(ImageSource):
 
     def mark(self, content: bool) -> bytes:
         """The name and what is read of the file; the name alone where it cannot be read."""
-        name = os.fsencode(self.name)
+        name = _encoded(self.name)
         try:
             if content:
                 return name + self.read()
             with self._stored() as (file, size):
                 return name + _ends(file, size)
-        except OSError:  # evaluation names and skips what cannot be read
+        except (OSError, ValueError):  # evaluation names and skips what cannot be read
             return name
 
     @contextmanager
@@ -196,6 +197,13 @@ class ImageArray(ImageSource):
     def mark(self, content: bool) -> bytes:
         """The pixels: they have no name that could stand for them."""
         return self.read()
+
+
+def _encoded(name: str) -> bytes:
+    try:
+        return os.fsencode(name)
+    except UnicodeEncodeError:  # a list may have what no file can be called
+        return name.encode("utf-8", "surrogatepass")
 
 
 #: Bytes that are looked at on either end: what is read at once anyway.

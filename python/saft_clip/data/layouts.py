@@ -61,17 +61,19 @@ def _of_folder(root: Path) -> Layout:
     aircraft = coop.Aircraft.find(root)
     if aircraft is not None:
         return coop.Aircraft(aircraft)
-    return ImageNet.find(root) or DomainNet.find(root) or Shards.find(root) or Folder(root)
+    return DomainNet.find(root) or ImageNet.find(root) or Shards.find(root) or Folder(root)
 
 
 def _folder(source: str) -> Path:
     path = Path(source).expanduser()
     if not path.exists():
         raise DataError(
-            f"there is no folder {source}; give a folder of class folders or a split file"
+            f"there is no folder {source}; give a folder of class folders, or other data that "
+            "docs/data.md lists"
         )
     if not path.is_dir():
         raise DataError(
-            f"{source} is neither a folder of class folders nor a .json split file in CoOp's format"
+            f"{source} is neither a folder of class folders nor a file of a kind that is known: "
+            ".json, .csv, .tsv or .tar"
         )
     return path
