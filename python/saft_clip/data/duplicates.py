@@ -15,6 +15,7 @@ from saft_clip.console import progress
 from saft_clip.data.dataset import ImageDataset
 from saft_clip.data.images import ImageSource
 from saft_clip.errors import UnreadableImageError
+from saft_clip.shortages import is_shortage
 
 
 @dataclass(frozen=True, order=True)
@@ -83,7 +84,9 @@ def hash_of_bytes(image: ImageSource) -> bytes | None:
     """16 bytes that tell what is stored; None if it cannot be read."""
     try:
         return xxhash.xxh3_128_digest(image.read())
-    except (OSError, ValueError):
+    except (OSError, ValueError) as error:
+        if is_shortage(error):  # of this machine
+            raise
         return None
 
 

@@ -157,6 +157,8 @@ class ImagePart(ImageFile):
         try:
             stored = self.read()
         except OSError as error:
+            if is_shortage(error):
+                raise
             raise UnreadableImageError(self.label, error.strerror or "broken") from error
         return decode(io.BytesIO(stored), self.label)
 

@@ -21,6 +21,7 @@ from saft_clip.data.imagenet import CLASSNAMES, is_wnid, read_classnames
 from saft_clip.data.images import ImagePart
 from saft_clip.data.listing import SPLITS, Layout, Listing, class_name, read_lines, require_split
 from saft_clip.errors import DataError
+from saft_clip.shortages import is_shortage
 from saft_kernels.untrusted import parse_json, quoted, shown
 
 SUFFIX = ".tar"
@@ -174,6 +175,8 @@ def _samples(files: Sequence[Path]) -> Iterator[_Sample]:
         except DataError:
             raise
         except (OSError, tarfile.TarError, ValueError, RecursionError) as error:
+            if is_shortage(error):
+                raise
             reason = error.strerror if isinstance(error, OSError) else None
             raise DataError(
                 f"the archive {file} cannot be read: {shown(reason or error)}; it must be a tar "
