@@ -15,9 +15,10 @@ from saft_clip.data.duplicates import Place, find_duplicates
 from saft_clip.data.listing import SPLITS
 from saft_clip.data.loading import available_splits, divided, load_dataset
 from saft_clip.data.names import ClassMatch, distinct_names, match_classes, printable
-from saft_clip.data.spec import HALVES, Spec, parse_spec, resolved
+from saft_clip.data.spec import BUILTIN, HALVES, Spec, parse_spec, resolved
 
 __all__ = [
+    "BUILTIN",
     "HALVES",
     "SPLITS",
     "ClassMatch",
