@@ -21,7 +21,6 @@ from saft_clip.demo import (
     Plan,
     Trial,
     best_trial,
-    evenly,
     final_trials,
     load_domains,
     number_of_trials,
@@ -90,9 +89,9 @@ def test_the_best_trials_are_run_with_every_seed():
 
 def test_evenly_takes_the_same_number_of_every_class():
     dataset = load_dataset("builtin:mnist", "val", torch.from_numpy)
-    part = evenly(dataset, 50)
+    part = dataset.evenly(50)
     assert torch.bincount(part.labels).tolist() == [5] * 10
-    assert len(evenly(dataset, 10**6)) == len(dataset)
+    assert len(dataset.evenly(10**6)) == len(dataset)
 
 
 # Numbers

@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from saft_clip import data_cli, delta_cli
+from saft_clip import data_cli, delta_cli, experiment_cli
 
 #: What the disk and its owner may refuse at any time; any other OSError is a bug.
 _EXPECTED = frozenset(
@@ -40,6 +40,7 @@ app = typer.Typer(
 )
 app.add_typer(data_cli.app, name="data")
 app.add_typer(delta_cli.app, name="delta")
+app.command()(experiment_cli.experiment)
 
 #: docs/data.md says more.
 WHAT_DATA_CAN_BE = (

@@ -4,33 +4,28 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
 
-from saft_clip.adapter_file import load_adapter
 from saft_clip.batches import ordered_batches
-from saft_clip.config import DEFAULT_PRETRAINED, FinetuneConfig
+from saft_clip.config import FinetuneConfig
 from saft_clip.console import output, progress, say
 from saft_clip.data import distinct_names, load_dataset
 from saft_clip.errors import ConfigError
-from saft_clip.evaluate import Evaluation, Scores, evaluate, zero_shot_scores
+from saft_clip.evaluate import Evaluation, evaluate
 from saft_clip.methods.base import FROZEN
-from saft_clip.methods.dense import restored
 from saft_clip.methods.saft import Saft
-from saft_clip.models import load_model
 from saft_clip.prompts import ClassPrompts
 from saft_clip.shortages import explained_shortages
 from saft_clip.train import RunData, finetune, load_base
-from saft_kernels.delta import SparseDelta
+from saft_clip.tuned import load_tuned
 from saft_kernels.files import atomic_write, require_writable
 from saft_kernels.mask import CooMask
 from saft_kernels.select import select
-
-DEFAULT_MODEL = "ViT-B-16"
 
 
 @explained_shortages()
@@ -60,37 +55,21 @@ def evaluate_command(
         require_writable(json_file)
     if delta is not None and adapter is not None:
         raise ConfigError("give --delta or --adapter, not both: a run writes one of them")
-    change = None if delta is None else SparseDelta.load(delta)
-    beside = None if adapter is None else load_adapter(adapter)
-    texts = change.metadata if change is not None else beside.texts if beside is not None else {}
-    if model is None:
-        model = texts.get("model")
-        pretrained = pretrained or texts.get("pretrained")
-    force_quick_gelu |= texts.get("force_quick_gelu") == "yes"
-    model = model or DEFAULT_MODEL
-    clip = load_model(
+    clip, scores = load_tuned(
         model,
-        pretrained or DEFAULT_PRETRAINED.get(model),
+        pretrained,
+        delta=delta,
+        adapter=adapter,
         device=device,
         precision=precision,
         force_quick_gelu=force_quick_gelu,
     )
-    if change is not None:
-        change.apply_(clip.model)
-    scores: Callable[[ClassPrompts], Scores] = functools.partial(
-        zero_shot_scores, clip.model, device=device, show_progress=True
-    )
-    if beside is not None:
-        scores = functools.partial(
-            restored(beside, clip, device, precision, f"the adapter {adapter}").scores,
-            show_progress=True,
-        )
     datasets = [load_dataset(s, split, clip.preprocess_val, templates=templates) for s in data]
     results = [
         evaluate(
             clip,
             dataset,
-            scores,
+            functools.partial(scores, show_progress=True),
             batch_size=batch_size,
             device=device,
             precision=precision,

@@ -102,6 +102,15 @@ class FinetuneConfig:
         "data sets whose test splits are evaluated before and after; the training data's own is in "
         "distribution, all others are shifted [default: the training data's test split]",
     )
+    eval_split: str = option("test", "the split that is evaluated", choices=("val", "test"))
+    eval_images: int | None = option(
+        None,
+        "evaluate so many images of a data set, evenly of its classes [default: all]",
+        at_least=1,
+    )
+    eval_train: bool = option(
+        False, "evaluate the result on the training images, too, without augmentation"
+    )
     output: str = option("saft-run", "folder for everything the run writes", may_change=True)
     resume: bool = option(
         False, "continue the run in the output folder after an interruption", may_change=True
@@ -164,6 +173,12 @@ class FinetuneConfig:
         at_least=0,
         at_most=1,
         by_method=True,
+    )
+    alphas: tuple[float, ...] = option(
+        (),
+        "with a method that has --alpha: also evaluate at these shares of the way",
+        at_least=0,
+        at_most=1,
     )
     penalty: float | None = option(
         None, "weight of the penalty or of the distillation", at_least=0, by_method=True
@@ -228,8 +243,11 @@ class FinetuneConfig:
                 if value is None:
                     object.__setattr__(self, item.name, value := usual)
             _check_type(item.name, value, hints[item.name])
-            _check_limits(item.name, value, item.metadata.get("limits", {}))
+            for one in value if isinstance(value, tuple) else (value,):
+                _check_limits(item.name, one, item.metadata.get("limits", {}))
             _check_choices(item.name, value, item.metadata.get("choices"))
+        if self.alphas and self.alpha is None:
+            raise ConfigError(_no_such_setting("alpha", method.name))
 
     @property
     def weights(self) -> str | None:
@@ -306,13 +324,7 @@ class FinetuneConfig:
             ConfigError: if it cannot be read, is no YAML, or a setting is unknown or wrong.
         """
         where = f"the configuration {path}"
-        text = _read(path, where)
-        try:
-            values = yaml.load(text, _PlainLoader)
-        # PyYAML lets out whatever int(), datetime() and the like raise.
-        except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
-            raise ConfigError(f"{where} is not valid YAML") from error
-        return cls.from_dict(values, where)
+        return cls.from_dict(read_yaml(path, where), where)
 
     def command(self) -> str:
         """The shell command that runs with these settings: only what differs from the defaults."""
@@ -331,6 +343,35 @@ class FinetuneConfig:
             if not item.metadata.get("may_change")
             and getattr(self, item.name) != getattr(other, item.name)
         ]
+
+
+def read_yaml(path: str | Path, where: str) -> Any:
+    """What a YAML file of settings holds.
+
+    Args:
+        path: of the file.
+        where: what messages call it.
+
+    Raises:
+        ConfigError: if it cannot be read, is too large, or is no YAML.
+    """
+    text = _read(path, where)
+    try:
+        return yaml.load(text, _PlainLoader)
+    # PyYAML lets out whatever int(), datetime() and the like raise.
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
+        raise ConfigError(f"{where} is not valid YAML") from error
+
+
+def has_setting(method: str, name: str) -> bool:
+    """Whether a setting has a say with a method: some have settings of their own.
+
+    Raises:
+        ConfigError: if there is no such method.
+    """
+    item = next(item for item in fields(FinetuneConfig) if item.name == name)
+    own = find(method).defaults
+    return not item.metadata.get("by_method") or name in own or item.metadata["default"] is not None
 
 
 class _PlainLoader(yaml.SafeLoader):
@@ -377,14 +418,15 @@ def _flag(name: str, value: Any) -> list[str]:
     if isinstance(value, bool):
         return [f"--{dashed(name)}" if value else f"--no-{dashed(name)}"]
     if isinstance(value, tuple):
-        return [word for one in value for word in (f"--{dashed(name)}", one)]
+        return [word for one in value for word in (f"--{dashed(name)}", str(one))]
     return [f"--{dashed(name)}", str(value)]
 
 
 def _from_yaml(value: Any, hint: Any) -> Any:
     """Lists become tuples; ``5e-6``, which YAML takes for text, becomes a number."""
     if isinstance(value, list):
-        return tuple(value)
+        kind = get_args(hint)[0] if get_origin(hint) is tuple else None
+        return tuple(_from_yaml(one, kind) for one in value)
     if isinstance(value, str) and (hint is float or float in get_args(hint)):
         with suppress(ValueError):
             return float(value)
@@ -401,7 +443,7 @@ def _is_a(value: Any, hint: Any) -> bool:
     if isinstance(hint, UnionType):
         return any(_is_a(value, one) for one in get_args(hint))
     if get_origin(hint) is tuple:
-        return isinstance(value, tuple) and all(isinstance(one, str) for one in value)
+        return isinstance(value, tuple) and all(_is_a(one, get_args(hint)[0]) for one in value)
     if hint is float:
         return isinstance(value, int | float) and not isinstance(value, bool)
     if hint is int:
@@ -413,7 +455,9 @@ def _describe(hint: Any) -> str:
     names = {float: "a number", int: "a whole number", bool: "true or false", str: "text"}
     if isinstance(hint, UnionType):
         return " or ".join(_describe(one) for one in get_args(hint) if one is not type(None))
-    return names.get(hint, "a list of texts")
+    if get_origin(hint) is tuple:
+        return "a list of numbers" if get_args(hint)[0] is float else "a list of texts"
+    return names[hint]
 
 
 def _check_limits(name: str, value: Any, limits: dict[str, float | None]) -> None:

@@ -223,7 +223,7 @@ def load_domains(plan: Plan, clip: ClipModel) -> dict[str, PreparedImages]:
 def _prepare(spec: str, split: str, limit: int | None, clip: ClipModel) -> PreparedImages:
     dataset = load_dataset(spec, split, clip.preprocess_val)
     if limit is not None:
-        dataset = evenly(dataset, limit)
+        dataset = dataset.evenly(limit)
     return PreparedImages(
         dataset.name,
         [dataset[index][0].numpy() for index in range(len(dataset))],
@@ -234,16 +234,9 @@ def _prepare(spec: str, split: str, limit: int | None, clip: ClipModel) -> Prepa
     )
 
 
-def evenly(dataset: ImageDataset, limit: int) -> ImageDataset:
-    """At most ``limit`` images, evenly spaced among those of each class in turn."""
-    order = torch.argsort(dataset.labels, stable=True)
-    count = min(limit, len(order))
-    return dataset.subset(order[torch.arange(count) * len(order) // count].tolist())
-
-
 def save_samples(dataset: ImageDataset, path: Path, count: int = 8) -> None:
     """Save a strip of a data set's images, one beside the other, as the model sees them."""
-    chosen = evenly(dataset, count)
+    chosen = dataset.evenly(count)
     strip = np.concatenate([np.asarray(image) for image in chosen.images], axis=2)
     low, high = strip.min(), strip.max()
     pixels = ((strip - low) / max(high - low, 1e-6) * 255).round().astype(np.uint8)

@@ -140,7 +140,7 @@ class _WithinOne(AutoLocator):
         return ticks[(ticks > -1e-9) & (ticks < 1 + 1e-9)]
 
 
-def _show_percent(axis: Axis) -> None:
+def show_percent(axis: Axis) -> None:
     """Label an axis of accuracies."""
     axis.set_major_locator(_WithinOne())
     axis.set_major_formatter(PercentFormatter(1.0))
@@ -171,7 +171,7 @@ def accuracy_figure(rows: Sequence[Mapping[str, Any]]) -> str:
         axes.set_ylim(-0.6, len(rows) - 0.4)
         axes.grid(axis="y", visible=False)
         axes.spines["left"].set_visible(False)
-        _show_percent(axes.xaxis)
+        show_percent(axes.xaxis)
         axes.margins(x=0.12)
         drawing.legend(loc="outside upper right", ncols=2)
         return inline_svg(drawing, "accuracy", "Accuracy before and after, by data set")
@@ -209,7 +209,7 @@ def curves_figure(metrics: Sequence[Mapping[str, Any]]) -> str:
             )  # fmt: skip
             low, high = accuracy.get_ylim()
             accuracy.set(title="validation accuracy (top-1)", ylim=(max(low, 0), min(high, 1)))
-            _show_percent(accuracy.yaxis)
+            show_percent(accuracy.yaxis)
             _count_steps(accuracy, steps)
         return inline_svg(drawing, "curves", "Learning curves")
 
@@ -283,7 +283,7 @@ def contenders_figure(groups: Sequence[Mapping[str, Any]]) -> str:
         axes.tick_params(axis="x", length=0, labelcolor=PLACEHOLDERS["ink"])
         axes.grid(axis="x", visible=False)
         axes.set_ylim(0, 1.08)
-        _show_percent(axes.yaxis)
+        show_percent(axes.yaxis)
         drawing.legend(loc="outside upper right", ncols=len(names))
         return inline_svg(drawing, "contenders", "Accuracy by role of domain and method")
 
@@ -312,7 +312,7 @@ def sweep_figure(densities: Sequence[float], panels: Sequence[Mapping[str, Any]]
             axes.set_xticks(densities, [f"{100 * density:g}%" for density in densities])
             axes.minorticks_off()
             axes.set(title=panel["title"], xlabel="density")
-            _show_percent(axes.yaxis)
+            show_percent(axes.yaxis)
         handles, labels = grid.flat[0].get_legend_handles_labels()
         drawing.legend(handles, labels, loc="outside upper right", ncols=3)
         return inline_svg(drawing, "sweep", "Accuracy over SAFT's density")
@@ -336,6 +336,6 @@ def tuning_figure(lines: Sequence[Mapping[str, Any]]) -> str:
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))  # no math, see _STYLE
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set(xlabel="learning rate", ylabel="validation accuracy")
-        _show_percent(axes.yaxis)
+        show_percent(axes.yaxis)
         drawing.legend(loc="outside right center")
         return inline_svg(drawing, "tuning", "Validation accuracy of every trial")

@@ -2,7 +2,7 @@
 
 Every line has ``kind`` and ``step`` (optimizer steps taken). ``kind`` is ``train`` (``epoch``,
 ``loss``, ``lr``, ``grad_norm``, ``seconds``, ``images_per_s``), ``validation`` or ``evaluation``
-(``when``: ``before`` or ``after``; and what :class:`saft_clip.evaluate.Evaluation` holds).
+(``when``, see :data:`WHEN`, and what :class:`saft_clip.evaluate.Evaluation` holds).
 """
 
 from __future__ import annotations
@@ -28,9 +28,13 @@ from saft_clip.forms import (
 from saft_kernels.files import explain_refusal
 from saft_kernels.untrusted import parse_json, shown
 
+#: When an evaluation was made: before and after training; of the result, on the training images;
+#: at a share ``alpha`` of the way from the pretrained to the trained weights.
+WHEN = ("before", "after", "train", "along")
+
 #: What a page uses of a line, by its kind.
 EVALUATION: Form = {
-    **{"when": one_of("before", "after"), "spec": is_text, "dataset": is_text, "shifted": is_flag},
+    **{"when": one_of(*WHEN), "spec": is_text, "dataset": is_text, "shifted": is_flag},
     **{"n": is_count, "top1": is_share, "top5": is_share, "mean_per_class": is_share},
     **{"top1_stderr": is_share, "mean_per_class_stderr": is_share},
 }

@@ -94,6 +94,11 @@ def load_model(
     return clip
 
 
+def brings_quick_gelu(name: str, pretrained: str | None) -> bool:
+    """Whether a tag's weights need QuickGELU: then open_clip uses it, but for the tag only."""
+    return bool(open_clip.get_pretrained_cfg(name, pretrained or "").get("quick_gelu", False))
+
+
 def fingerprint_of(model: nn.Module) -> str:
     """What tells a model from one with other weights."""
     found = fingerprints(model.state_dict().values())

@@ -65,7 +65,7 @@ from saft_clip.domains.glyphs import CANVAS, DIGITS, LETTERS, distance_field, gl
 from saft_clip.errors import CheckpointError, ConfigError
 from saft_clip.evaluate import Evaluation, evaluate_zero_shot
 from saft_clip.models import ClipModel, load_model
-from saft_clip.tiny import ASSETS, TINY_CARD, TINY_NAME, TINY_WEIGHTS, register_tiny
+from saft_clip.tiny import ASSETS, OTHER_SIZES, TINY_NAME, register_tiny
 from saft_kernels.errors import SaftError
 from saft_kernels.files import atomic_write, make_folder
 
@@ -140,6 +140,7 @@ class Settings:
             :func:`saft_clip.domains.augment.random_renderings`.
         average: decay of the moving average of the weights, which is what is saved.
         seed: seeds the initial weights and every batch.
+        model: ``saft-tiny``, or one of its siblings of another size.
     """
 
     steps: int = 3500
@@ -152,9 +153,15 @@ class Settings:
     strength: float = 0.8
     average: float = 0.997
     seed: int = 0
+    model: str = TINY_NAME
 
     def check(self) -> None:
         """Raise a :class:`ConfigError` if a value is out of range."""
+        if self.model not in (TINY_NAME, *OTHER_SIZES):
+            raise ConfigError(
+                f"this program pretrains {TINY_NAME}, {' and '.join(OTHER_SIZES)}, "
+                f"not {self.model!r}"
+            )
         if self.steps < 1 or self.batch_size < 8:
             raise ConfigError(
                 f"pretraining needs at least 1 step and 8 images per step, not {self.steps} steps "
@@ -268,7 +275,7 @@ class Trainer:
         self.minutes = 0.0
         with torch.random.fork_rng():
             torch.manual_seed(settings.seed)
-            self.model: Any = load_model(TINY_NAME, "random").model.train()
+            self.model: Any = load_model(settings.model, "random").model.train()
         self.captions = caption_tokens()
         self.lookalikes = lookalike_mask()
         self.optimizer = _optimizer(self.model, settings)
@@ -426,7 +433,7 @@ def write_card(path: Path, clip: ClipModel, settings: Settings, minutes: float) 
     """
     results = evaluate_domains(clip, tuple(DOMAINS), "test")
     card = {
-        "model": TINY_NAME,
+        "model": settings.model,
         "purpose": "a tiny stand-in that lets anyone run everything offline; it knows digits and "
         "capital letters and nothing else",
         "parameters": sum(p.numel() for p in clip.model.parameters()),
@@ -494,7 +501,7 @@ def pretrain(
 
 
 def _validate(trainer: Trainer) -> str:
-    clip = replace(load_model(TINY_NAME, "random"), model=trainer.average.module)
+    clip = replace(load_model(trainer.settings.model, "random"), model=trainer.average.module)
     results = evaluate_domains(clip, VALIDATION, "val")
     return ", ".join(f"{name} {result.top1:.3f}" for name, result in results.items())
 
@@ -503,6 +510,9 @@ def main(
     output_folder: Annotated[
         Path, typer.Option("--output", help="Folder for the weights and the model card.")
     ] = ASSETS,
+    model: Annotated[
+        str, typer.Option(help="saft-tiny, saft-tiny-small or saft-tiny-large.")
+    ] = TINY_NAME,
     steps: Annotated[int, typer.Option(help="Optimiser steps.")] = Settings.steps,
     batch_size: Annotated[int, typer.Option(help="Images per step.")] = Settings.batch_size,
     lr: Annotated[float, typer.Option(help="Peak learning rate of AdamW.")] = Settings.lr,
@@ -521,13 +531,13 @@ def main(
 ) -> None:
     """Pretrain the tiny CLIP from scratch on rendered glyphs and part of MNIST.
 
-    Writes saft-tiny.safetensors (fp16) and saft-tiny-card.json, which holds the zero-shot accuracy
+    Writes MODEL.safetensors (fp16) and MODEL-card.json, which holds the zero-shot accuracy
     on every built-in domain. The model is a stand-in that lets anyone run everything offline: it
     knows digits and capital letters, and nothing else.
     """
     try:
         torch.set_num_threads(threads)
-        settings = Settings(steps=steps, batch_size=batch_size, lr=lr, seed=seed)
+        settings = Settings(steps=steps, batch_size=batch_size, lr=lr, seed=seed, model=model)
         settings.check()
         if resume and checkpoint is None:
             raise ConfigError("--resume needs --checkpoint FILE, the file to go on from")
@@ -536,10 +546,12 @@ def main(
             Trainer.from_checkpoint(checkpoint) if resume and checkpoint else Trainer(settings)
         )
         pretrain(trainer, minutes=minutes, checkpoint=checkpoint)
-        weights = output_folder / TINY_WEIGHTS.name
+        name = trainer.settings.model
+        weights = output_folder / f"{name}.safetensors"
         save_weights(trainer.average.module, weights)
-        clip = load_model(TINY_NAME, str(weights))
-        card = write_card(output_folder / TINY_CARD.name, clip, trainer.settings, trainer.minutes)
+        clip = load_model(name, str(weights))
+        card_file = output_folder / f"{name}-card.json"
+        card = write_card(card_file, clip, trainer.settings, trainer.minutes)
         _show(card)
     except SaftError as error:
         console.print(f"error: {error}", markup=False, soft_wrap=True)

@@ -8,7 +8,6 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import open_clip
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
@@ -20,6 +19,7 @@ from saft_clip.errors import CheckpointError
 from saft_clip.forms import require_form
 from saft_clip.methods import find
 from saft_clip.metrics import LINES, read_metrics
+from saft_clip.models import brings_quick_gelu
 from saft_clip.results import KINDS, read_results
 from saft_clip.run_folder import RunFolder
 from saft_kernels.files import atomic_write
@@ -289,7 +289,7 @@ def _usage(folder: Path, config: FinetuneConfig, results: Mapping[str, Any]) -> 
     elif not _is_delta(results):
         options |= {"--pretrained": [artefact], "--delta": []}
         # A tag brings it along, a file of weights does not.
-        quick_gelu |= open_clip.get_pretrained_cfg(model, pretrained).get("quick_gelu", False)
+        quick_gelu |= brings_quick_gelu(model, pretrained)
     words = [word for flag, values in options.items() for one in values for word in (flag, one)]
     return ["--model", model, *(["--force-quick-gelu"] if quick_gelu else []), *words]
 
@@ -323,5 +323,5 @@ def _surroundings(config: FinetuneConfig, results: Mapping[str, Any]) -> list[tu
 
 def _plain(value: Any) -> str:
     if isinstance(value, list):
-        return ", ".join(value) or "–"  # noqa: RUF001
+        return ", ".join(map(str, value)) or "–"  # noqa: RUF001
     return "–" if value is None else str(value).lower() if isinstance(value, bool) else str(value)  # noqa: RUF001

@@ -29,7 +29,7 @@ from saft_clip.forms import (
 )
 from saft_clip.methods import find
 from saft_clip.methods.base import BESIDE, FROZEN, Method
-from saft_clip.metrics import EVALUATION
+from saft_clip.metrics import EVALUATION, WHEN
 from saft_clip.run_folder import read_json
 
 #: Kinds of parameters, in the order in which reports show them.
@@ -69,7 +69,7 @@ def read_results(path: Path) -> dict[str, Any]:
     """
     results: dict[str, Any] = read_json(path)
     require_form(results, _FORM, str(path))
-    specs = {when: set[str]() for when in ("before", "after")}
+    specs = {when: set[str]() for when in WHEN}
     for line in results["evaluations"]:
         specs[line["when"]].add(line["spec"])
     if specs["before"] != specs["after"]:

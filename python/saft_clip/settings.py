@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_type_hints
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 from rich.markup import escape
@@ -109,8 +109,8 @@ def _option(item: Field[Any], panel: str) -> inspect.Parameter:
 
 def _plain_type(hint: Any) -> Any:
     """``str | None`` -> str; ``tuple[str, ...]`` -> list[str]."""
-    if hint == tuple[str, ...]:
-        return list[str]
+    if get_origin(hint) is tuple:
+        return list[get_args(hint)[0]]  # type: ignore[misc]
     kinds = [kind for kind in get_args(hint) if kind is not type(None)]
     return kinds[0] if kinds else hint
 

@@ -12,14 +12,18 @@ from pathlib import Path
 
 ASSETS = Path(__file__).parent / "assets"
 TINY_NAME = "saft-tiny"
-TINY_CONFIG: Path = ASSETS / "saft-tiny.json"
 TINY_WEIGHTS: Path = ASSETS / "saft-tiny.safetensors"
 TINY_CARD: Path = ASSETS / "saft-tiny-card.json"
+
+#: Models of other sizes, for studies of size; without weights, which
+#: :mod:`saft_clip.pretrain_tiny` makes.
+OTHER_SIZES = ("saft-tiny-small", "saft-tiny-large")
 
 
 @functools.cache
 def register_tiny() -> None:
-    """Make ``saft-tiny`` a model name of open_clip, for factories and tokenizer. Idempotent."""
+    """Make ``saft-tiny`` and its siblings model names of open_clip. Idempotent."""
     import open_clip
 
-    open_clip.add_model_config(TINY_CONFIG)
+    for name in (TINY_NAME, *OTHER_SIZES):
+        open_clip.add_model_config(ASSETS / f"{name}.json")

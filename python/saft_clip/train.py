@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import functools
+import json
 import math
 import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from saft_clip.batches import TrainingBatches, ordered_batches
 from saft_clip.checkpoint import find_checkpoints, load_latest, save_checkpoint
@@ -31,7 +33,7 @@ from saft_clip.data import (
 )
 from saft_clip.errors import CheckpointError, OutOfMemoryError, WorkerError
 from saft_clip.evaluate import Evaluation, evaluate, evaluate_zero_shot
-from saft_clip.methods import find_method
+from saft_clip.methods import find, find_method
 from saft_clip.methods.base import Method
 from saft_clip.metrics import MetricsLog, read_metrics
 from saft_clip.models import ClipModel, fingerprint_of, load_model
@@ -63,8 +65,17 @@ class FinetuneResult:
     results: dict[str, Any]
 
 
-def finetune(config: FinetuneConfig) -> FinetuneResult:
+#: Evaluations of pretrained models by what they depend on.
+Known = MutableMapping[str, Evaluation]
+
+
+def finetune(config: FinetuneConfig, known: Known | None = None) -> FinetuneResult:
     """Fine-tune a model and write everything about it to ``config.output``.
+
+    Args:
+        config: the settings.
+        known: evaluations of pretrained models that need not be made again; new ones are added. One
+            dictionary for many runs saves each of them the evaluation before training.
 
     Raises:
         SaftError: whatever is wrong with settings, data, model or output folder, in one sentence.
@@ -78,7 +89,7 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
         folder.tidy()
     else:
         with _saying_how_to_go_on(folder), explained_shortages(), folder.lock:
-            _work_in(folder, config, make_method)
+            _work_in(folder, config, make_method, {} if known is None else known)
     artefact = folder.path / make_method.artefact
     return FinetuneResult(folder.path, artefact, read_results(folder.results))
 
@@ -100,7 +111,9 @@ def _saying_how_to_go_on(folder: RunFolder) -> Iterator[None]:
         raise
 
 
-def _work_in(folder: RunFolder, config: FinetuneConfig, make_method: type[Method]) -> None:
+def _work_in(
+    folder: RunFolder, config: FinetuneConfig, make_method: type[Method], known: Known
+) -> None:
     """Start the run in a folder, or go on with it, to its end."""
     if folder.path.exists():
         folder.lock.acquire()
@@ -126,7 +139,7 @@ def _work_in(folder: RunFolder, config: FinetuneConfig, make_method: type[Method
     )
     run: Run | None = None
     try:
-        run = Run(config, folder, clip, data, method)
+        run = Run(config, folder, clip, data, method, known)
         run.prepare()
         run.train()
         run.finish()
@@ -158,7 +171,7 @@ class RunData:
         train: what is trained on, augmented if the settings say so.
         plain: the same images without augmentation, for selection.
         validation: for the learning curve; None if there is no such data.
-        evaluation: spec -> test split.
+        evaluation: spec -> its images of the split that is evaluated.
     """
 
     def __init__(self, config: FinetuneConfig, clip: ClipModel) -> None:
@@ -171,8 +184,11 @@ class RunData:
         own = available_splits(config.train_data)
         spec = config.val_data or (config.train_data if "val" in own else None)
         self.validation = self._load(spec, "val") if spec else None
-        specs = config.eval_data or ((config.train_data,) if "test" in own else ())
-        self.evaluation = {spec: self._load(spec, "test") for spec in specs}
+        split = config.eval_split
+        specs = config.eval_data or ((config.train_data,) if split in own else ())
+        self.evaluation = {spec: self._load(spec, split) for spec in specs}
+        if config.eval_images is not None:
+            self.evaluation = {k: v.evenly(config.eval_images) for k, v in self.evaluation.items()}
         self._train_data = config.train_data
         self._has_test_images = bool(own)
         self._warn()
@@ -240,7 +256,9 @@ class Run:
         clip: ClipModel,
         data: RunData,
         method: Method,
+        known: Known,
     ) -> None:
+        self.known = known
         self.config = config
         self.folder = folder
         self.clip = clip
@@ -319,7 +337,7 @@ class Run:
         trainer, config = self.trainer, self.config
         if trainer.step == 0:
             self._evaluate("before")
-        if not self.method.trains:
+        if not find(self.config.method).trains:
             return
         total, per_epoch = trainer.batches.steps, trainer.batches.steps_per_epoch
         images = sum(trainer.batches.images_in(step) for step in range(trainer.step, total))
@@ -366,19 +384,27 @@ class Run:
             found = self._evaluate_on(self.data.validation, show_progress=epoch == 0)
             self.log.write("validation", self.trainer.step, epoch=epoch, **_brief(found))
 
-    def _evaluate(self, when: str) -> None:
-        evaluate_on = self._evaluate_zero_shot if when == "before" else self._evaluate_on
+    def _evaluate(self, when: str, **more: Any) -> None:
         for spec, dataset in self.data.evaluation.items():
-            found = evaluate_on(dataset)
-            self.log.write(
-                "evaluation",
-                self.trainer.step,
+            before = when == "before"
+            found = self._zero_shot(spec, dataset) if before else self._evaluate_on(dataset)
+            self._log_evaluation(
+                found,
                 when=when,
                 spec=spec,
                 shifted=self.data.is_shifted(spec),
                 includes_training=self.data.includes_training(spec),
-                **found.to_dict(),
+                **more,
             )
+
+    def _log_evaluation(self, found: Evaluation, **about: Any) -> None:
+        self.log.write("evaluation", self.trainer.step, **about, **found.to_dict())
+
+    def _evaluate_training_images(self) -> None:
+        found = self._evaluate_on(self.data.plain)
+        self._log_evaluation(
+            found, when="train", spec=self.config.train_data, shifted=False, includes_training=True
+        )
 
     def _evaluate_on(self, dataset: ImageDataset, show_progress: bool = True) -> Evaluation:
         return evaluate(
@@ -391,24 +417,40 @@ class Run:
             show_progress=show_progress,
         )
 
-    def _evaluate_zero_shot(self, dataset: ImageDataset) -> Evaluation:
-        """By the class prompts, however the method classifies."""
-        return evaluate_zero_shot(
-            self.clip,
-            dataset,
-            device=self.config.device,
-            precision=self.config.precision,
-            workers=self.config.workers,
-        )
+    def _zero_shot(self, spec: str, dataset: ImageDataset) -> Evaluation:
+        """By the class prompts, however the method classifies; made once of what is the same."""
+        inputs = read_json(self.folder.inputs)
+        facts = (inputs["the pretrained model"], inputs[f"the evaluation data {spec}"])
+        key = json.dumps([facts, dataset.name, self.config.precision, self.config.device])
+        if key not in self.known:
+            self.known[key] = evaluate_zero_shot(
+                self.clip,
+                dataset,
+                device=self.config.device,
+                precision=self.config.precision,
+                workers=self.config.workers,
+            )
+        return self.known[key]
+
+    def _evaluate_along(self, base: Callable[[], nn.Module]) -> None:
+        go = self.method.way(base)
+        for alpha in self.config.alphas:
+            go(alpha)
+            self._evaluate("along", alpha=alpha)
+        go(1.0)
 
     def finish(self) -> None:
         """Write the result, evaluate it, and write the report."""
         peak = self.peak_memory.bytes()  # before the pretrained model is loaded once more
         base = functools.cache(lambda: load_base(self.config).model)
+        if self.config.alphas:
+            self._evaluate_along(base)
         self.method.finish(base)
         self.method.require_finite()
         artefact = self.method.export(self.folder.path, base)
         self._evaluate("after")
+        if self.config.eval_train:
+            self._evaluate_training_images()
         lines = read_metrics(self.folder.metrics)
         self.folder.finish(summarize(self.method, artefact, lines, self.seconds, peak))
         write_report(self.folder.path)

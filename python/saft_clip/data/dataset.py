@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -76,6 +77,12 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         return replace(
             self, images=[self.images[i] for i in indices], labels=self.labels[list(indices)]
         )
+
+    def evenly(self, limit: int) -> ImageDataset:
+        """At most ``limit`` images, evenly spaced among those of each class in turn."""
+        order = torch.argsort(self.labels, stable=True)
+        count = min(limit, len(order))
+        return self.subset(order[torch.arange(count) * len(order) // count].tolist())
 
     def half(self, which: str) -> ImageDataset:
         """One half of the classes, numbered anew from 0, as CoOp divides them.

@@ -1,4 +1,4 @@
-"""Optional packages of the ``demo`` extra, imported only when they are needed."""
+"""Optional packages of the extras, imported only when they are needed."""
 
 from __future__ import annotations
 
@@ -8,12 +8,16 @@ from types import ModuleType
 from saft_clip.errors import MissingExtraError
 
 
-def require(module: str, package: str) -> ModuleType:
+def require(
+    module: str, package: str, *, extra: str = "demo", why: str = "the built-in image domains"
+) -> ModuleType:
     """Import a module of an optional package.
 
     Args:
         module: dotted name of the module.
         package: name of the package that holds it, as the user would install it.
+        extra: of this package that brings it along.
+        why: what needs it.
 
     Raises:
         MissingExtraError: if it cannot be imported; the message says what to install.
@@ -22,6 +26,6 @@ def require(module: str, package: str) -> ModuleType:
         return importlib.import_module(module)
     except ImportError as error:
         raise MissingExtraError(
-            f"the built-in image domains need the package {package}, which cannot be imported "
-            f"({error}): install the demo extra, pip install 'saft-kernels[demo]'"
+            f"{why} need the package {package}, which cannot be imported "
+            f"({error}): install the {extra} extra, pip install 'saft-kernels[{extra}]'"
         ) from error

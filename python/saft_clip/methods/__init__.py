@@ -30,6 +30,7 @@ class MethodEntry:
         does: what it trains, in one line.
         where: its module here and its class.
         defaults: settings whose defaults are its own, among them those that only it has.
+        trains: whether there is anything to train.
         source: where the definition and the defaults come from.
     """
 
@@ -39,6 +40,7 @@ class MethodEntry:
     where: tuple[str, str]
     source: str
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    trains: bool = True
 
 
 _SAFT = "SAFT, arXiv 2407.03036"
@@ -49,7 +51,7 @@ _SGD = {"optimizer": "sgd", "wd": 5e-4}
 _ENTRIES = (
     MethodEntry(
         "zero-shot", "zero-shot", "nothing",
-        ("zero_shot", "ZeroShot"), "Radford et al. 2021",
+        ("zero_shot", "ZeroShot"), "Radford et al. 2021", trains=False,
     ),
     MethodEntry(
         "saft", "SAFT", "the entries with the largest mean gradient",

@@ -51,8 +51,6 @@ class Method(ABC):
     artefact: ClassVar[str]
     #: Whether ``--mask`` can say what it trains.
     takes_mask: ClassVar[bool] = False
-    #: Whether there is anything to train.
-    trains: ClassVar[bool] = True
     optimizer: torch.optim.Optimizer
 
     def __init__(self, clip: ClipModel, prompts: ClassPrompts, config: FinetuneConfig) -> None:
@@ -167,6 +165,18 @@ class Method(ABC):
 
     def after_step(self, done: int, total: int) -> None:  # noqa: B027
         """Called when ``done`` of a run's ``total`` steps have been taken."""
+
+    def way(self, base: Callable[[], nn.Module]) -> Callable[[float], None]:
+        """The way from pretrained to trained weights (WiSE-FT, Wortsman et al. 2022, Eq. 1).
+
+        Args:
+            base: loads the pretrained model as it was before training.
+
+        Returns:
+            A function that puts what is trained at a share of that way: 0 is the pretrained model,
+            1 what was trained, to the bit. Only methods that have ``--alpha`` have one.
+        """
+        raise NotImplementedError
 
     def finish(self, base: Callable[[], nn.Module]) -> None:  # noqa: B027
         """Turn what was trained into the result, after the last step.

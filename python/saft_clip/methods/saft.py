@@ -133,17 +133,32 @@ class Saft(Method):
     def _selected(self) -> list[tuple[str, nn.Parameter, Tensor]]:
         return [(n, p, i.to(p.device)) for n, p, i in self.mask.parameters(self.model)]
 
-    @torch.no_grad()
+    def way(self, base: Callable[[], nn.Module]) -> Callable[[float], None]:
+        """Averages of the selected entries, in double precision, rounded once."""
+        first = dict(base().named_parameters())
+        ends = [
+            (
+                param,
+                index,
+                ops.gather(first[name].to(param.device), index),
+                ops.gather(param, index),
+            )
+            for name, param, index in self._selected()
+        ]
+
+        @torch.no_grad()
+        def go(alpha: float) -> None:
+            for param, index, before, after in ends:
+                between = before.double() + alpha * (after.double() - before.double())
+                ops.scatter_(param, index, after if alpha == 1 else between.to(param.dtype))
+
+        return go
+
     def finish(self, base: Callable[[], nn.Module]) -> None:
         """Go back to ``--alpha`` of the way from the pretrained values."""
         assert self.config.alpha is not None
-        if self.config.alpha == 1:
-            return
-        before = dict(base().named_parameters())
-        for name, param, index in self._selected():
-            start = ops.gather(before[name].to(param.device), index).double()
-            way = ops.gather(param, index).double() - start
-            ops.scatter_(param, index, (start + self.config.alpha * way).to(param.dtype))
+        if self.config.alpha != 1:
+            self.way(base)(self.config.alpha)
 
     def export(self, folder: Path, base: Callable[[], nn.Module]) -> Path:
         """Write the delta; capturing it makes sure that nothing outside the mask has changed."""

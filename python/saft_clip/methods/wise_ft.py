@@ -31,10 +31,22 @@ class WiseFt(WithHead):
         super().prepare(batches, folder)
         self._first_head = self.head.detach().clone()
 
-    @torch.no_grad()
+    def way(self, base: Callable[[], nn.Module]) -> Callable[[float], None]:
+        """Averages of all that is trained."""
+        first = {**dict(base().named_parameters()), HEAD: self._first_head}
+        ends = {
+            name: (param, first[name].to(param), param.detach().clone())
+            for name, param in self.params.items()
+        }
+
+        @torch.no_grad()
+        def go(alpha: float) -> None:
+            for param, before, after in ends.values():
+                param.copy_(torch.lerp(before, after, alpha))
+
+        return go
+
     def finish(self, base: Callable[[], nn.Module]) -> None:
         """Average."""
         assert self.config.alpha is not None
-        before = {**dict(base().named_parameters()), HEAD: self._first_head}
-        for name, param in self.params.items():
-            param.copy_(torch.lerp(before[name].to(param), param, self.config.alpha))
+        self.way(base)(self.config.alpha)

@@ -20,7 +20,6 @@ class ZeroShot(Method):
 
     name = "zero-shot"
     artefact = "delta.safetensors"
-    trains = False
 
     def prepare(self, batches: Batches, folder: Path | None) -> None:
         """Freeze everything."""

@@ -1,0 +1,164 @@
+"""The best images for a prompt, before and after fine-tuning (SAFT, Figs. 3 and 7)."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from saft_clip.config import FinetuneConfig
+from saft_clip.data import ImageDataset, drop_unreadable, load_dataset
+from saft_clip.evaluate import Scores, zero_shot_scores
+from saft_clip.forms import Form, is_count, is_flag, is_text, require_form
+from saft_clip.models import ClipModel, autocast, brings_quick_gelu
+from saft_clip.prompts import ClassPrompts
+from saft_clip.run_folder import read_json, write_json
+from saft_clip.train import FinetuneResult, load_base
+from saft_clip.tuned import load_tuned
+
+#: In the folder of a run.
+RETRIEVAL = "retrieval.json"
+
+#: Images shown for a class.
+TOP = 5
+
+#: Edge of an image in pages, in pixels.
+_EDGE = 72
+
+_PREFIX = "data:image/png;base64,"
+
+
+def _is_picture(value: Any) -> bool:
+    return isinstance(value, str) and value.startswith(_PREFIX) and len(value) < 1 << 17
+
+
+_FOUND: Form = [{"index": is_count, "right": is_flag, "picture": _is_picture}]
+_FORM: Form = [
+    {"data": is_text, "dataset": is_text, "class": is_text, "before": _FOUND, "after": _FOUND}
+]
+
+
+def save_retrieval(config: FinetuneConfig, result: FinetuneResult, names: Sequence[str]) -> None:
+    """Find the best images for these classes in all data that a run was evaluated on.
+
+    Args:
+        config: the run's settings.
+        result: the finished run, whose artefact must still be there.
+        names: of classes; a data set that has none of them is left out.
+
+    Raises:
+        FileWriteError: if ``retrieval.json`` cannot be written to its folder.
+    """
+    found: list[dict[str, Any]] = []
+    models = {"before": _pretrained(config), "after": _tuned(config, result)}
+    for spec in config.eval_data:
+        dataset = load_dataset(
+            spec,
+            config.eval_split,
+            models["before"][0].preprocess_val,
+            templates=config.template or None,
+        )
+        if config.eval_images is not None:
+            dataset = dataset.evenly(config.eval_images)
+        dataset = drop_unreadable(dataset, show_progress=False)
+        shown = [name for name in names if name in dataset.class_names]
+        if shown:
+            best = {when: top_images(*model, dataset, config) for when, model in models.items()}
+            found += [
+                {
+                    "data": spec,
+                    "dataset": dataset.name,
+                    "class": name,
+                    **{when: _described(dataset, name, best[when]) for when in best},
+                }
+                for name in shown
+            ]
+    write_json(result.output / RETRIEVAL, found)
+
+
+def read_retrieval(path: Path) -> list[dict[str, Any]]:
+    """What :func:`save_retrieval` wrote.
+
+    Raises:
+        CheckpointError: if the file is missing or broken.
+    """
+    found: list[dict[str, Any]] = read_json(path)
+    require_form(found, _FORM, str(path))
+    return found
+
+
+def top_images(
+    clip: ClipModel,
+    scores: Callable[[ClassPrompts], Scores],
+    dataset: ImageDataset,
+    config: FinetuneConfig,
+) -> list[list[int]]:
+    """For each class the positions of the images that score highest, best first.
+
+    Args:
+        clip: the model, on ``config.device``.
+        scores: how it classifies, see :func:`saft_clip.evaluate.evaluate`.
+        dataset: N images of C classes.
+        config: for precision and loading.
+
+    Returns:
+        C lists of min(5, N) positions; of equal scores, the first image.
+    """
+    clip.model.eval()
+    loader = DataLoader(
+        dataset, batch_size=64, num_workers=config.workers, generator=torch.Generator()
+    )
+    with torch.inference_mode(), autocast(config.precision, config.device):
+        of = scores(ClassPrompts(dataset.class_names, dataset.templates, clip.tokenizer))
+        table = torch.cat([of(images).float().cpu() for images, _ in loader])
+    order = table.argsort(dim=0, descending=True, stable=True)[:TOP]
+    return order.T.tolist()
+
+
+def _described(dataset: ImageDataset, name: str, best: list[list[int]]) -> list[dict[str, Any]]:
+    label = dataset.class_names.index(name)
+    return [
+        {
+            "index": index,
+            "right": int(dataset.labels[index]) == label,
+            "picture": data_uri(dataset.open(index)),
+        }
+        for index in best[label]
+    ]
+
+
+def data_uri(image: Image.Image) -> str:
+    """A small PNG that a page can hold."""
+    image = image.copy()
+    image.thumbnail((_EDGE, _EDGE))
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return f"{_PREFIX}{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def _pretrained(config: FinetuneConfig) -> tuple[ClipModel, Callable[[ClassPrompts], Scores]]:
+    clip = load_base(config)
+    return clip, lambda prompts: zero_shot_scores(clip.model, prompts, config.device)
+
+
+def _tuned(
+    config: FinetuneConfig, result: FinetuneResult
+) -> tuple[ClipModel, Callable[[ClassPrompts], Scores]]:
+    artefact = result.artefact
+    whole = artefact.name == "model.safetensors"
+    return load_tuned(
+        config.model,
+        str(artefact) if whole else config.weights,
+        delta=artefact if artefact.name == "delta.safetensors" else None,
+        adapter=artefact if artefact.name == "adapter.safetensors" else None,
+        device=config.device,
+        precision=config.precision,
+        # A tag brings it along, a file of weights does not.
+        force_quick_gelu=config.force_quick_gelu or brings_quick_gelu(config.model, config.weights),
+    )

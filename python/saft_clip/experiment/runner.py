@@ -1,0 +1,221 @@
+"""Runs what an experiment needs and does not have yet, in as many processes as asked.
+
+An experiment's folder::
+
+    plan.yaml           what is compared, as it was last run
+    trials/, cells/     the runs: what ``saft finetune`` writes, but for weights of whole models
+    failures/           for each run that failed: why
+    logs/               what the runs said
+    report.html, results.csv, tables.md, tables.tex, tables.csv
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+import traceback
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from saft_clip.config import FinetuneConfig
+from saft_clip.console import console, progress, say, warn
+from saft_clip.domains.extras import require
+from saft_clip.errors import ConfigError
+from saft_clip.experiment.cells import Cell, Contest, final_cells, trial_cells
+from saft_clip.experiment.plan import Plan
+from saft_clip.experiment.record import FAILURES, PLAN, choose, failure_file
+from saft_clip.experiment.retrieval import RETRIEVAL, save_retrieval
+from saft_clip.run_folder import RunFolder, write_json
+from saft_clip.run_lock import RunLock
+from saft_clip.train import Known, finetune
+from saft_kernels.errors import SaftError
+from saft_kernels.files import make_folder
+
+
+def run_experiment(plan: Plan, folder: Path, *, processes: int = 1, keep: bool = False) -> None:
+    """Run every trial and cell that is not finished yet.
+
+    A run that fails is recorded, and the others go on; it is tried again the next time. After an
+    interruption, the same call goes on where it was stopped.
+
+    Args:
+        plan: what to run. It may be larger than the last time: what is there is not run again.
+        folder: for everything; made if it is missing.
+        processes: runs at the same time; each gets its share of the cores.
+        keep: keep the weights of whole models that methods write, too.
+
+    Raises:
+        ConfigError: if the folder holds a run of ``saft finetune``.
+        LockedError: if another process is at work in the folder.
+        FileWriteError: if the folder cannot be written to.
+        MissingExtraError: if the package that starts the processes is not installed.
+        KeyboardInterrupt: after Ctrl-C; a message has said how to go on.
+    """
+    pool_module = require("pebble", "pebble", extra="lab", why="experiments")
+    if RunFolder(folder).started():
+        raise ConfigError(f"{folder} holds a run of saft finetune: give another --output")
+    make_folder(folder)
+    with RunLock(folder) as lock, _terminated_like_interrupted():
+        lock.acquire()
+        plan.save(folder / PLAN)
+        pool = pool_module.ProcessPool(
+            processes,
+            initializer=_start_worker,
+            initargs=[max(1, _cores() // processes)],
+            context=multiprocessing.get_context("spawn"),
+        )
+        try:
+            _run_all(pool, plan, folder, keep)
+            pool.close()
+        except BaseException:
+            pool.stop()
+            raise
+        finally:
+            pool.join()
+
+
+def _run_all(pool: Any, plan: Plan, folder: Path, keep: bool) -> None:
+    trials = list(trial_cells(plan, folder))
+    _run_cells(pool, "trials", trials, folder, keep=False)
+    chosen = choose(trials)
+    _say_untuned(trials, chosen)
+    cells = list(final_cells(plan, folder, chosen))
+    failed = _run_cells(pool, "cells", cells, folder, keep)
+    if failed:
+        warn(
+            f"{failed} of {len(cells)} cells failed, see {folder / FAILURES}; the same command "
+            "tries them again"
+        )
+
+
+def _say_untuned(trials: Sequence[Cell], chosen: Mapping[Contest, Any]) -> None:
+    for model, train, method in dict.fromkeys(cell.contest for cell in trials):
+        if (model, train, method) not in chosen:
+            warn(f"all trials of {method} on {train} ({model}) failed: it is left out")
+
+
+def _run_cells(pool: Any, what: str, cells: Sequence[Cell], folder: Path, keep: bool) -> int:
+    """Run what is missing; the number of those that failed."""
+    missing = [cell for cell in cells if not _is_done(cell)]
+    if len(missing) < len(cells):
+        say(f"{len(cells) - len(missing)} of {len(cells)} {what} are there already")
+    futures = {
+        pool.schedule(_work, args=[cell, folder / "logs" / cell.name, keep]): cell
+        for cell in missing
+    }
+    failed = 0
+    with progress(what, len(missing), unit="runs", show=bool(missing)) as advance:
+        for future in _as_they_end(futures):
+            cell = futures[future]
+            failure = failure_file(folder, cell.name)
+            error = future.exception()
+            if error is None:
+                failure.unlink(missing_ok=True)
+            else:
+                failed += 1
+                _record_failure(failure, cell, error)
+            advance(note=cell.name)
+    return failed
+
+
+def _is_done(cell: Cell) -> bool:
+    """Whether it has run, with the settings that the plan asks for now."""
+    folder = RunFolder(cell.config.output)
+    if not folder.complete() or cell.config.differences(FinetuneConfig.load(folder.config)):
+        return False
+    return not cell.retrieval or (folder.path / RETRIEVAL).exists()
+
+
+def _as_they_end(futures: Iterable[Any]) -> Iterator[Any]:
+    """Like ``concurrent.futures.as_completed``, which does not let Ctrl-C through for long."""
+    left = set(futures)
+    while left:
+        ended = {future for future in left if future.done()}
+        yield from ended
+        left -= ended
+        time.sleep(0.05)
+
+
+def _record_failure(file: Path, cell: Cell, error: BaseException) -> None:
+    if isinstance(error, CancelledError):
+        raise KeyboardInterrupt
+    expected = isinstance(error, SaftError)
+    message = str(error) if expected else _why(error)
+    make_folder(file.parent)
+    write_json(
+        file,
+        {
+            "cell": cell.name,
+            "command": cell.config.command(),
+            "error": message,
+            "traceback": None if expected else _traceback(error),
+        },
+    )
+    warn(f"{cell.name} failed: {' '.join(message.split())}")
+
+
+def _why(error: BaseException) -> str:
+    code = getattr(error, "exitcode", None)
+    if code is None:
+        return f"{type(error).__name__}: {error}"
+    how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+    return f"its process died ({how}), as happens when memory runs out"
+
+
+def _traceback(error: BaseException) -> str:
+    remote = getattr(error, "traceback", None)
+    return str(remote) if remote else "".join(traceback.format_exception(error))
+
+
+def _cores() -> int:
+    """How many this process may use, where the system tells."""
+    allowed = getattr(os, "sched_getaffinity", None)
+    return len(allowed(0)) if allowed else os.cpu_count() or 1
+
+
+@contextmanager
+def _terminated_like_interrupted() -> Iterator[None]:
+    """SIGTERM ends the processes, too, rather than leaving them behind."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    try:
+        previous = signal.signal(signal.SIGTERM, interrupt)
+    except ValueError:  # not the main thread, which alone can handle signals
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+# In the processes --------------------------------------------------------------------------------
+
+#: Evaluations of the pretrained models, for all cells of this process.
+_known: Known = {}
+
+
+def _start_worker(threads: int) -> None:
+    torch.set_num_threads(threads)
+
+
+def _work(cell: Cell, log: Path, keep: bool) -> None:
+    """Run one cell; what it says goes to its log."""
+    make_folder(log.parent)
+    with log.with_name(f"{log.name}.txt").open("a", encoding="utf-8") as file:
+        console.file = file
+        result = finetune(cell.config, _known)
+        if cell.retrieval:
+            save_retrieval(cell.config, result, cell.retrieval)
+    if not keep:
+        (result.output / "model.safetensors").unlink(missing_ok=True)
