@@ -26,7 +26,7 @@ from saft_clip.data import (
     printable,
     require_classes,
 )
-from saft_clip.data.dataset import _to_rgb
+from saft_clip.data.images import to_rgb
 from saft_clip.errors import DataError, UnreadableImageError
 from saft_clip.prompts import DEFAULT_TEMPLATES
 from saft_clip.train import RunData
@@ -156,7 +156,7 @@ def test_transparent_palette_entries_become_white(tmp_path, suffix, transparency
 def test_palette_with_alpha_becomes_rgb():
     image = with_palette("PA", [RED, GREEN], [0, 1])
     image.putalpha(Image.fromarray(np.array([[255, 0]], np.uint8)))
-    assert np.array(_to_rgb(image)).tolist() == [[[255, 0, 0], [255, 255, 255]]]
+    assert np.array(to_rgb(image)).tolist() == [[[255, 0, 0], [255, 255, 255]]]
 
 
 @pytest.mark.parametrize(

@@ -22,8 +22,7 @@ from crashes.outcome import record
 from saft_clip import metrics, train
 from saft_clip.cli import main
 from saft_clip.config import FinetuneConfig
-from saft_clip.data import dataset as datasets
-from saft_clip.data import few_shot, load_dataset
+from saft_clip.data import few_shot, find_duplicates, images, load_dataset
 from saft_clip.errors import ConfigError, OutOfMemoryError, WorkerError
 from saft_clip.metrics import MetricsLog, read_metrics
 from saft_clip.run_folder import describe_data
@@ -368,12 +367,20 @@ def test_an_image_is_not_called_unreadable_when_memory_is_short(tmp_path, monkey
         raise error
 
     path = write_image(tmp_path / "a.png")
-    monkeypatch.setattr(datasets, "_to_rgb", fail)
+    monkeypatch.setattr(images, "to_rgb", fail)
     with pytest.raises(type(error)):
-        datasets._decode(str(path))
+        images.source_of(str(path)).open()
     root = write_folder(tmp_path / "pets", {"cat": 2, "dog": 2})
     with pytest.raises(type(error)):
         few_shot(load_dataset(str(root), "train", lambda image: image), 1, 0)
+    part = images.ImagePart(str(path), "a.png", 0, 10)
+    monkeypatch.setattr(images.ImagePart, "_stored", fail)
+    with pytest.raises(type(error)):
+        part.open()
+    dataset = load_dataset(str(root), "train", lambda image: image)
+    monkeypatch.setattr(images.ImageFile, "_stored", fail)
+    with pytest.raises(type(error)):
+        find_duplicates([dataset], decode=False)
 
 
 # Data that change between two runs

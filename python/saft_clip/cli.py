@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from saft_clip import delta_cli, experiment_cli
+from saft_clip import data_cli, delta_cli, experiment_cli
 
 #: What the disk and its owner may refuse at any time; any other OSError is a bug.
 _EXPECTED = frozenset(
@@ -38,14 +38,22 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Fine-tune CLIP by updating 0.1% of its parameters, and ship the change as a small file.",
 )
+app.add_typer(data_cli.app, name="data")
 app.add_typer(delta_cli.app, name="delta")
 app.command()(experiment_cli.experiment)
+
+#: docs/data.md says more.
+WHAT_DATA_CAN_BE = (
+    "Folder of images, data set of CoOp's or ImageNet, split file (.json), .csv, .tar, "
+    "torchvision:NAME:ROOT or builtin:<domain>; behind it #fog:3 for corrupted images, #base or "
+    "#new for half of the classes"
+)
 
 Data = Annotated[
     list[str],
     typer.Option(
         "--data",
-        help="Image folder, CoOp split file (.json) or builtin:<domain>; may be repeated.",
+        help=f"{WHAT_DATA_CAN_BE}; may be repeated.",
     ),
 ]
 Model = Annotated[str, typer.Option("--model", help="Model name of open_clip, or saft-tiny.")]
@@ -158,9 +166,7 @@ def evaluate(
 def select(
     train_data: Annotated[
         str,
-        typer.Option(
-            "--train-data", help="Image folder, CoOp split file (.json) or builtin:<domain>."
-        ),
+        typer.Option("--train-data", help=f"{WHAT_DATA_CAN_BE}."),
     ],
     output: Annotated[Path, typer.Option("--output", help="Mask file to write.")] = Path(
         "mask.safetensors"

@@ -88,8 +88,9 @@ class FinetuneConfig:
 
     train_data: str = field(
         metadata={
-            "help": "image folder, CoOp split file (.json) or builtin:<domain> to train on; with "
-            "#base or #new behind it, half of the classes"
+            "help": "what to train on: folder of images, data set of CoOp's or ImageNet, split "
+            "file (.json), .csv, .tar, torchvision:NAME:ROOT or builtin:<domain>; behind it #fog:3 "
+            "for corrupted images, #base or #new for half of the classes (docs/data.md)"
         }
     )
     val_data: str | None = option(

@@ -20,11 +20,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from saft_clip.config import FinetuneConfig
 from saft_clip.data import ImageDataset
@@ -194,33 +193,14 @@ def describe_data(dataset: ImageDataset, *, content: bool) -> dict[str, Any]:
             by which one image is told from another, too.
     """
     digest = hashlib.sha256(json.dumps([dataset.class_names, dataset.templates]).encode())
-    for image, label in zip(dataset.images, dataset.labels.tolist(), strict=True):
+    for index, label in enumerate(dataset.labels.tolist()):
         digest.update(str(label).encode())
-        digest.update(_mark(image, content) if isinstance(image, str) else image.tobytes())
+        digest.update(dataset.source(index).mark(content))
     return {
         "images": len(dataset),
         "classes": len(dataset.class_names),
         "sha256": digest.hexdigest()[:16],
     }
-
-
-def _mark(path: str, content: bool) -> bytes:
-    name = os.fsencode(os.path.basename(path))
-    try:
-        with open(path, "rb") as file:
-            return name + (file.read() if content else _ends(file))
-    except OSError:  # evaluation names and skips what cannot be read
-        return name
-
-
-#: Bytes of a file that are looked at on either end: what is read at once anyway.
-_END = 4096
-
-
-def _ends(file: BinaryIO) -> bytes:
-    begin, size = file.read(_END), file.seek(0, os.SEEK_END)
-    file.seek(max(0, size - _END))
-    return b"%d" % size + begin + file.read()
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import math
-import os
 import shlex
 import time
 from collections.abc import Callable, Iterator, MutableMapping
@@ -22,14 +21,15 @@ from saft_clip.checkpoint import find_checkpoints, load_latest, save_checkpoint
 from saft_clip.config import FinetuneConfig
 from saft_clip.console import progress, say, warn
 from saft_clip.data import (
-    BUILTIN,
     ImageDataset,
     available_splits,
     divided,
     drop_unreadable,
     few_shot,
     load_dataset,
+    parse_spec,
     require_classes,
+    resolved,
 )
 from saft_clip.errors import CheckpointError, OutOfMemoryError, WorkerError
 from saft_clip.evaluate import Evaluation, evaluate, evaluate_zero_shot
@@ -164,14 +164,6 @@ def load_base(config: FinetuneConfig) -> ClipModel:
     )
 
 
-def _resolved(spec: str) -> tuple[str, ...]:
-    """The same for every way to write the path of the same data."""
-    whole, half = divided(spec)
-    if spec.startswith(BUILTIN):
-        return whole, half
-    return (*(os.path.realpath(part) for part in whole.split("::")), half)
-
-
 class RunData:
     """The data sets of a run.
 
@@ -217,13 +209,16 @@ class RunData:
 
     def is_shifted(self, spec: str) -> bool:
         """Whether these are other data than the training data, however their paths are written."""
-        return _resolved(spec) != _resolved(self._train_data)
+        parts, trained = parse_spec(spec), parse_spec(self._train_data)
+        same = resolved(parts.source) == resolved(trained.source)
+        return not same or (parts.corruption, parts.half) != (trained.corruption, trained.half)
 
     def includes_training(self, spec: str) -> bool:
         """Whether images that were trained on are evaluated, for want of a test split."""
-        (whole, half), (trained, own) = divided(spec), divided(self._train_data)
-        same = _resolved(whole) == _resolved(trained) and (half == own or not half or not own)
-        return same and not self._has_test_images
+        parts, trained = parse_spec(spec), parse_spec(self._train_data)
+        same = resolved(parts.source) == resolved(trained.source)
+        both = parts.half == trained.half or not parts.half or not trained.half
+        return same and both and not self._has_test_images
 
     def _training_images(self, config: FinetuneConfig) -> ImageDataset:
         whole, half = divided(config.train_data)

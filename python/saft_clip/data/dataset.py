@@ -9,20 +9,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from saft_clip.console import progress, warn
+from saft_clip.data.images import ImageSource, source_of
 from saft_clip.data.names import printable
 from saft_clip.errors import DataError, UnreadableImageError
-from saft_clip.shortages import is_shortage
-
-#: What a data set's classes can be divided into.
-HALVES = ("base", "new")
 
 
 @dataclass
@@ -31,7 +26,8 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
 
     Attributes:
         name: what tables call it.
-        images: N file paths, or uint8 arrays [H, W, 3].
+        images: N file paths, uint8 arrays [H, W, 3], or other sources, see
+            :mod:`saft_clip.data.images`.
         labels: int64 [N], each in [0, C).
         class_names: C names as they appear in prompts.
         templates: prompt templates with ``{}`` for the class name.
@@ -70,10 +66,11 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         Raises:
             UnreadableImageError: if the file cannot be decoded.
         """
-        image = self.images[index]
-        if isinstance(image, str):
-            return _decode(image)
-        return Image.fromarray(image)
+        return self.source(index).open()
+
+    def source(self, index: int) -> ImageSource:
+        """Where the image comes from."""
+        return source_of(self.images[index])
 
     def subset(self, indices: Sequence[int]) -> ImageDataset:
         """The images at these positions, in this order, with the same classes."""
@@ -226,64 +223,24 @@ def _find_unreadable(
     dataset: ImageDataset, indices: Iterable[int], show_progress: bool = True
 ) -> dict[int, str]:
     """Which of these images cannot be decoded: index -> ``path: reason``."""
-    files = [index for index in indices if isinstance(dataset.images[index], str)]
+    indices = list(indices)
     bad = {}
     # Threads suffice: PIL releases the interpreter lock while it decodes.
     with (
         ThreadPoolExecutor(os.cpu_count()) as pool,
-        progress(f"checking {dataset.name}", len(files), show=show_progress) as advance,
+        progress(f"checking {dataset.name}", len(indices), show=show_progress) as advance,
     ):
-        reasons = pool.map(lambda index: _why_unreadable(dataset.images[index]), files)
-        for index, reason in zip(files, reasons, strict=True):
+        reasons = pool.map(lambda index: _why_unreadable(dataset.source(index)), indices)
+        for index, reason in zip(indices, reasons, strict=True):
             advance()
             if reason is not None:
-                bad[index] = printable(f"{dataset.images[index]}: {reason}")
+                bad[index] = reason
     return bad
 
 
-def _why_unreadable(path: str) -> str | None:
+def _why_unreadable(image: ImageSource) -> str | None:
     try:
-        _decode(path)
+        image.check()
     except UnreadableImageError as error:
-        return error.reason
+        return printable(f"{error.path}: {error.reason}")
     return None
-
-
-def _decode(path: str) -> Image.Image:
-    try:
-        with Image.open(path) as image:
-            return _to_rgb(image)
-    # A broken file makes the decoders raise anything: OSError, SyntaxError, struct.error and more.
-    except Exception as error:
-        if is_shortage(error):  # of this machine: the image is as good as any other
-            raise
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise UnreadableImageError(path, reason.splitlines()[0] if reason else "broken") from error
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    # PIL's own conversions cut values above 255 off and drop transparency: white and black areas.
-    if image.mode == "F" or image.mode.startswith("I"):
-        return Image.fromarray(_to_8_bits(np.asarray(image))).convert("RGB")
-    if image.has_transparency_data:
-        canvas = Image.new("RGBA", image.size, "white")
-        canvas.alpha_composite(image.convert("RGBA"))
-        return canvas.convert("RGB")
-    return image.convert("RGB")
-
-
-def _to_8_bits(values: NDArray[Any]) -> NDArray[np.uint8]:
-    """Grey values of more than 8 bits as 8 bits; :meth:`ImageDataset.open` says which are which.
-
-    Raises:
-        ValueError: if their range is unknown.
-    """
-    low, high = values.min(), values.max()
-    whole = np.issubdtype(values.dtype, np.integer)
-    if not (low >= 0 and high <= (65535 if whole else 255)):  # nan is in no range
-        raise ValueError(f"values from {low} to {high}, of which none is known to be white")
-    if values.dtype.itemsize == 2 or (whole and high > 255):
-        values = values >> 8
-    elif not whole and high <= 1:
-        values = (255 * values).round()
-    return values.astype(np.uint8)
