@@ -15,7 +15,7 @@ import torch
 
 from clip_helpers import SMALL, small_checkpoint, write_folder
 from html_page import Page
-from saft_clip import commands, deltas, settings
+from saft_clip import deltas, settings, tuned
 from saft_clip.adapter_file import save_adapter
 from saft_clip.cli import main
 from saft_clip.config import FinetuneConfig, dashed
@@ -126,6 +126,9 @@ def other_value(item):
         "warmup": 7,
         "grad_clip_norm": 2.5,
         "eval_data": ("a", "b"),
+        "eval_split": "val",
+        "eval_images": 7,
+        "alphas": (0.25, 1.0),
         "template": ("a {}", "one {}"),
     }
     flag = f"--{dashed(item.name)}"
@@ -369,7 +372,7 @@ def test_delta_made_with_quick_gelu_is_evaluated_with_it(small, pets, tmp_path, 
         asked.append(options["force_quick_gelu"])
         return load_model(*arguments, **options)
 
-    monkeypatch.setattr(commands, "load_model", spy)
+    monkeypatch.setattr(tuned, "load_model", spy)
     assert main(["evaluate", "--delta", str(run / "delta.safetensors"), "--data", pets]) == 0
     assert main(["evaluate", *small, "--data", pets]) == 0
     assert asked == [True, False]

@@ -203,10 +203,25 @@ def test_a_process_that_is_killed_takes_its_cell_only(tmp_path):
     assert "1 of 3 cells failed" in (tmp_path / "said.txt").read_text()
 
 
+LONGER = quick(methods=[{**SLOW, "epochs": 10, "save_frequency": 2}, "zero-shot"])
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """The delta of an experiment that nothing stopped."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    run_experiment(LONGER, folder)
+    return delta_of(folder)
+
+
+def delta_of(folder):
+    (file,) = folder.glob("cells/*/*/slow/*/*/delta.safetensors")
+    return file.read_bytes()
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_experiment_goes_on(tmp_path, number):
-    slow = {**SLOW, "epochs": 60, "save_frequency": 5}
-    process, output = start(tmp_path, quick(methods=[slow, "zero-shot"]))
+def test_an_interrupted_experiment_goes_on(tmp_path, number, undisturbed):
+    process, output = start(tmp_path, LONGER)
     worker = at_work(output, "slow")
     while not list(output.glob("cells/*/*/slow/*/*/checkpoints/step-*")):
         assert process.poll() is None
@@ -216,17 +231,11 @@ def test_an_interrupted_experiment_goes_on(tmp_path, number):
     assert "the same command goes on" in (tmp_path / "said.txt").read_text()
     with pytest.raises(ProcessLookupError):
         os.kill(worker, 0)
-    run_experiment(Plan.load(output / "plan.yaml"), output)
+    run_experiment(LONGER, output)
     (log,) = output.glob("logs/cells/*/*/slow/*/*.txt")
     assert "continuing from step" in log.read_text()
     assert read_record(output).failures == []
-    undisturbed = tmp_path / "undisturbed"
-    run_experiment(Plan.load(output / "plan.yaml"), undisturbed)
-    deltas = [
-        next(folder.glob("cells/*/*/slow/*/*/delta.safetensors")).read_bytes()
-        for folder in (output, undisturbed)
-    ]
-    assert deltas[0] == deltas[1]
+    assert delta_of(output) == undisturbed
 
 
 def test_two_experiments_in_one_folder_and_other_folders(tmp_path, monkeypatch):

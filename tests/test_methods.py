@@ -419,6 +419,33 @@ def test_wise_ft_is_the_average(problem: Callable[..., Problem]) -> None:
     assert not torch.equal(ends[1.0]["adapter.head"], head)
 
 
+@pytest.mark.parametrize("name", ["wise-ft", *SPARSE])
+def test_the_way_can_be_gone_up_and_down(problem: Callable[..., Problem], name: str) -> None:
+    """Its ends to the bit, whatever came before; in between what ``--alpha`` gives."""
+    case = problem(name, lr=1e-2, alpha=0.25)
+    method = case.method()
+    start = {n: p.detach().clone() for n, p in method.results()}
+    case.train(method, 3)
+    trained = {n: p.detach().clone() for n, p in method.results()}
+    go = method.way(lambda: case.base)
+    for alpha, expected in (
+        (0.0, start),
+        (1.0, trained),
+        (0.5, None),
+        (0.0, start),
+        (1.0, trained),
+    ):
+        go(alpha)
+        if expected is not None:
+            assert all(torch.equal(p, expected[n]) for n, p in method.results())
+    go(0.25)
+    between = {n: p.detach().clone() for n, p in method.results()}
+    go(1.0)
+    method.finish(lambda: case.base)
+    assert all(torch.equal(p, between[n]) for n, p in method.results())
+    assert not all(torch.equal(p, start[n]) for n, p in method.results())
+
+
 # Heads --------------------------------------------------------------------------------------------
 
 

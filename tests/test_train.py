@@ -693,3 +693,76 @@ def test_one_class_cannot_be_trained_on(config, tmp_path):
     cats = write_folder(tmp_path / "cats", {"cat": 5})
     with pytest.raises(DataError, match="at least two classes"):
         finetune(config.changed(train_data=str(cats)))
+
+
+# What is evaluated
+
+
+def counts(results):
+    """(when, alpha) -> number of images, one entry for each evaluation."""
+    found = results["evaluations"]
+    return {(line["when"], line.get("alpha")): line["n"] for line in found}
+
+
+def test_so_many_images_the_training_images_and_the_way(config):
+    ours = config.changed(epochs=1, eval_images=4, eval_train=True, alphas=(0.0, 0.5, 1.0))
+    results = finetune(ours).results
+    assert counts(results) == {
+        **{("before", None): 4, ("along", 0.0): 4, ("along", 0.5): 4, ("along", 1.0): 4},
+        **{("after", None): 4, ("train", None): 15},
+    }
+    lines = {(x["when"], x.get("alpha")): x["per_class"] for x in results["evaluations"]}
+    assert lines["along", 0.0] == lines["before", None]
+    assert lines["along", 1.0] == lines["after", None]
+
+
+def test_the_way_changes_no_result(config, tmp_path):
+    plain = SparseDelta.load(finetune(config.changed(epochs=1)).artefact)
+    other = config.changed(epochs=1, alphas=(0.3,), output=str(tmp_path / "other"))
+    along = SparseDelta.load(finetune(other).artefact)
+    assert plain.nnz
+    for (name, indices, values), (same, others, found) in zip(
+        plain.items(), along.items(), strict=True
+    ):
+        assert name == same
+        assert torch.equal(indices, others)
+        assert torch.equal(values, found)
+
+
+def test_validation_images_in_place_of_test_images(config):
+    results = finetune(config.changed(epochs=1, eval_split="val")).results
+    assert counts(results) == {("before", None): 6, ("after", None): 6}
+
+
+def test_methods_without_a_way_have_no_alphas(config):
+    with pytest.raises(ConfigError, match="--method full has no --alpha"):
+        config.changed(method="full", alphas=(0.5,))
+    with pytest.raises(ConfigError, match="--alphas must be at least 0 and at most 1, not 2"):
+        config.changed(alphas=(0.5, 2.0))
+    with pytest.raises(ConfigError, match=r"--alphas cannot be .*: it must be a list of numbers"):
+        config.changed(alphas=("much",))
+
+
+def test_what_is_known_of_the_pretrained_model_is_not_found_again(config, monkeypatch, tmp_path):
+    known = {}
+    made = []
+
+    def counted(*arguments, **options):
+        made.append(arguments[1].name)
+        return original(*arguments, **options)
+
+    original = train.evaluate_zero_shot
+    monkeypatch.setattr(train, "evaluate_zero_shot", counted)
+    first = finetune(config.changed(epochs=1), known).results
+    assert len(made) == len(known) == 1
+    other = config.changed(epochs=1, seed=2, method="full", output=str(tmp_path / "b"))
+    second = finetune(other, known).results
+    assert len(made) == 1
+    assert [x for x in first["evaluations"] if x["when"] == "before"] == [
+        x for x in second["evaluations"] if x["when"] == "before"
+    ]
+    fewer = config.changed(epochs=1, eval_images=4, output=str(tmp_path / "c"))
+    assert counts(finetune(fewer, known).results)["before", None] == 4
+    template = config.changed(epochs=1, template=("one {}",), output=str(tmp_path / "d"))
+    finetune(template, known)
+    assert len(made) == len(known) == 3
