@@ -13,10 +13,12 @@ from pathlib import Path
 
 import pytest
 
+from clip_helpers import write_folder
 from html_page import Page
 from saft_clip.cli import main
 from saft_clip.errors import CheckpointError, ConfigError, LockedError, MissingExtraError
 from saft_clip.experiment.cells import final_cells, trial_cells
+from saft_clip.experiment.inputs import check_data
 from saft_clip.experiment.page import write_answers
 from saft_clip.experiment.plan import Plan
 from saft_clip.experiment.record import read_record
@@ -24,6 +26,7 @@ from saft_clip.experiment.retrieval import read_retrieval
 from saft_clip.experiment.runner import run_experiment
 from saft_clip.run_lock import RunLock
 from saft_kernels.delta import SparseDelta
+from saft_kernels.errors import SaftError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -253,6 +256,31 @@ def test_two_experiments_in_one_folder_and_other_folders(tmp_path, monkeypatch):
     with pytest.raises(MissingExtraError, match=r"experiments need the package pebble.*lab extra"):
         run_experiment(quick(), tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+def test_data_are_looked_at_before_anything_runs(tmp_path, capsys):
+    pets = write_folder(tmp_path / "pets", {"cat": 3, "dog": 3, "red_fox": 3})
+    other = write_folder(tmp_path / "other", {"Dog": 1, "red fox": 1, "owl": 1})
+    wrong = {
+        "there is no folder nowhere": {"evaluate": ["nowhere"]},
+        "'cat' of pets has 3 images, fewer than the 4": {"train": [str(pets)], "shots": [1, 4]},
+        "has no validation images": {
+            "train": [str(pets)],
+            "tuning": {"shots": 1, "try": {"saft": {"lr": [1e-4]}}},
+        },
+        "fine-tuning needs at least two classes": {
+            "train": [str(write_folder(tmp_path / "one", {"cat": 3}))]
+        },
+    }  # fmt: skip
+    for message, values in wrong.items():
+        with pytest.raises(SaftError, match=message):
+            run_experiment(quick(**values), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    capsys.readouterr()
+    check_data(quick(train=[str(pets)], evaluate=[str(other)]))
+    said = capsys.readouterr().err
+    assert "other lacks 1 of the 3 trained classes: cat" in said
+    assert "warning: 1 of the 3 classes of other are not trained: owl" in said
 
 
 def test_the_command_line(tmp_path, capsys):

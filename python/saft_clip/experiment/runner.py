@@ -30,6 +30,7 @@ from saft_clip.console import console, progress, say, warn
 from saft_clip.domains.extras import require
 from saft_clip.errors import ConfigError
 from saft_clip.experiment.cells import Cell, Contest, final_cells, trial_cells
+from saft_clip.experiment.inputs import check_data
 from saft_clip.experiment.plan import Plan
 from saft_clip.experiment.record import FAILURES, PLAN, choose, failure_file
 from saft_clip.experiment.retrieval import RETRIEVAL, save_retrieval
@@ -54,6 +55,7 @@ def run_experiment(plan: Plan, folder: Path, *, processes: int = 1, keep: bool =
 
     Raises:
         ConfigError: if the folder holds a run of ``saft finetune``.
+        DataError: if data that the plan names are missing or do not suit it.
         LockedError: if another process is at work in the folder.
         FileWriteError: if the folder cannot be written to.
         MissingExtraError: if the package that starts the processes is not installed.
@@ -62,6 +64,7 @@ def run_experiment(plan: Plan, folder: Path, *, processes: int = 1, keep: bool =
     pool_module = require("pebble", "pebble", extra="lab", why="experiments")
     if RunFolder(folder).started():
         raise ConfigError(f"{folder} holds a run of saft finetune: give another --output")
+    check_data(plan)
     make_folder(folder)
     with RunLock(folder) as lock, _terminated_like_interrupted():
         lock.acquire()
