@@ -161,12 +161,15 @@ def test_every_protocol_has_a_plan_that_needs_no_data(protocol):
 def test_real_data_get_the_papers_settings(protocol):
     given = {"models": ["ViT-B-16"], "train": ["~/imagenet"], "seeds": [1]}
     others = {"evaluate": ["~/imagenetv2"]} if find_protocol(protocol).others else {}
+    without = {key: value for key, value in (given | others).items() if key != "models"}
     made = make_plan(protocol, given | others, None)
     assert made.tuning is None
     cells = list(final_cells(made, Path("x"), {}))
     assert {cell.config.weights for cell in cells} == {"openai"}
     saft = next(cell.config for cell in cells if cell.config.method == "saft")
     assert (saft.lr, saft.shots, saft.epochs) == (5e-6, 16, 10)
+    models = [entry.settings["model"] for entry in make_plan(protocol, without, None).models]
+    assert models == (["RN50", "ViT-B-32", "ViT-B-16"] if protocol == "ablation" else ["ViT-B-16"])
     with pytest.raises(ConfigError, match="nothing to train ViT-B-16 on"):
         make_plan(protocol, {"models": ["ViT-B-16"]}, None)
 
