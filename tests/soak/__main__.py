@@ -37,8 +37,8 @@ RESULT = Path(__file__).with_name("result.json")
 EVERY = 20
 
 #: How much more the last tenth of the looks may show than the second one, in MB: what the allocator
-#: keeps of pieces of all sizes.
-SLACK = 24.0
+#: keeps of small pieces.
+SLACK = 8.0
 
 
 _C = ctypes.CDLL("libc.so.6")
