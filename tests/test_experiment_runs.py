@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from clip_helpers import write_folder
 from html_page import Page
 from saft_clip.cli import main
 from saft_clip.errors import CheckpointError, ConfigError, LockedError, MissingExtraError
+from saft_clip.experiment import runner
 from saft_clip.experiment.cells import final_cells, trial_cells
-from saft_clip.experiment.inputs import check_data
+from saft_clip.experiment.inputs import check_inputs
 from saft_clip.experiment.page import write_answers
 from saft_clip.experiment.plan import Plan
 from saft_clip.experiment.record import read_record
 from saft_clip.experiment.retrieval import read_retrieval
-from saft_clip.experiment.runner import run_experiment
+from saft_clip.experiment.runner import gpus, run_experiment
 from saft_clip.run_lock import RunLock
 from saft_kernels.delta import SparseDelta
 from saft_kernels.errors import SaftError
@@ -160,10 +164,14 @@ def test_a_cell_with_other_settings_is_not_replaced(tmp_path, capsys):
     before = stamps(tmp_path)
     run_experiment(plan, tmp_path)
     assert stamps(tmp_path) == before
-    (failure,) = read_record(tmp_path).failures
+    record = read_record(tmp_path)
+    assert [run.cell.contest[2] for run in record.runs] == ["zero-shot"]  # nor is it used
+    assert record.missing == 1
+    (failure,) = record.failures
     assert "was started with other settings: --density is 0.02, not 0.01" in failure["error"]
+    assert f"remove {tmp_path}/cells/" in failure["error"]
     assert failure["traceback"] is None
-    assert "1 of 2 cells failed" in capsys.readouterr().err
+    assert "1 of 2 runs failed" in capsys.readouterr().err
     run_experiment(quick(), tmp_path)
     assert read_record(tmp_path).failures == []
 
@@ -197,13 +205,13 @@ def test_a_process_that_is_killed_takes_its_cell_only(tmp_path):
     plan = quick(methods=[SLOW, *QUICK["methods"]])
     process, output = start(tmp_path, plan, "--processes", "2")
     os.kill(at_work(output, "slow"), signal.SIGKILL)
-    assert process.wait(300) == 0
+    assert process.wait(300) == 1
     record = read_record(output)
     (failure,) = record.failures
     assert "/slow/" in failure["cell"]
-    assert "its process died (SIGKILL), as happens when memory runs out" in failure["error"]
+    assert "its process was killed (SIGKILL), as happens when memory" in failure["error"]
     assert {run.cell.contest[2] for run in record.runs} == {"zero-shot", "saft"}
-    assert "1 of 3 cells failed" in (tmp_path / "said.txt").read_text()
+    assert "1 of 3 runs failed" in (tmp_path / "said.txt").read_text()
 
 
 LONGER = quick(methods=[{**SLOW, "epochs": 10, "save_frequency": 2}, "zero-shot"])
@@ -241,6 +249,50 @@ def test_an_interrupted_experiment_goes_on(tmp_path, number, undisturbed):
     assert delta_of(output) == undisturbed
 
 
+def test_a_broken_cell_is_said_and_the_others_are_shown(tmp_path, capsys):
+    plan = quick(methods=["zero-shot", *QUICK["methods"][1:], {**SLOW, "epochs": 1}])
+    run_experiment(plan, tmp_path)
+    (results,) = tmp_path.glob("cells/*/*/slow/*/*/results.json")
+    results.write_text("{")
+    (config,) = tmp_path.glob("cells/*/*/saft/*/*/config.yaml")
+    config.unlink()
+    record = write_answers(tmp_path)
+    assert {run.cell.contest[2] for run in record.runs} == {"zero-shot"}
+    assert record.missing == 2
+    assert "results.json is broken" in str(record.failures)
+    assert run_experiment(record.plan, tmp_path) == 2
+    assert "remove" in capsys.readouterr().err
+
+
+def test_processes_take_turns_with_the_gpus(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,GPU-8f")
+    assert gpus() == ["2", "GPU-8f"]
+    counter = multiprocessing.Value("i", 0)
+    monkeypatch.setattr(threading.Thread, "start", lambda thread: None)
+    threads = torch.get_num_threads()
+    seen = []
+    for _ in range(3):
+        runner._start_worker(threads, ["2", "GPU-8f"], counter, os.getppid())
+        seen.append(os.environ["CUDA_VISIBLE_DEVICES"])
+    assert seen == ["2", "GPU-8f", "2"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert gpus() == []
+
+
+def test_a_worker_ends_with_its_parent(tmp_path):
+    process, output = start(tmp_path, quick(methods=[{**SLOW, "epochs": 2000}]))
+    worker = at_work(output, "slow")
+    process.kill()
+    process.wait()
+    for _ in range(600):
+        try:
+            os.kill(worker, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.05)
+    raise AssertionError("it goes on")
+
+
 def test_two_experiments_in_one_folder_and_other_folders(tmp_path, monkeypatch):
     lock = RunLock(tmp_path)
     lock.acquire()
@@ -259,7 +311,9 @@ def test_two_experiments_in_one_folder_and_other_folders(tmp_path, monkeypatch):
 
 
 def test_data_are_looked_at_before_anything_runs(tmp_path, capsys):
-    pets = write_folder(tmp_path / "pets", {"cat": 3, "dog": 3, "red_fox": 3})
+    pets, flat = tmp_path / "pets", tmp_path / "flat"
+    for root in (pets / "train", pets / "test", flat):
+        write_folder(root, {"cat": 3, "dog": 3, "red_fox": 3})
     other = write_folder(tmp_path / "other", {"Dog": 1, "red fox": 1, "owl": 1})
     wrong = {
         "there is no folder nowhere": {"evaluate": ["nowhere"]},
@@ -271,13 +325,22 @@ def test_data_are_looked_at_before_anything_runs(tmp_path, capsys):
         "fine-tuning needs at least two classes": {
             "train": [str(write_folder(tmp_path / "one", {"cat": 3}))]
         },
+        "flat has no test images": {"train": [str(flat)]},
+        "there is no model 'ViT-B-16X' in open_clip": {"models": ["ViT-B-16X"]},
+        "no weights were named for RN50": {"models": ["RN50"]},
+        "no file has that name": {"models": [{"model": "RN50", "pretrained": "nowhere.pt"}]},
+        "the class 'no such class'": {"retrieval": ["no such class"]},
+        "fewer than the 5 shots": {
+            "train": [str(pets)],
+            "tuning": {"shots": 5, "try": {"saft": {"lr": [1e-4]}}},
+        },
     }  # fmt: skip
     for message, values in wrong.items():
         with pytest.raises(SaftError, match=message):
             run_experiment(quick(**values), tmp_path / "out")
     assert not (tmp_path / "out").exists()
     capsys.readouterr()
-    check_data(quick(train=[str(pets)], evaluate=[str(other)]))
+    check_inputs(quick(train=[str(pets)], evaluate=[str(other)]))
     said = capsys.readouterr().err
     assert "other lacks 1 of the 3 trained classes: cat" in said
     assert "warning: 1 of the 3 classes of other are not trained: owl" in said

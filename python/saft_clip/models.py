@@ -94,6 +94,19 @@ def load_model(
     return clip
 
 
+def require_model(name: str, pretrained: str | None, device: str | torch.device) -> None:
+    """Make sure that a model can be had: its name, its weights, which may be fetched, and a device.
+
+    Raises:
+        ModelError: as :func:`load_model` does.
+    """
+    register_tiny()
+    name = name.replace("/", "-")
+    _check_name(name)
+    _find_weights(name, pretrained)
+    _check_device(device)
+
+
 def brings_quick_gelu(name: str, pretrained: str | None) -> bool:
     """Whether a tag's weights need QuickGELU: then open_clip uses it, but for the tag only."""
     return bool(open_clip.get_pretrained_cfg(name, pretrained or "").get("quick_gelu", False))

@@ -421,7 +421,9 @@ class Run:
         """By the class prompts, however the method classifies; made once of what is the same."""
         inputs = read_json(self.folder.inputs)
         facts = (inputs["the pretrained model"], inputs[f"the evaluation data {spec}"])
-        key = json.dumps([facts, dataset.name, self.config.precision, self.config.device])
+        config = self.config
+        how = [config.model, config.force_quick_gelu, config.precision, config.device]
+        key = json.dumps([facts, dataset.name, how])
         if key not in self.known:
             self.known[key] = evaluate_zero_shot(
                 self.clip,

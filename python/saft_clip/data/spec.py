@@ -61,5 +61,9 @@ def resolved(source: str) -> tuple[str, ...]:
         return (source,)
     if source.startswith(TORCHVISION):
         name, _, root = source.removeprefix(TORCHVISION).partition(":")
-        return TORCHVISION, name, os.path.realpath(root)
-    return tuple(os.path.realpath(part) for part in source.split(SEPARATOR))
+        return TORCHVISION, name, _real(root)
+    return tuple(map(_real, source.split(SEPARATOR)))
+
+
+def _real(path: str) -> str:
+    return os.path.realpath(os.path.expanduser(path))

@@ -1,9 +1,10 @@
 """How far test accuracy can fall behind training accuracy, by the number of trained values.
 
-SAFT argues in its Appendix A that few trained parameters generalise better. The bound here is
-Occam's (Blumer et al. 1987; Shalev-Shwartz & Ben-David 2014, "Understanding Machine Learning",
-Theorem 7.7): whatever can be described in b bits once the pretrained model is known satisfies, with
-probability 1 - delta over n training images drawn independently,
+The paper has a bound in its Appendix A; what is here is not that one, word for word, but Occam's,
+the plainest that grows with the number of trained parameters (Blumer et al. 1987; Shalev-Shwartz &
+Ben-David 2014, "Understanding Machine Learning", Theorem 7.7): whatever can be described in b bits
+once the pretrained model is known satisfies, with probability 1 - delta over n training images
+drawn independently,
 
     |test accuracy - training accuracy| <= sqrt((b ln 2 + ln(2 / delta)) / (2 n)).
 
@@ -13,9 +14,10 @@ It holds for all such descriptions at once, and so for the one that training has
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from saft_clip.experiment.cells import Contest
 from saft_clip.experiment.record import Record, Row, Run
 from saft_clip.experiment.statistics import Estimate, estimate
 from saft_clip.methods import find
@@ -38,16 +40,18 @@ class Gap:
 
     Attributes:
         model: its name in the plan.
+        train: what it was trained on.
         method: its name in the plan.
         shots: training images per class.
         trained: values that it trains.
         bits: of the description.
         n: training images.
-        measured: training accuracy minus test accuracy in distribution, over seeds and data sets.
+        measured: training accuracy minus test accuracy in distribution, over seeds.
         bound: on its absolute value; above 1 it says nothing.
     """
 
     model: str
+    train: str
     method: str
     shots: int
     trained: int
@@ -79,45 +83,37 @@ def occam_bound(bits: float, n: int, delta: float = DELTA) -> float:
 
 
 def gaps(record: Record) -> list[Gap]:
-    """The bound and the measured gap of every method that trains something."""
-    found = []
-    for model in record.plan.models:
-        for entry in record.plan.methods:
-            for shots in record.plan.shots:
-                runs = [
-                    run
-                    for run in record.runs
-                    if (run.cell.contest[0], run.cell.contest[2], run.cell.shots)
-                    == (model.name, entry.name, shots)
-                ]
-                if find(entry.settings["method"]).trains and runs:
-                    found.append(_gap(record, runs))
+    """The bound and the measured gap of every method that trains something, for each data set."""
+    runs: dict[tuple[Contest, int], list[Run]] = {}
+    for run in record.runs:
+        if find(run.cell.config.method).trains:
+            runs.setdefault((run.cell.contest, run.cell.shots), []).append(run)
+    found = [_gap(record, mine) for mine in runs.values()]
     return [gap for gap in found if gap is not None]
 
 
 def _gap(record: Record, runs: list[Run]) -> Gap | None:
     cell, results = runs[0].cell, runs[0].results
-    model, _, method = cell.contest
-    kind = cell.config.method
-    bits = description_bits(kind, results["trained"], results["parameters"])
+    model, train, method = cell.contest
+    bits = description_bits(cell.config.method, results["trained"], results["parameters"])
     rows = [
         row
         for row in record.rows
-        if (row.model, row.method, row.shots) == (model, method, cell.shots) and row.alpha is None
+        if (row.model, row.train, row.method, row.shots) == (model, train, method, cell.shots)
+        and row.alpha is None
     ]
     differences = list(_differences(rows))
     if not differences:
         return None
     n = min(row.n for row in rows if row.role == "train")
     return Gap(
-        model, method, cell.shots, results["trained"], bits, n,
+        model, train, method, cell.shots, results["trained"], bits, n,
         estimate(differences), occam_bound(bits, n),
     )  # fmt: skip
 
 
-def _differences(rows: Iterable[Row]) -> Iterable[float]:
-    rows = list(rows)
-    training = {(row.train, row.seed): row.top1 for row in rows if row.role == "train"}
+def _differences(rows: Sequence[Row]) -> Iterator[float]:
+    training = {row.seed: row.top1 for row in rows if row.role == "train"}
     for row in rows:
-        if row.role in _OWN and (row.train, row.seed) in training:
-            yield training[row.train, row.seed] - row.top1
+        if row.role in _OWN and row.seed in training:
+            yield training[row.seed] - row.top1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from saft_clip.config import FinetuneConfig, has_setting
 from saft_clip.experiment.plan import Entry, Plan
 from saft_clip.experiment.protocols import Task, find_protocol
 from saft_clip.methods import find
+from saft_clip.run_folder import RunFolder
 
 #: Model, what is trained on, and method, by their names in the plan: what trials choose for.
 Contest = tuple[str, str, str]
@@ -41,6 +43,20 @@ class Cell:
     trial: Mapping[str, Any] | None = None
     retrieval: tuple[str, ...] = ()
 
+    @property
+    def folder(self) -> RunFolder:
+        """Where it runs."""
+        return RunFolder(self.config.output)
+
+    def finished(self) -> bool:
+        """Whether it has run, with the settings that the plan asks for now.
+
+        Raises:
+            ConfigError: if what it has written is broken.
+        """
+        folder = self.folder
+        return folder.complete() and not self.config.differences(FinetuneConfig.load(folder.config))
+
 
 def tasks(plan: Plan) -> list[Task]:
     """What is trained on and what is evaluated on."""
@@ -54,9 +70,12 @@ def trial_cells(plan: Plan, folder: Path) -> Iterator[Cell]:
         return
     for model, task, method in product(plan.models, tasks(plan), plan.methods):
         contest = (model.name, task.train, method.name)
-        for number, trial in enumerate(tuning.tried.get(method.name, ()), start=1):
+        for trial in tuning.tried.get(method.name, ()):
             config = plan.config(model, method, task.train, tuning.shots, tuning.seed, trial)
-            name = "/".join(["trials", *map(_folder_name, contest), f"trial-{number}"])
+            # By what is tried, not by its place in the plan: a plan may grow.
+            what = json.dumps([trial, tuning.seed, tuning.shots], sort_keys=True)
+            parts = [*map(_folder_name, contest), f"trial-{_digest(what)}"]
+            name = "/".join(["trials", *parts])
             config = config.changed(
                 eval_data=(task.train,), eval_split="val", **_of_all(folder, name)
             )
@@ -100,11 +119,11 @@ def _final(
     name = "/".join(["cells", *map(_folder_name, contest), *parts])
     config = config.changed(
         eval_data=tuple(task.roles),
-        eval_train=trains,
+        eval_train=trains and shots > 0,
         alphas=plan.alphas if has_setting(config.method, "alpha") else (),
         **_of_all(folder, name),
     )
-    shown = not trains or (shots, seed) == (plan.shots[-1], plan.seeds[0])
+    shown = not trains or (shots, seed) == (plan.most_shots, plan.seeds[0])
     return Cell(contest, shots, seed, name, config, retrieval=plan.retrieval if shown else ())
 
 
@@ -124,4 +143,8 @@ def _folder_name(text: str) -> str:
     plain = re.sub(r"[^A-Za-z0-9.+=%-]+", "-", text).strip("-.")[-60:]
     if plain == text:
         return plain
-    return f"{plain}-{hashlib.sha256(text.encode(errors='backslashreplace')).hexdigest()[:6]}"
+    return f"{plain}-{_digest(text)}"
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode(errors="backslashreplace")).hexdigest()[:6]

@@ -15,9 +15,9 @@ from saft_clip.experiment.tables import REFERENCES, SIGNIFICANCE, Table, Value, 
 
 LEGEND = (
     "top-1 accuracy in %, mean ± standard error over seeds; best and second best of a column are "
-    "marked. ↑ and ↓: significantly above or below full fine-tuning (f) and zero-shot (z), paired "
-    "over seeds and data sets, sign-flip permutation test with Holm's correction, "
-    f"p < {SIGNIFICANCE}"
+    "marked. ↑ and ↓: significantly above or below full fine-tuning (f) and zero-shot (z) on these "
+    "data sets, paired over seeds and data sets, sign-flip permutation test with Holm's "
+    f"correction, p < {SIGNIFICANCE}"
 )
 
 
@@ -94,7 +94,7 @@ def paper_number(row: PaperRow, column: str) -> str:
 
 
 def _md(text: str) -> str:
-    return "".join(f"\\{c}" if c in "\\|*_`[]<>#" else c for c in " ".join(text.split()))
+    return "".join(f"\\{c}" if c in "\\|*_`[]<>#&~" else c for c in " ".join(text.split()))
 
 
 def latex(tables: Sequence[Table], record: Record) -> str:
@@ -137,7 +137,8 @@ def _latex_table(table: Table) -> str:
 
 def _latex(caption: str, heads: Sequence[str], lines: Sequence[Sequence[str]], last: str) -> str:
     layout = "l" + "r" * (len(heads) - 2) + last
-    body = "".join(f"{' & '.join(line)} \\\\\n" for line in lines)
+    # {}: what begins with [ or * would belong to the \\ before it.
+    body = "".join(f"{{}}{' & '.join(line)} \\\\\n" for line in lines)
     return (
         f"\\begin{{table}}\n\\centering\n\\caption{{{_tex(caption)}}}\n"
         f"\\begin{{tabular}}{{{layout}}}\n\\toprule\n{' & '.join(map(_tex, heads))} \\\\\n"
@@ -148,7 +149,7 @@ def _latex(caption: str, heads: Sequence[str], lines: Sequence[Sequence[str]], l
 _TEX = {
     **{c: f"\\{c}" for c in "&%$#_{}"},
     **{"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"},
-    "†": r"$\dagger$",
+    **{"†": r"$\dagger$", "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}"},
 }
 
 

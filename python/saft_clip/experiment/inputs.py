@@ -1,7 +1,8 @@
-"""Whether the data that a plan names are there and fit, before anything is run."""
+"""Whether models and data that a plan names are there and fit, before anything is run."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,45 +12,74 @@ from saft_clip.console import say, warn
 from saft_clip.data import (
     ImageDataset,
     available_splits,
-    divided,
     load_dataset,
     match_classes,
     require_classes,
 )
 from saft_clip.errors import DataError
-from saft_clip.experiment.cells import tasks
+from saft_clip.experiment.cells import final_cells, tasks, trial_cells
 from saft_clip.experiment.plan import Plan
+from saft_clip.models import require_model
+from saft_clip.prompts import resolve_templates
 from saft_kernels.untrusted import shown
 
 
-def check_data(plan: Plan) -> None:
-    """List every data set of a plan; no image is opened.
+def check_inputs(plan: Plan) -> None:
+    """Look for every model and list every data set of a plan; nothing is loaded or decoded.
 
     Classes are matched by name: a shifted data set that lacks some of those that are trained, or
     has others, is warned of. It is evaluated on its own classes, whichever they are.
 
     Raises:
+        ModelError: if there is no such model, weights or device.
+        ConfigError: if a file of templates is missing or broken.
         DataError: if a data set is missing or malformed, or has no split that is needed; or if a
-            class has too few images.
+            class has too few images, or is to be shown and is in no data set.
     """
+    cells = [*trial_cells(plan, Path()), *final_cells(plan, Path(), {})]
+    configs = [cell.config for cell in cells]
+    for model in {(config.model, config.weights, config.device) for config in configs}:
+        require_model(*model)
+    for template in {config.template for config in configs if config.template}:
+        resolve_templates(template)
+    listed: dict[tuple[str, str], ImageDataset] = {}
+
+    def load(data: str, split: str) -> ImageDataset:
+        if (data, split) not in listed:
+            listed[data, split] = load_dataset(data, split, _never)
+        return listed[data, split]
+
+    shots = max(*plan.shots, plan.tuning.shots if plan.tuning else 0)
     for task in tasks(plan):
-        trained = _load(task.train, "train")
+        trained = load(task.train, "train")
         require_classes(trained)
-        _require_images(divided(task.train)[0], max(plan.shots))
-        if plan.tuning is not None and "val" not in available_splits(task.train):
-            raise DataError(
-                f"{task.train} has no validation images, by which settings could be chosen: add a "
-                "val split, or leave tuning out of the plan"
-            )
+        _require_images(trained, shots)
+        _require_splits(task.train, plan)
         for data, role in task.roles.items():
-            dataset = _load(data, "test")
+            dataset = load(data, "test")
             if role == "shifted":
                 _say_unmatched(trained, dataset)
+    classes = {name for dataset in listed.values() for name in dataset.class_names}
+    for name in plan.retrieval:
+        if name not in classes:
+            raise DataError(f"no data set of the plan has the class {name!r} of its retrieval")
 
 
-def _require_images(data: str, shots: int) -> None:
-    """CoOp draws from whole data sets, also where half of the classes is trained on."""
-    dataset = _load(data, "train")
+def _require_splits(data: str, plan: Plan) -> None:
+    splits = available_splits(data)
+    if "test" not in splits:
+        raise DataError(
+            f"{data} has no test images, and would be tested on what it was trained on: divide it "
+            "into train and test folders"
+        )
+    if plan.tuning is not None and "val" not in splits:
+        raise DataError(
+            f"{data} has no validation images, by which settings could be chosen: add a val "
+            "split, or leave tuning out of the plan"
+        )
+
+
+def _require_images(dataset: ImageDataset, shots: int) -> None:
     counts = torch.bincount(dataset.labels, minlength=len(dataset.class_names))
     if counts.min() < shots:
         name = dataset.class_names[int(counts.argmin())]
@@ -68,10 +98,6 @@ def _say_unmatched(trained: ImageDataset, other: ImageDataset) -> None:
         new, total = len(found.only_other), len(other.class_names)
         names = shown(", ".join(found.only_other), 200)
         warn(f"{new} of the {total} classes of {other.name} are not trained: {names}")
-
-
-def _load(data: str, split: str) -> ImageDataset:
-    return load_dataset(data, split, _never)
 
 
 def _never(image: Any) -> Tensor:

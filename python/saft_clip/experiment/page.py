@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from saft_clip.experiment import formats, pictures
 from saft_clip.experiment.bound import DELTA, gaps
 from saft_clip.experiment.paper import PAPER
 from saft_clip.experiment.protocols import find_protocol
-from saft_clip.experiment.record import Record, Run, read_record
+from saft_clip.experiment.record import PLAN, Record, Run, read_record
 from saft_clip.experiment.retrieval import RETRIEVAL, read_retrieval
 from saft_clip.experiment.tables import Table, accuracy_tables, cost_table, names_of
 from saft_clip.report import file_size, write_page
@@ -62,7 +63,7 @@ def page_content(record: Record, tables: list[Table]) -> dict[str, Any]:
     plan = record.plan
     protocol = find_protocol(plan.protocol)
     models = [entry.name for entry in plan.models]
-    shots = plan.shots[-1]
+    shots = plan.most_shots
     drawn = {row.model for row in record.rows}
     present = [name for name in models if name in drawn]
     names = names_of(record)
@@ -95,7 +96,14 @@ def page_content(record: Record, tables: list[Table]) -> dict[str, Any]:
         "missing": record.missing,
         "environment": record.runs[0].results["environment"].items() if record.runs else [],
         "plan": yaml.safe_dump(plan.to_dict(), sort_keys=False, allow_unicode=True),
-        "command": f"saft experiment {plan.protocol} --config plan.yaml --output {record.folder}",
+        "command": shlex.join(
+            (
+                *("saft", "experiment", plan.protocol, "--config", str(record.folder / PLAN)),
+                *("--output", str(record.folder)),
+            )
+        ),
+        "shots": f"{shots} images per class" if shots else "all images",
+        "untuned": len(record.untuned),
     }
 
 
@@ -155,13 +163,15 @@ def _bound(record: Record) -> dict[str, Any] | None:
     found = gaps(record)
     if not found:
         return None
-    shots = record.plan.shots[-1]
+    shots = record.plan.most_shots
     last = [gap for gap in found if gap.shots == shots]
+    names = names_of(record)
     return {
         "svg": Markup(pictures.bound_figure(last, record)),
         "lines": [
             {
                 "model": gap.model,
+                "data": names[gap.train],
                 "method": gap.method,
                 "trained": f"{gap.trained:,}",
                 "bits": f"{gap.bits:,.0f}",
@@ -176,23 +186,24 @@ def _bound(record: Record) -> dict[str, Any] | None:
 
 def _retrievals(record: Record) -> list[dict[str, Any]]:
     """Of each data set and class: before, and after by each method that has run."""
-    found: dict[tuple[str, str, str], dict[str, Any]] = {}
+    names = names_of(record)
+    found: dict[tuple[str, str, str, str], dict[str, Any]] = {}
     for run in record.runs:
         file = record.folder / run.cell.name / RETRIEVAL
         if not run.cell.retrieval or not file.exists():
             continue
-        model, _, method = run.cell.contest
+        model, train, method = run.cell.contest
         for grid in read_retrieval(file):
-            key = (model, grid["dataset"], grid["class"])
+            key = (model, train, grid["dataset"], grid["class"])
             lines = found.setdefault(key, {"before": grid["before"], "after": {}})
             if run.cell.config.method != "zero-shot":
                 lines["after"][method] = grid["after"]
     return [
         {
-            "title": f"{name!r} in {dataset}, {model}",
+            "title": f"{name!r} in {dataset}, {model} trained on {names[train]}",
             "lines": [("zero-shot", grid["before"]), *grid["after"].items()],
         }
-        for (model, dataset, name), grid in found.items()
+        for (model, train, dataset, name), grid in found.items()
     ]
 
 
@@ -215,7 +226,7 @@ def _trials(record: Record, names: Mapping[str, str]) -> list[dict[str, Any]]:
             "data": names.get(train, train),
             "method": method,
             "tried": len(trials),
-            "failed": sum(score is None for _, score in trials),
+            "missing": sum(score is None for _, score in trials),
             "chosen": _settings(record.chosen.get((model, train, method))),
             "best": _percent(max((s for _, s in trials if s is not None), default=None)),
             "worst": _percent(min((s for _, s in trials if s is not None), default=None)),
@@ -226,7 +237,7 @@ def _trials(record: Record, names: Mapping[str, str]) -> list[dict[str, Any]]:
 
 def _settings(chosen: Mapping[str, Any] | None) -> str:
     if chosen is None:
-        return "nothing: all trials failed"
+        return "nothing (yet)"
     return ", ".join(
         f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}"
         for key, value in chosen.items()

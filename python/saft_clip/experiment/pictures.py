@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from saft_clip.experiment.bound import Gap
+from saft_clip.experiment.cells import tasks
 from saft_clip.experiment.record import Record, Row
 from saft_clip.experiment.statistics import Estimate, estimate
 from saft_clip.figures import PLACEHOLDERS, figure, inline_svg, shortened, show_percent
@@ -44,7 +45,7 @@ def looks(record: Record) -> dict[str, dict[str, Any]]:
 def shots_figure(record: Record, model: str) -> str:
     """Accuracy over the number of training images (SAFT, Fig. 1); a panel for each role."""
     panels = _panels(record)
-    shots = list(record.plan.shots)
+    shots = sorted(record.plan.shots, key=lambda k: k or math.inf)  # 0 is all images
     with figure(8.9, 3.7, ncols=len(panels), squeeze=False) as (drawing, grid):
         for axes, (title, roles) in zip(grid.flat, panels, strict=True):
             for name, look in looks(record).items():
@@ -52,15 +53,13 @@ def shots_figure(record: Record, model: str) -> str:
                 known = [(k, point) for k, point in points if point is not None]
                 if known:
                     axes.errorbar(
-                        [k for k, _ in known],
+                        [shots.index(k) for k, _ in known],
                         [point.mean for _, point in known],
                         [_error(point) for _, point in known],
-                        label=shortened(name, 24), markersize=4.5, capsize=2.5, linewidth=1.5,
+                        label=_labelled(name), markersize=4.5, capsize=2.5, linewidth=1.5,
                         **look,
                     )  # fmt: skip
-            axes.set_xscale("log", base=2)
-            axes.set_xticks(shots, [str(k) if k else "all" for k in shots])
-            axes.minorticks_off()
+            axes.set_xticks(range(len(shots)), [str(k) if k else "all" for k in shots])
             axes.set(title=title, xlabel="training images per class")
             show_percent(axes.yaxis)
         _legend(drawing, grid.flat[0])
@@ -80,7 +79,7 @@ def tradeoff_figure(record: Record, model: str, shots: int) -> str:
             _draw_way(axes, record, model, name, shots, look)
             if own is not None and other is not None:
                 axes.errorbar(
-                    own.mean, other.mean, _error(other), _error(own), label=shortened(name, 24),
+                    own.mean, other.mean, _error(other), _error(own), label=_labelled(name),
                     markersize=7, linestyle="none", elinewidth=1, zorder=3, **look,
                 )  # fmt: skip
         names = {role for row in record.rows if (role := row.role) in _OTHER}
@@ -99,7 +98,7 @@ def _draw_way(
     points = []
     for alpha in alphas:
         here = [row for row in rows if row.alpha == alpha]
-        own, other = _mean_over_seeds(here, _OWN), _mean_over_seeds(here, _OTHER)
+        own, other = (_mean_over_seeds(record, here, roles) for roles in (_OWN, _OTHER))
         if own is not None and other is not None:
             points.append((own.mean, other.mean))
     if points:
@@ -137,7 +136,7 @@ def density_figure(record: Record, model: str, shots: int) -> str:
             for name, value in of.items():
                 if name not in listed:
                     axes.axhline(
-                        value.mean, label=shortened(name, 24), color=look[name]["color"],
+                        value.mean, label=_labelled(name), color=look[name]["color"],
                         linewidth=1.5, linestyle="--" if name == "zero-shot" else "-",
                     )  # fmt: skip
             axes.set_xscale("log")
@@ -156,7 +155,7 @@ def bound_figure(gaps: Sequence[Gap], record: Record) -> str:
             trained = [gap.trained for gap in mine]
             axes.plot(
                 trained, [gap.bound for gap in mine], linestyle="none", markersize=7,
-                label=shortened(name, 24), **look[name],
+                label=_labelled(name), **look[name],
             )  # fmt: skip
             axes.plot(
                 trained, [max(gap.measured.mean, _LEAST) for gap in mine], linestyle="none",
@@ -210,22 +209,28 @@ def _over_seeds(
     record: Record, model: str, method: str, shots: int, roles: Sequence[str]
 ) -> Estimate | None:
     rows = _rows(record, model, method, shots)
-    return _mean_over_seeds([row for row in rows if row.alpha is None], roles)
+    return _mean_over_seeds(record, [row for row in rows if row.alpha is None], roles)
 
 
-def _mean_over_seeds(rows: Sequence[Row], roles: Sequence[str]) -> Estimate | None:
-    """Over seeds, of the mean over data sets; of seeds that have all of them."""
+def _mean_over_seeds(record: Record, rows: Sequence[Row], roles: Sequence[str]) -> Estimate | None:
+    """Over seeds, of the mean over data sets; of seeds that have all of them, as in the tables."""
+    wanted = sum(role in roles for task in tasks(record.plan) for role in task.roles.values())
     per_seed: dict[int, list[float]] = {}
     for row in rows:
         if row.role in roles:
             per_seed.setdefault(row.seed, []).append(row.top1)
-    most = max(map(len, per_seed.values()), default=0)
-    values = [sum(v) / len(v) for v in per_seed.values() if len(v) == most]
+    values = [sum(v) / len(v) for v in per_seed.values() if len(v) == wanted]
     return estimate(values) if values else None
 
 
 def _error(value: Estimate) -> float:
     return 0.0 if math.isnan(value.error) else value.error
+
+
+def _labelled(name: str) -> str:
+    """The name for a legend, which leaves out what begins with an underscore."""
+    short = shortened(name, 24)
+    return f"\u2060{short}" if short.startswith("_") else short
 
 
 def _legend(drawing: Figure, axes: Axes) -> None:

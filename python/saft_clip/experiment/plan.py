@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import yaml
 
@@ -26,8 +26,11 @@ _OURS = frozenset(
 )
 #: What the entries under ``models`` may say.
 _OF_MODELS = frozenset({"model", "pretrained", "force_quick_gelu"})
-#: What the entries under ``methods`` and ``settings`` may say.
+#: What the entries under ``methods`` may say, and what ``settings`` and trials may.
 _SETTINGS = frozenset(item.name for item in fields(FinetuneConfig)) - _OURS - _OF_MODELS
+_SHARED = _SETTINGS - {"method"}
+
+_HINTS = get_type_hints(FinetuneConfig)
 
 
 @dataclass(frozen=True)
@@ -110,7 +113,11 @@ class Plan:
         _require_distinct("methods", [entry.name for entry in self.methods])
         for what in ("train", "evaluate", "shots", "seeds", "alphas", "retrieval"):
             _require_distinct(what, getattr(self, what))
-        _require_known(self.settings, _SETTINGS, "settings")
+        _require_known(self.settings, _SHARED, "settings")
+        kinds = [entry.settings["method"] for entry in self.methods]
+        for name in self.settings:
+            if not any(has_setting(kind, name) for kind in kinds):
+                raise ConfigError(f"settings has {name}, which no method of the plan has")
         for model, method in product(self.models, self.methods):
             self._check(model, method)
         if self.tuning is not None:
@@ -121,7 +128,7 @@ class Plan:
         _require_known(method.settings, _SETTINGS, f"the method {shown(method.name)}")
         tried = self.tuning.tried if self.tuning else {}
         for trial in tried.get(method.name, ({},)):
-            _require_known(trial, _SETTINGS, f"the trials of {shown(method.name)}")
+            _require_known(trial, _SHARED, f"the trials of {shown(method.name)}")
             for shots, seed in product(self.shots, self.seeds):
                 self.config(model, method, self.train[0], shots, seed, trial)
 
@@ -135,7 +142,27 @@ class Plan:
         if len(set(counts.values())) > 1:
             found = ", ".join(f"{shown(name)} {count}" for name, count in counts.items())
             raise ConfigError(f"every method must get the same number of trials, not {found}")
-        self.config(self.models[0], self.methods[0], self.train[0], tuning.shots, tuning.seed, {})
+        for method in self.methods:
+            self._require_different(method, tuning)
+
+    def _require_different(self, method: Entry, tuning: Tuning) -> None:
+        """Trials that come to the same are fewer than they seem."""
+        seen: list[FinetuneConfig] = []
+        for trial in tuning.tried.get(method.name, ()):
+            for name in trial:
+                if not _has_a_say(method.settings["method"], name):
+                    raise ConfigError(f"{name} has no say in {shown(method.name)}: do not try it")
+            config = self.config(
+                self.models[0], method, self.train[0], tuning.shots, tuning.seed, trial
+            )
+            if config in seen:
+                raise ConfigError(f"two trials of {shown(method.name)} are the same")
+            seen.append(config)
+
+    @property
+    def most_shots(self) -> int:
+        """The largest number of shots, with which figures are made; 0, for all images, is more."""
+        return 0 if 0 in self.shots else max(self.shots)
 
     def config(
         self,
@@ -159,7 +186,7 @@ class Plan:
         try:
             return FinetuneConfig(train_data=train, shots=shots, seed=seed, **values)
         except ConfigError as error:
-            raise ConfigError(f"the method {shown(method.name)} is wrong: {error}") from error
+            raise ConfigError(f"{shown(method.name)} with {shown(model.name)}: {error}") from error
 
     def changed(self, **values: Any) -> Plan:
         """A copy with other values, checked like new."""
@@ -191,7 +218,7 @@ class Plan:
         if not isinstance(values, dict):
             raise ConfigError(f"{source} is not a list of settings (name: value)")
         known = [item.name for item in fields(cls)]
-        _require_known(values, known, source)
+        _require_known(values, known, source, of_cells=False)
         for name in ("protocol", "models", "methods", "train"):
             if not values.get(name):
                 raise ConfigError(f"{source} does not say {name}")
@@ -237,8 +264,8 @@ def _entries(values: Any, kind: str) -> Iterator[Entry]:
     """Models or methods: texts, or settings with an optional ``name``."""
     for value in values if isinstance(values, list) else [values]:
         settings = {kind: value} if isinstance(value, str) else _mapping(value, f"{kind}s")
-        if kind not in settings:
-            raise ConfigError(f"one of {kind}s does not say which {kind} it is ({kind}: ...)")
+        if not isinstance(settings.get(kind), str):
+            raise ConfigError(f"one of {kind}s does not say which {kind} it is ({kind}: NAME)")
         name = settings.pop("name", settings[kind])
         if not isinstance(name, str) or not name.strip():
             raise ConfigError(f"the name of a {kind} must be text, not {shown(repr(name))}")
@@ -249,11 +276,12 @@ def _tuning(values: Mapping[str, Any]) -> Tuning | None:
     given = _mapping(values.get("tuning"), "tuning")
     if not given:
         return None
-    _require_known(given, ("seed", "shots", "try"), "tuning")
+    _require_known(given, ("seed", "shots", "try"), "tuning", of_cells=False)
     tried = {name: _trials(one, name) for name, one in _mapping(given.get("try"), "try").items()}
     if not tried:
         raise ConfigError("tuning does not say what to try (try: {method: {lr: [...]}})")
-    most = max(_numbers(values.get("shots", [16]), "shots"), key=lambda k: k or math.inf)
+    every = _numbers(values.get("shots", [16]), "shots")
+    most = max(every, key=lambda k: k or math.inf, default=16)
     seed, shots = given.get("seed", 0), given.get("shots", most)
     _numbers([seed, shots], "seed and shots of tuning")
     return Tuning(tried, seed, shots)
@@ -280,19 +308,28 @@ def _mapping(value: Any, what: str) -> dict[str, Any]:
         return {}
     if not isinstance(value, dict):
         raise ConfigError(f"{what} must be settings (name: value), not {shown(repr(value))}")
-    return {str(key): _plain(one) for key, one in value.items()}
+    return {str(key): _number(one, _HINTS.get(key)) for key, one in value.items()}
 
 
-def _plain(value: Any) -> Any:
-    """``5e-6``, which YAML takes for text, becomes a number."""
+def _number(value: Any, hint: Any) -> Any:
+    """``5e-6``, which YAML takes for text, becomes a number where one is expected."""
     if isinstance(value, list):
-        return [_plain(one) for one in value]
-    if isinstance(value, str):
+        return [_number(one, hint) for one in value]
+    if isinstance(value, str) and (hint is float or float in get_args(hint)):
         try:
             return float(value)
         except ValueError:
             return value
     return value
+
+
+#: Settings that others than these methods take without their having a say.
+_SPARSE = ("saft", "saft-fisher", "random", "magnitude")
+_ONLY = {"density": _SPARSE, "mask": _SPARSE}
+
+
+def _has_a_say(method: str, name: str) -> bool:
+    return has_setting(method, name) and method in _ONLY.get(name, (method,))
 
 
 def _texts(value: Any, what: str) -> tuple[str, ...]:
@@ -327,11 +364,19 @@ def _require_distinct(what: str, values: Sequence[Any]) -> None:
         raise ConfigError(f"{what} has {shown(twice)} twice: give it once, or another name")
 
 
-def _require_known(values: Mapping[str, Any], known: Any, source: str) -> None:
+def _require_known(
+    values: Mapping[str, Any], known: Any, source: str, *, of_cells: bool = True
+) -> None:
+    """Refuse what is not known; settings of cells have hints of their own."""
     for name in values:
-        if name not in known:
-            if name in _OURS:
-                raise ConfigError(f"{source} sets {name}, which an experiment decides itself")
-            near = difflib.get_close_matches(str(name), sorted(known), n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise ConfigError(f"{source} has an unknown setting {shown(repr(name))}{hint}")
+        if name in known:
+            continue
+        if of_cells and name in _OF_MODELS and source == "settings":
+            raise ConfigError(f"{name} belongs under models, not under settings")
+        if of_cells and name == "method":
+            raise ConfigError(f"{source} cannot set the method: list it under methods")
+        if of_cells and name in _OURS:
+            raise ConfigError(f"{source} sets {name}, which an experiment decides itself")
+        near = difflib.get_close_matches(str(name), sorted(known), n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ConfigError(f"{source} has an unknown setting {shown(repr(name))}{hint}")

@@ -11,7 +11,7 @@ import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from saft_clip.data import BUILTIN, divided
+from saft_clip.data import BUILTIN, divided, parse_spec, resolved
 from saft_clip.errors import ConfigError
 from saft_kernels.untrusted import shown
 
@@ -55,7 +55,7 @@ class Protocol:
             Task(
                 data + next(iter(self.own)),
                 {data + suffix: role for suffix, role in self.own.items()}
-                | {other: self.others for other in evaluate if other != data},
+                | {other: self.others for other in evaluate if not _same(other, data)},
             )
             for data in train
         ]
@@ -66,7 +66,7 @@ class Protocol:
         Raises:
             ConfigError: if some are missing, or there are some that it does not use.
         """
-        if self.others and not any(other != data for data in train for other in evaluate):
+        if self.others and all(_same(other, data) for data in train for other in evaluate):
             raise ConfigError(
                 f"{self.name} evaluates on other data than it trains on, and none are given: name "
                 "them (--eval-data, or evaluate in the plan)"
@@ -123,6 +123,14 @@ def find_protocol(name: str) -> Protocol:
             f"there is no protocol {shown(repr(name))}: {hint}they are {', '.join(PROTOCOLS)}"
         )
     return PROTOCOLS[name]
+
+
+def _same(data: str, other: str) -> bool:
+    """Whether two specs name the same data, however their paths are written."""
+    ours, theirs = parse_spec(data), parse_spec(other)
+    return (ours.corruption, ours.half, resolved(ours.source)) == (
+        theirs.corruption, theirs.half, resolved(theirs.source),
+    )  # fmt: skip
 
 
 def is_builtin(data: str) -> bool:

@@ -13,7 +13,8 @@ from saft_clip.experiment.plan import Plan
 from saft_clip.forms import is_text, optional, require_form
 from saft_clip.methods import find
 from saft_clip.results import read_results
-from saft_clip.run_folder import RunFolder, read_json
+from saft_clip.run_folder import read_json
+from saft_kernels.errors import SaftError
 
 PLAN = "plan.yaml"
 FAILURES = "failures"
@@ -74,7 +75,8 @@ class Record:
         chosen: settings that trials have found.
         trials: contest -> settings and validation accuracy of each trial; None if it failed.
         failures: what is known of each run that failed.
-        missing: cells that have not run (yet).
+        missing: cells that have not run (yet), or with other settings.
+        untuned: contests whose trials have not found anything (yet), so that they have no cells.
         names: data set as it was given -> what tables call it.
     """
 
@@ -88,6 +90,7 @@ class Record:
     )
     failures: list[dict[str, Any]] = field(default_factory=list)
     missing: int = 0
+    untuned: list[Contest] = field(default_factory=list)
     names: dict[str, str] = field(default_factory=dict)
 
 
@@ -98,9 +101,7 @@ def read_record(folder: Path) -> Record:
         CheckpointError: if the folder holds no experiment, or a file in it is broken.
         ConfigError: if its plan is broken.
     """
-    if not (folder / PLAN).exists():
-        raise CheckpointError(f"{folder} holds no experiment (there is no {PLAN})")
-    plan = Plan.load(folder / PLAN)
+    plan = read_plan(folder)
     record = Record(plan, folder)
     trials = list(trial_cells(plan, folder))
     for cell in trials:
@@ -110,19 +111,32 @@ def read_record(folder: Path) -> Record:
     cells = list(final_cells(plan, folder, record.chosen))
     roles = {task.train: task.roles for task in tasks(plan)}
     for cell in cells:
-        results = _results_of(cell)
+        results = _results_of(cell, record)
         if results is None:
             record.missing += 1
         else:
             record.runs.append(Run(cell, results))
             record.rows += _rows(plan, cell, roles[cell.contest[1]], results)
             record.names |= {line["spec"]: line["dataset"] for line in results["evaluations"]}
-    record.failures = [
+    record.untuned = [contest for contest in record.trials if contest not in record.chosen]
+    record.failures += [
         _failure(file)
         for cell in [*trials, *cells]
         if (file := failure_file(folder, cell.name)).exists()
     ]
     return record
+
+
+def read_plan(folder: Path) -> Plan:
+    """What an experiment compares, as it was last run.
+
+    Raises:
+        CheckpointError: if the folder holds no experiment.
+        ConfigError: if its plan is broken.
+    """
+    if not (folder / PLAN).exists():
+        raise CheckpointError(f"{folder} holds no experiment (there is no {PLAN})")
+    return Plan.load(folder / PLAN)
 
 
 def choose(trials: Iterable[Cell]) -> dict[Contest, Mapping[str, Any]]:
@@ -156,9 +170,15 @@ def _failure(file: Path) -> dict[str, Any]:
     return found
 
 
-def _results_of(cell: Cell) -> dict[str, Any] | None:
-    folder = RunFolder(cell.config.output)
-    return read_results(folder.results) if folder.complete() else None
+def _results_of(cell: Cell, record: Record | None = None) -> dict[str, Any] | None:
+    """What it has found; None if it has not run, with these settings, or its files are broken."""
+    try:
+        return read_results(cell.folder.results) if cell.finished() else None
+    except SaftError as error:
+        if record is not None:
+            about = {"cell": cell.name, "command": cell.config.command(), "traceback": None}
+            record.failures.append({**about, "error": str(error)})
+        return None
 
 
 def _rows(

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from saft_clip.config import FinetuneConfig
 from saft_clip.data import ImageDataset, drop_unreadable, load_dataset
+from saft_clip.errors import CheckpointError
 from saft_clip.evaluate import Scores, zero_shot_scores
 from saft_clip.forms import Form, is_count, is_flag, is_text, require_form
 from saft_clip.models import ClipModel, autocast, brings_quick_gelu
@@ -39,9 +40,11 @@ def _is_picture(value: Any) -> bool:
 
 
 _FOUND: Form = [{"index": is_count, "right": is_flag, "picture": _is_picture}]
-_FORM: Form = [
-    {"data": is_text, "dataset": is_text, "class": is_text, "before": _FOUND, "after": _FOUND}
-]
+_GRID: Form = {
+    **{"data": is_text, "dataset": is_text, "class": is_text},
+    **{"before": _FOUND, "after": _FOUND},
+}
+_FORM: Form = {"classes": [is_text], "found": [_GRID]}
 
 
 def save_retrieval(config: FinetuneConfig, result: FinetuneResult, names: Sequence[str]) -> None:
@@ -53,8 +56,13 @@ def save_retrieval(config: FinetuneConfig, result: FinetuneResult, names: Sequen
         names: of classes; a data set that has none of them is left out.
 
     Raises:
+        CheckpointError: if the artefact is not there any more.
         FileWriteError: if ``retrieval.json`` cannot be written to its folder.
     """
+    if not result.artefact.exists():
+        raise CheckpointError(
+            f"{result.artefact} was not kept, and the best images cannot be found without it"
+        )
     found: list[dict[str, Any]] = []
     models = {"before": _pretrained(config), "after": _tuned(config, result)}
     for spec in config.eval_data:
@@ -69,17 +77,20 @@ def save_retrieval(config: FinetuneConfig, result: FinetuneResult, names: Sequen
         dataset = drop_unreadable(dataset, show_progress=False)
         shown = [name for name in names if name in dataset.class_names]
         if shown:
-            best = {when: top_images(*model, dataset, config) for when, model in models.items()}
+            labels = [dataset.class_names.index(name) for name in shown]
+            best = {
+                when: top_images(*model, dataset, labels, config) for when, model in models.items()
+            }
             found += [
                 {
                     "data": spec,
                     "dataset": dataset.name,
                     "class": name,
-                    **{when: _described(dataset, name, best[when]) for when in best},
+                    **{when: _described(dataset, label, found[at]) for when, found in best.items()},
                 }
-                for name in shown
+                for at, (name, label) in enumerate(zip(shown, labels, strict=True))
             ]
-    write_json(result.output / RETRIEVAL, found)
+    write_json(result.output / RETRIEVAL, {"classes": list(names), "found": found})
 
 
 def read_retrieval(path: Path) -> list[dict[str, Any]]:
@@ -88,23 +99,39 @@ def read_retrieval(path: Path) -> list[dict[str, Any]]:
     Raises:
         CheckpointError: if the file is missing or broken.
     """
-    found: list[dict[str, Any]] = read_json(path)
-    require_form(found, _FORM, str(path))
+    content = read_json(path)
+    require_form(content, _FORM, str(path))
+    found: list[dict[str, Any]] = content["found"]
     return found
+
+
+def has_retrieval(folder: Path, names: Sequence[str]) -> bool:
+    """Whether a run's folder has the best images for these classes, or none are asked for.
+
+    Raises:
+        CheckpointError: if the file is broken.
+    """
+    path = folder / RETRIEVAL
+    if not names or not path.exists():
+        return not names
+    read_retrieval(path)
+    return bool(read_json(path)["classes"] == list(names))
 
 
 def top_images(
     clip: ClipModel,
     scores: Callable[[ClassPrompts], Scores],
     dataset: ImageDataset,
+    labels: Sequence[int],
     config: FinetuneConfig,
 ) -> list[list[int]]:
-    """For each class the positions of the images that score highest, best first.
+    """For each of these classes the positions of the images that score highest, best first.
 
     Args:
         clip: the model, on ``config.device``.
         scores: how it classifies, see :func:`saft_clip.evaluate.evaluate`.
-        dataset: N images of C classes.
+        dataset: N images.
+        labels: C of its classes.
         config: for precision and loading.
 
     Returns:
@@ -116,20 +143,19 @@ def top_images(
     )
     with torch.inference_mode(), autocast(config.precision, config.device):
         of = scores(ClassPrompts(dataset.class_names, dataset.templates, clip.tokenizer))
-        table = torch.cat([of(images).float().cpu() for images, _ in loader])
+        table = torch.cat([of(images)[:, list(labels)].float().cpu() for images, _ in loader])
     order = table.argsort(dim=0, descending=True, stable=True)[:TOP]
     return order.T.tolist()
 
 
-def _described(dataset: ImageDataset, name: str, best: list[list[int]]) -> list[dict[str, Any]]:
-    label = dataset.class_names.index(name)
+def _described(dataset: ImageDataset, label: int, best: list[int]) -> list[dict[str, Any]]:
     return [
         {
             "index": index,
             "right": int(dataset.labels[index]) == label,
             "picture": data_uri(dataset.open(index)),
         }
-        for index in best[label]
+        for index in best
     ]
 
 

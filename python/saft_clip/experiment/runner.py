@@ -14,10 +14,10 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
 import time
 import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import CancelledError
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -25,23 +25,26 @@ from typing import Any
 
 import torch
 
-from saft_clip.config import FinetuneConfig
 from saft_clip.console import console, progress, say, warn
 from saft_clip.domains.extras import require
-from saft_clip.errors import ConfigError
+from saft_clip.errors import CheckpointError, ConfigError
 from saft_clip.experiment.cells import Cell, Contest, final_cells, trial_cells
-from saft_clip.experiment.inputs import check_data
+from saft_clip.experiment.inputs import check_inputs
 from saft_clip.experiment.plan import Plan
 from saft_clip.experiment.record import FAILURES, PLAN, choose, failure_file
-from saft_clip.experiment.retrieval import RETRIEVAL, save_retrieval
+from saft_clip.experiment.retrieval import has_retrieval, save_retrieval
+from saft_clip.results import read_results
 from saft_clip.run_folder import RunFolder, write_json
 from saft_clip.run_lock import RunLock
 from saft_clip.train import Known, finetune
-from saft_kernels.errors import SaftError
+from saft_kernels.errors import FileWriteError, SaftError
 from saft_kernels.files import make_folder
 
+#: Of a whole model; not kept.
+_WEIGHTS = "model.safetensors"
 
-def run_experiment(plan: Plan, folder: Path, *, processes: int = 1, keep: bool = False) -> None:
+
+def run_experiment(plan: Plan, folder: Path, *, processes: int = 1, keep: bool = False) -> int:
     """Run every trial and cell that is not finished yet.
 
     A run that fails is recorded, and the others go on; it is tried again the next time. After an
@@ -53,50 +56,57 @@ def run_experiment(plan: Plan, folder: Path, *, processes: int = 1, keep: bool =
         processes: runs at the same time; each gets its share of the cores.
         keep: keep the weights of whole models that methods write, too.
 
+    Returns:
+        How many trials and cells failed.
+
     Raises:
         ConfigError: if the folder holds a run of ``saft finetune``.
-        DataError: if data that the plan names are missing or do not suit it.
+        ModelError, DataError: if what the plan names is missing or does not suit it.
         LockedError: if another process is at work in the folder.
         FileWriteError: if the folder cannot be written to.
         MissingExtraError: if the package that starts the processes is not installed.
-        KeyboardInterrupt: after Ctrl-C; a message has said how to go on.
+        KeyboardInterrupt: after Ctrl-C or SIGTERM; the same call goes on.
     """
     pool_module = require("pebble", "pebble", extra="lab", why="experiments")
+    require("scipy.stats", "scipy", extra="lab", why="experiments")  # which the answers need
     if RunFolder(folder).started():
         raise ConfigError(f"{folder} holds a run of saft finetune: give another --output")
-    check_data(plan)
+    check_inputs(plan)
     make_folder(folder)
     with RunLock(folder) as lock, _terminated_like_interrupted():
         lock.acquire()
         plan.save(folder / PLAN)
+        context = multiprocessing.get_context("spawn")
         pool = pool_module.ProcessPool(
             processes,
             initializer=_start_worker,
-            initargs=[max(1, _cores() // processes)],
-            context=multiprocessing.get_context("spawn"),
+            initargs=[max(1, _cores() // processes), gpus(), context.Value("i", 0), os.getpid()],
+            context=context,
         )
         try:
-            _run_all(pool, plan, folder, keep)
+            failed = _run_all(pool, plan, folder, keep)
             pool.close()
         except BaseException:
             pool.stop()
             raise
         finally:
             pool.join()
+    return failed
 
 
-def _run_all(pool: Any, plan: Plan, folder: Path, keep: bool) -> None:
+def _run_all(pool: Any, plan: Plan, folder: Path, keep: bool) -> int:
     trials = list(trial_cells(plan, folder))
-    _run_cells(pool, "trials", trials, folder, keep=False)
+    failed = _run_cells(pool, "trials", trials, folder, keep=False)
     chosen = choose(trials)
     _say_untuned(trials, chosen)
     cells = list(final_cells(plan, folder, chosen))
-    failed = _run_cells(pool, "cells", cells, folder, keep)
+    failed += _run_cells(pool, "cells", cells, folder, keep)
     if failed:
         warn(
-            f"{failed} of {len(cells)} cells failed, see {folder / FAILURES}; the same command "
-            "tries them again"
+            f"{failed} of {len(trials) + len(cells)} runs failed, see {folder / FAILURES}; the "
+            "same command tries them again"
         )
+    return failed
 
 
 def _say_untuned(trials: Sequence[Cell], chosen: Mapping[Contest, Any]) -> None:
@@ -107,10 +117,12 @@ def _say_untuned(trials: Sequence[Cell], chosen: Mapping[Contest, Any]) -> None:
 
 def _run_cells(pool: Any, what: str, cells: Sequence[Cell], folder: Path, keep: bool) -> int:
     """Run what is missing; the number of those that failed."""
-    missing = [cell for cell in cells if not _is_done(cell)]
-    for cell in cells:
-        if cell not in missing:  # by a plan that asked for other settings
-            failure_file(folder, cell.name).unlink(missing_ok=True)
+    done = {cell.name for cell in cells if _is_done(cell)}
+    missing = [cell for cell in cells if cell.name not in done]
+    for name in done:
+        failure_file(folder, name).unlink(missing_ok=True)  # of another plan
+        if not keep:  # left by a process that was killed
+            (folder / name / _WEIGHTS).unlink(missing_ok=True)
     if len(missing) < len(cells):
         say(f"{len(cells) - len(missing)} of {len(cells)} {what} are there already")
     futures = {
@@ -133,11 +145,12 @@ def _run_cells(pool: Any, what: str, cells: Sequence[Cell], folder: Path, keep: 
 
 
 def _is_done(cell: Cell) -> bool:
-    """Whether it has run, with the settings that the plan asks for now."""
-    folder = RunFolder(cell.config.output)
-    if not folder.complete() or cell.config.differences(FinetuneConfig.load(folder.config)):
+    """Whether nothing is missing; what is broken is run, and says so."""
+    try:
+        read_results(cell.folder.results)
+        return cell.finished() and has_retrieval(cell.folder.path, cell.retrieval)
+    except SaftError:
         return False
-    return not cell.retrieval or (folder.path / RETRIEVAL).exists()
 
 
 def _as_they_end(futures: Iterable[Any]) -> Iterator[Any]:
@@ -151,34 +164,47 @@ def _as_they_end(futures: Iterable[Any]) -> Iterator[Any]:
 
 
 def _record_failure(file: Path, cell: Cell, error: BaseException) -> None:
-    if isinstance(error, CancelledError):
-        raise KeyboardInterrupt
     expected = isinstance(error, SaftError)
     message = str(error) if expected else _why(error)
-    make_folder(file.parent)
-    write_json(
-        file,
-        {
-            "cell": cell.name,
-            "command": cell.config.command(),
-            "error": message,
-            "traceback": None if expected else _traceback(error),
-        },
-    )
+    if isinstance(error, CheckpointError | ConfigError) and cell.folder.started():
+        message += f" (in an experiment: remove {cell.folder.path}, and it is run again)"
     warn(f"{cell.name} failed: {' '.join(message.split())}")
+    try:
+        make_folder(file.parent)
+        write_json(
+            file,
+            {
+                "cell": cell.name,
+                "command": cell.config.command(),
+                "error": message,
+                "traceback": None if expected else _traceback(error),
+            },
+        )
+    except FileWriteError as refused:  # the others may still have what they need
+        warn(str(refused))
 
 
 def _why(error: BaseException) -> str:
     code = getattr(error, "exitcode", None)
     if code is None:
         return f"{type(error).__name__}: {error}"
-    how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-    return f"its process died ({how}), as happens when memory runs out"
+    if code == -signal.SIGKILL:
+        return "its process was killed (SIGKILL), as happens when memory runs out"
+    how = f"signal {-code}" if code < 0 else f"exit code {code}"
+    return f"its process died ({how})"
 
 
 def _traceback(error: BaseException) -> str:
     remote = getattr(error, "traceback", None)
     return str(remote) if remote else "".join(traceback.format_exception(error))
+
+
+def gpus() -> list[str]:
+    """The GPUs that processes take turns with, as ``CUDA_VISIBLE_DEVICES`` calls them."""
+    allowed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if allowed is not None:
+        return [name for name in allowed.split(",") if name.strip()]
+    return [str(number) for number in range(torch.cuda.device_count())]
 
 
 def _cores() -> int:
@@ -211,8 +237,21 @@ def _terminated_like_interrupted() -> Iterator[None]:
 _known: Known = {}
 
 
-def _start_worker(threads: int) -> None:
+def _start_worker(threads: int, devices: Sequence[str], started: Any, parent: int) -> None:
+    """Prepare a process: its share of the cores, a GPU in turn, and an end with its parent."""
     torch.set_num_threads(threads)
+    with started.get_lock():
+        number, started.value = started.value, started.value + 1
+    if devices:  # before anything looks at the GPUs
+        os.environ["CUDA_VISIBLE_DEVICES"] = devices[number % len(devices)]
+    threading.Thread(target=_end_with, args=[parent], daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    """A process whose parent was killed would go on, and keep its lock and its GPU."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 def _work(cell: Cell, log: Path, keep: bool) -> None:
@@ -224,4 +263,6 @@ def _work(cell: Cell, log: Path, keep: bool) -> None:
         if cell.retrieval:
             save_retrieval(cell.config, result, cell.retrieval)
     if not keep:
-        (result.output / "model.safetensors").unlink(missing_ok=True)
+        (result.output / _WEIGHTS).unlink(missing_ok=True)
+    if torch.cuda.is_initialized():  # what the next run of another process may need
+        torch.cuda.empty_cache()

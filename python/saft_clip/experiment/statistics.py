@@ -48,8 +48,11 @@ def p_value(ours: Mapping[Any, float], theirs: Mapping[Any, float]) -> float | N
 
     Pairs are values with the same key (seed and data set). If neither method were better, each
     difference could as well have the other sign (Good 2005, "Permutation, Parametric and Bootstrap
-    Tests of Hypotheses"). All signs are tried for up to 13 pairs, 9,999 random ones for more. Pairs
-    of one data set are taken for independent, which they are not quite: they share its images.
+    Tests of Hypotheses"). All signs are tried for up to 13 pairs, 9,999 random ones for more.
+
+    It says whether a difference on *these* data sets would be seen with other seeds, too: a method
+    that is better on some of them and worse on others has differences that are no chance. It does
+    not say what would be found on other data sets, of which there are far fewer than pairs.
 
     Returns:
         The p-value; None if no two values can be paired.
@@ -72,6 +75,11 @@ def p_value(ours: Mapping[Any, float], theirs: Mapping[Any, float]) -> float | N
         rng=np.random.default_rng(0),
     )
     return float(found.pvalue)
+
+
+def above(ours: Mapping[Any, float], theirs: Mapping[Any, float]) -> bool:
+    """Whether the mean of the paired differences is above 0."""
+    return math.fsum(ours[key] - theirs[key] for key in ours if key in theirs) > 0
 
 
 def holm(p_values: Mapping[Any, float]) -> dict[Any, float]:

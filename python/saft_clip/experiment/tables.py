@@ -11,7 +11,14 @@ from saft_clip.data import distinct_names
 from saft_clip.experiment.cells import tasks
 from saft_clip.experiment.protocols import Task, find_protocol
 from saft_clip.experiment.record import Record, Row
-from saft_clip.experiment.statistics import Estimate, estimate, harmonic_mean, holm, p_value
+from saft_clip.experiment.statistics import (
+    Estimate,
+    above,
+    estimate,
+    harmonic_mean,
+    holm,
+    p_value,
+)
 from saft_clip.methods import find
 
 #: A difference is marked if its p-value, with Holm's correction, is below this.
@@ -211,11 +218,11 @@ def _compare(
             if name != theirs and (p := p_value(pairs[name], pairs[theirs])) is not None
         }
         for name, p in holm(raw).items():
-            value, other = values[name], values[theirs]
-            if value is not None and other is not None:
+            value = values[name]
+            if value is not None:
                 value.p_values[reference] = p
                 if p < SIGNIFICANCE:
-                    value.signs[reference] = 1 if value.estimate.mean > other.estimate.mean else -1
+                    value.signs[reference] = 1 if above(pairs[name], pairs[theirs]) else -1
 
 
 @dataclass(frozen=True)
@@ -229,8 +236,6 @@ class Cost:
         step_seconds: median over runs of the median step; None where nothing is trained.
         peak_memory: bytes, median over runs; None where nobody knows.
         artefact: bytes of the file to ship.
-        lr: learning rate.
-        density: of sparse methods.
     """
 
     method: str
@@ -250,15 +255,15 @@ def cost_table(record: Record, model: str) -> list[Cost]:
         ]
         if not runs:
             continue
-        first = runs[0].results
+        trained = _median(run.results["trained"] for run in runs) or 0
         lines.append(
             Cost(
                 entry.name,
-                first["trained"],
-                first["trained"] / first["parameters"],
+                int(trained),
+                trained / runs[0].results["parameters"],
                 _median(run.results["cost"]["step_seconds"] for run in runs),
                 _median(run.results["cost"]["peak_memory_bytes"] for run in runs),
-                first["artefact_bytes"],
+                int(_median(run.results["artefact_bytes"] for run in runs) or 0),
             )
         )
     return lines
