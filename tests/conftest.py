@@ -34,7 +34,7 @@ IMPLEMENTATIONS = (
 _NOT_INTERPRETED = {torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2}
 
 #: The interpreter takes a second for what the simulator, which runs all cases, does in a blink.
-_INTERPRETED_CASES = 2
+_INTERPRETED_CASES = 1
 
 
 def pytest_configure(config: pytest.Config) -> None:

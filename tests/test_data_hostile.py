@@ -142,7 +142,7 @@ def test_lists_beside_images(tmp_path, name):
     assert outcomes == {True, False}
 
 
-@pytest.mark.parametrize("path", ["b\0.png", "\ud800.png", "b" * 5000, "../../../../etc/passwd"])
+@pytest.mark.parametrize("path", ["b\0.png", "\ud800.png", "b" * 5000, "../" * 20 + "etc/passwd"])
 def test_paths_that_no_file_can_have(tmp_path, path):
     write_image(tmp_path / "a.png")
     file = tmp_path / "split.json"
