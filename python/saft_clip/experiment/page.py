@@ -17,7 +17,13 @@ from saft_clip.experiment.paper import PAPER
 from saft_clip.experiment.protocols import find_protocol
 from saft_clip.experiment.record import PLAN, Record, Run, read_record
 from saft_clip.experiment.retrieval import RETRIEVAL, read_retrieval
-from saft_clip.experiment.tables import Table, accuracy_tables, cost_table, names_of
+from saft_clip.experiment.tables import (
+    Table,
+    accuracy_tables,
+    cost_table,
+    images_per_class,
+    names_of,
+)
 from saft_clip.report import file_size, write_page
 from saft_clip.results import KINDS
 from saft_kernels.files import atomic_write
@@ -102,7 +108,7 @@ def page_content(record: Record, tables: list[Table]) -> dict[str, Any]:
                 *("--output", str(record.folder)),
             )
         ),
-        "shots": f"{shots} images per class" if shots else "all images",
+        "shots": images_per_class(shots),
         "untuned": len(record.untuned),
     }
 

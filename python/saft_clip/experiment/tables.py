@@ -96,7 +96,7 @@ def accuracy_tables(record: Record) -> list[Table]:
 def _tables_of(record: Record, model: str, shots: int) -> Iterable[Table]:
     plan, all_tasks = record.plan, tasks(record.plan)
     rows = [row for row in record.rows if (row.model, row.shots) == (model, shots)]
-    images = f"{shots} images per class" if shots else "all images"
+    images = images_per_class(shots)
     names = names_of(record)
     if len(all_tasks) > 1:
         title = f"{find_protocol(plan.protocol).title}: {model}, {images}, all {len(all_tasks)}"
@@ -104,6 +104,11 @@ def _tables_of(record: Record, model: str, shots: int) -> Iterable[Table]:
     for task in all_tasks:
         title = f"{names[task.train]}: {model}, {images}"
         yield _table(record, title, model, shots, rows, _task_columns(record, task, names))
+
+
+def images_per_class(shots: int) -> str:
+    """For people; 0 is all of them."""
+    return f"{shots} image{'s' if shots > 1 else ''} per class" if shots else "all images"
 
 
 def names_of(record: Record) -> dict[str, str]:
