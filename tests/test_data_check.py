@@ -188,3 +188,8 @@ def test_a_corrupted_copy_of_the_same_split_is_no_duplicate(pets, capsys):
     here, *_ = problems(pets, f"{pets}/../pets#fog:1", decode=False)
     assert "(train) are in" in here
     assert problems(pets, pets, decode=False) == [here, here]
+
+
+def test_what_is_wrong_with_all_splits_is_said_once():
+    found = check_data(["builtin:mnist#fog:9"], show_progress=False).problems
+    assert found == ["the severity of fog must be 1 to 5, not 9"]

@@ -25,7 +25,7 @@ from saft_clip.experiment.cells import final_cells, trial_cells
 from saft_clip.experiment.inputs import check_inputs
 from saft_clip.experiment.page import write_answers
 from saft_clip.experiment.plan import Plan
-from saft_clip.experiment.record import read_record
+from saft_clip.experiment.record import failure_file, read_record
 from saft_clip.experiment.retrieval import read_retrieval
 from saft_clip.experiment.runner import gpus, run_experiment
 from saft_clip.run_lock import RunLock
@@ -261,6 +261,15 @@ def test_a_broken_cell_is_said_and_the_others_are_shown(tmp_path, capsys):
     assert "results.json is broken" in str(record.failures)
     assert run_experiment(record.plan, tmp_path) == 2
     assert "remove" in capsys.readouterr().err
+
+
+def test_an_error_of_any_length_is_kept_and_shown(tmp_path):
+    quick().save(tmp_path / "plan.yaml")
+    cell = next(iter(final_cells(quick(), tmp_path, {})))
+    runner._record_failure(failure_file(tmp_path, cell.name), cell, ValueError("x" * 100_000))
+    (failure,) = read_record(tmp_path).failures
+    assert failure["error"].startswith("ValueError: xxx")
+    assert "xxx" in failure["traceback"]
 
 
 def test_processes_take_turns_with_the_gpus(monkeypatch):

@@ -35,6 +35,7 @@ from torch import Tensor
 from saft_clip.batches import TrainingBatches, ordered_batches
 from saft_clip.config import FinetuneConfig
 from saft_clip.console import console, output, progress, say
+from saft_clip.cores import usable_cores
 from saft_clip.data import ImageDataset, few_shot, load_dataset
 from saft_clip.demo_page import SUMMARY, summary_table, write_demo_page
 from saft_clip.domains import DOMAINS, domain_splits
@@ -364,7 +365,7 @@ def _workers(
 ) -> Iterator[ProcessPoolExecutor]:
     """One process per core with one thread each: a model this small gains nothing from threads."""
     pool = ProcessPoolExecutor(
-        min(_cores(), number_of_trials(plan)),
+        min(usable_cores(), number_of_trials(plan)),
         multiprocessing.get_context("spawn"),
         _start_worker,
         (folder, plan, data),
@@ -384,12 +385,6 @@ def _workers(
         raise
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _cores() -> int:
-    """How many this process may use, where the system tells."""
-    allowed = getattr(os, "sched_getaffinity", None)
-    return len(allowed(0)) if allowed else os.cpu_count() or 1
 
 
 @contextmanager

@@ -164,7 +164,8 @@ def _parts(facts: SpecFacts, problems: list[str]) -> Iterator[_Part]:
         try:
             dataset = load_dataset(facts.spec, "test" if split == ALL else split, _as_it_is)
         except SaftError as error:
-            problems.append(_sentence(error))
+            if (sentence := _sentence(error)) not in problems:  # the same is wrong with each split
+                problems.append(sentence)
             continue
         facts.name, facts.classes = dataset.name, dataset.class_names
         facts.templates = dataset.templates

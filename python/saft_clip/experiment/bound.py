@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from saft_clip.experiment.cells import Contest
+from saft_clip.experiment.protocols import OWN
 from saft_clip.experiment.record import Record, Row, Run
 from saft_clip.experiment.statistics import Estimate, estimate
 from saft_clip.methods import find
@@ -30,8 +31,6 @@ _BITS = 32
 
 #: Methods whose mask depends on the data: it is a part of the description.
 _SELECTING = ("saft", "saft-fisher")
-
-_OWN = ("in", "source", "base")
 
 
 @dataclass(frozen=True)
@@ -115,5 +114,5 @@ def _gap(record: Record, runs: list[Run]) -> Gap | None:
 def _differences(rows: Sequence[Row]) -> Iterator[float]:
     training = {row.seed: row.top1 for row in rows if row.role == "train"}
     for row in rows:
-        if row.role in _OWN and row.seed in training:
+        if row.role in OWN and row.seed in training:
             yield training[row.seed] - row.top1

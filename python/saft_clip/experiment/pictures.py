@@ -11,12 +11,10 @@ from matplotlib.figure import Figure
 
 from saft_clip.experiment.bound import Gap
 from saft_clip.experiment.cells import tasks
+from saft_clip.experiment.protocols import OTHERS, OWN
 from saft_clip.experiment.record import Record, Row
 from saft_clip.experiment.statistics import Estimate, estimate
 from saft_clip.figures import PLACEHOLDERS, figure, inline_svg, shortened, show_percent
-
-_OWN = ("in", "source", "base")
-_OTHER = ("shifted", "target", "new")
 
 #: What a method looks like in every figure; methods beyond those share colours, not markers.
 _FIXED = {"saft": ("after", "o"), "full": ("s2", "s"), "zero-shot": ("before", "D")}
@@ -74,15 +72,15 @@ def tradeoff_figure(record: Record, model: str, shots: int) -> str:
     """
     with figure(8.9, 4.6) as (drawing, axes):
         for name, look in looks(record).items():
-            own = _over_seeds(record, model, name, shots, _OWN)
-            other = _over_seeds(record, model, name, shots, _OTHER)
+            own = _over_seeds(record, model, name, shots, OWN)
+            other = _over_seeds(record, model, name, shots, OTHERS)
             _draw_way(axes, record, model, name, shots, look)
             if own is not None and other is not None:
                 axes.errorbar(
                     own.mean, other.mean, _error(other), _error(own), label=_labelled(name),
                     markersize=7, linestyle="none", elinewidth=1, zorder=3, **look,
                 )  # fmt: skip
-        names = {role for row in record.rows if (role := row.role) in _OTHER}
+        names = {role for row in record.rows if (role := row.role) in OTHERS}
         axes.set(xlabel="accuracy in distribution", ylabel=f"accuracy, {_elsewhere(names)}")
         show_percent(axes.xaxis)
         show_percent(axes.yaxis)
@@ -98,7 +96,7 @@ def _draw_way(
     points = []
     for alpha in alphas:
         here = [row for row in rows if row.alpha == alpha]
-        own, other = (_mean_over_seeds(record, here, roles) for roles in (_OWN, _OTHER))
+        own, other = (_mean_over_seeds(record, here, roles) for roles in (OWN, OTHERS))
         if own is not None and other is not None:
             points.append((own.mean, other.mean))
     if points:
@@ -183,7 +181,7 @@ _LEAST = 1e-3
 
 def _panels(record: Record) -> list[tuple[str, tuple[str, ...]]]:
     roles = {row.role for row in record.rows}
-    panels = [("in distribution", _OWN), (_elsewhere(roles), _OTHER)]
+    panels = [("in distribution", OWN), (_elsewhere(roles), OTHERS)]
     return [(title, which) for title, which in panels if roles & set(which)]
 
 

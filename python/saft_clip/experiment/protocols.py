@@ -15,6 +15,10 @@ from saft_clip.data import BUILTIN, divided, parse_spec, resolved
 from saft_clip.errors import ConfigError
 from saft_kernels.untrusted import shown
 
+#: Roles of what was trained on, and of everything else.
+OWN = ("in", "source", "base")
+OTHERS = ("shifted", "target", "new")
+
 
 @dataclass(frozen=True)
 class Task:

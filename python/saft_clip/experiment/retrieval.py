@@ -99,10 +99,14 @@ def read_retrieval(path: Path) -> list[dict[str, Any]]:
     Raises:
         CheckpointError: if the file is missing or broken.
     """
-    content = read_json(path)
-    require_form(content, _FORM, str(path))
-    found: list[dict[str, Any]] = content["found"]
+    found: list[dict[str, Any]] = _content(path)["found"]
     return found
+
+
+def _content(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = read_json(path)
+    require_form(content, _FORM, str(path))
+    return content
 
 
 def has_retrieval(folder: Path, names: Sequence[str]) -> bool:
@@ -114,8 +118,7 @@ def has_retrieval(folder: Path, names: Sequence[str]) -> bool:
     path = folder / RETRIEVAL
     if not names or not path.exists():
         return not names
-    read_retrieval(path)
-    return bool(read_json(path)["classes"] == list(names))
+    return bool(_content(path)["classes"] == list(names))
 
 
 def top_images(

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 
 from saft_clip.console import console, progress, say, warn
+from saft_clip.cores import usable_cores
 from saft_clip.domains.extras import require
 from saft_clip.errors import CheckpointError, ConfigError
 from saft_clip.experiment.cells import Cell, Contest, final_cells, trial_cells
@@ -39,6 +40,9 @@ from saft_clip.run_lock import RunLock
 from saft_clip.train import Known, finetune
 from saft_kernels.errors import FileWriteError, SaftError
 from saft_kernels.files import make_folder
+
+#: Characters that are kept of an error: the page takes no more.
+_MOST = 5_000
 
 #: Of a whole model; not kept.
 _WEIGHTS = "model.safetensors"
@@ -80,7 +84,12 @@ def run_experiment(plan: Plan, folder: Path, *, processes: int = 1, keep: bool =
         pool = pool_module.ProcessPool(
             processes,
             initializer=_start_worker,
-            initargs=[max(1, _cores() // processes), gpus(), context.Value("i", 0), os.getpid()],
+            initargs=[
+                max(1, usable_cores() // processes),
+                gpus(),
+                context.Value("i", 0),
+                os.getpid(),
+            ],
             context=context,
         )
         try:
@@ -176,8 +185,8 @@ def _record_failure(file: Path, cell: Cell, error: BaseException) -> None:
             {
                 "cell": cell.name,
                 "command": cell.config.command(),
-                "error": message,
-                "traceback": None if expected else _traceback(error),
+                "error": message[:_MOST],
+                "traceback": None if expected else _traceback(error)[-_MOST:],
             },
         )
     except FileWriteError as refused:  # the others may still have what they need
@@ -205,12 +214,6 @@ def gpus() -> list[str]:
     if allowed is not None:
         return [name for name in allowed.split(",") if name.strip()]
     return [str(number) for number in range(torch.cuda.device_count())]
-
-
-def _cores() -> int:
-    """How many this process may use, where the system tells."""
-    allowed = getattr(os, "sched_getaffinity", None)
-    return len(allowed(0)) if allowed else os.cpu_count() or 1
 
 
 @contextmanager
