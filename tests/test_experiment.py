@@ -370,6 +370,11 @@ def test_few_pairs_are_not_significant():
     assert table.rows["saft"][0].p_values["full"] >= 0.25
 
 
+def test_one_seed_says_nothing_of_others():
+    (table,) = accuracy_tables(made_record(seeds=1))
+    assert all(value.p_values == {} for values in table.rows.values() for value in values)
+
+
 def test_a_table_of_base_and_new_classes():
     record = made_record(protocol="base-to-new", evaluate=[], train=["builtin:mnist", "builtin:x"])
     summary, first, second = accuracy_tables(record)

@@ -207,6 +207,8 @@ def _compare(
     column: Column,
 ) -> None:
     """Find what is significantly above or below the references, paired over seeds and data sets."""
+    if len(record.plan.seeds) < 2:
+        return  # nothing is known of other seeds
     pairs = {
         name: {key: top1 for key, top1 in found[name].items() if key[1] in column.places}
         for name in values
