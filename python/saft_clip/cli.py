@@ -209,7 +209,7 @@ def select(
         workers=workers,
         augment=False,
     )
-    select_command(config, score, output)
+    select_command(config, density, score, output)
 
 
 @app.command()

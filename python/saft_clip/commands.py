@@ -131,7 +131,7 @@ def _remark(evaluation: Mapping[str, Any]) -> str:
 
 
 @explained_shortages()
-def select_command(config: FinetuneConfig, score: str, file: Path) -> CooMask:
+def select_command(config: FinetuneConfig, density: float, score: str, file: Path) -> CooMask:
     """Select a mask on the training images, as ``saft finetune`` does, and save it."""
     require_writable(file)
     clip = load_base(config)
@@ -144,7 +144,7 @@ def select_command(config: FinetuneConfig, score: str, file: Path) -> CooMask:
             clip.model,
             lambda model, batch: method.loss(*batch),
             batches,
-            density=config.density,
+            density=density,
             score=score,  # type: ignore[arg-type]  # select() itself checks it
             exclude=FROZEN,
             progress=lambda done, total, what: advance(),

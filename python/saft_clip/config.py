@@ -19,7 +19,7 @@ from contextlib import suppress
 from dataclasses import Field, dataclass, field, fields, replace
 from pathlib import Path
 from types import UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -33,6 +33,9 @@ _MAX_FILE = 1 << 16
 _MAX_DEPTH = 10
 
 PAPER, OURS, TORCH = "the paper's", "ours", "torch's"
+
+#: Of ``--density``: one of several, chosen on validation images (:mod:`saft_clip.auto_density`).
+AUTO = "auto"
 
 GRADIENTS = ("dense", "streamed", "sampled")
 OPTIMIZERS = ("adamw", "sgd")
@@ -129,8 +132,13 @@ class FinetuneConfig:
     )
 
     method: str = option("saft", f"what is trained and how: {', '.join(METHODS)}")
-    density: float = option(
-        1e-3, "share of the parameters that saft selects", above=0, at_most=1, source=PAPER
+    density: float | Literal["auto"] = option(
+        1e-3,
+        "share of the parameters that saft selects; auto tries several, and takes what is best on "
+        "validation images",
+        above=0,
+        at_most=1,
+        source=PAPER,
     )
     mask: str | None = option(
         None,
@@ -248,6 +256,14 @@ class FinetuneConfig:
             _check_choices(item.name, value, item.metadata.get("choices"))
         if self.alphas and self.alpha is None:
             raise ConfigError(_no_such_setting("alpha", method.name))
+        if self.density == AUTO and not method.selects:
+            selecting = ", ".join(entry.name for entry in METHODS.values() if entry.selects)
+            raise ConfigError(
+                f"--method {method.name} selects nothing, so that there is no density for auto to "
+                f"choose: that is for {selecting}"
+            )
+        if self.density == AUTO and self.mask is not None:
+            raise ConfigError("--mask has a density, so that there is none for auto to choose")
 
     @property
     def weights(self) -> str | None:
@@ -303,7 +319,7 @@ class FinetuneConfig:
             raise ConfigError(f"{source} does not say what to train on (train_data)")
         hints = get_type_hints(cls)
         try:
-            return cls(**{name: _from_yaml(value, hints[name]) for name, value in values.items()})
+            return cls(**{name: as_typed(value, hints[name]) for name, value in values.items()})
         except ConfigError as error:
             raise ConfigError(f"{source} is wrong: {error}") from error
 
@@ -422,11 +438,11 @@ def _flag(name: str, value: Any) -> list[str]:
     return [f"--{dashed(name)}", str(value)]
 
 
-def _from_yaml(value: Any, hint: Any) -> Any:
+def as_typed(value: Any, hint: Any) -> Any:
     """Lists become tuples; ``5e-6``, which YAML takes for text, becomes a number."""
     if isinstance(value, list):
         kind = get_args(hint)[0] if get_origin(hint) is tuple else None
-        return tuple(_from_yaml(one, kind) for one in value)
+        return tuple(as_typed(one, kind) for one in value)
     if isinstance(value, str) and (hint is float or float in get_args(hint)):
         with suppress(ValueError):
             return float(value)
@@ -439,9 +455,15 @@ def _check_type(name: str, value: Any, hint: Any) -> None:
         raise ConfigError(f"--{dashed(name)} cannot be {found}: it must be {_describe(hint)}")
 
 
+#: ``a | b`` is a Union where one of them is a Literal.
+_UNIONS = (UnionType, Union)
+
+
 def _is_a(value: Any, hint: Any) -> bool:
-    if isinstance(hint, UnionType):
+    if get_origin(hint) in _UNIONS:
         return any(_is_a(value, one) for one in get_args(hint))
+    if get_origin(hint) is Literal:
+        return isinstance(value, str) and value in get_args(hint)
     if get_origin(hint) is tuple:
         return isinstance(value, tuple) and all(_is_a(one, get_args(hint)[0]) for one in value)
     if hint is float:
@@ -453,15 +475,17 @@ def _is_a(value: Any, hint: Any) -> bool:
 
 def _describe(hint: Any) -> str:
     names = {float: "a number", int: "a whole number", bool: "true or false", str: "text"}
-    if isinstance(hint, UnionType):
+    if get_origin(hint) in _UNIONS:
         return " or ".join(_describe(one) for one in get_args(hint) if one is not type(None))
+    if get_origin(hint) is Literal:
+        return " or ".join(get_args(hint))
     if get_origin(hint) is tuple:
         return "a list of numbers" if get_args(hint)[0] is float else "a list of texts"
     return names[hint]
 
 
 def _check_limits(name: str, value: Any, limits: dict[str, float | None]) -> None:
-    if value is None:
+    if value is None or isinstance(value, str):
         return
     if isinstance(value, float) and math.isinf(value):
         raise ConfigError(f"--{dashed(name)} must be finite, not {value}")

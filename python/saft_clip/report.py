@@ -104,6 +104,7 @@ def page_content(
         "accuracy_note": _accuracy_note(results),
         "accuracy": Markup(figures.accuracy_figure(rows)) if rows else "",
         "curves": Markup(figures.curves_figure(metrics)) if trained else "",
+        "densities": results["density_trials"],
         "blocks": Markup(_blocks(results["blocks"])),
         "blocks_note": _blocks_note(config, results),
         "kinds": _kind_rows(results["blocks"]),
@@ -304,6 +305,10 @@ def _settings(config: FinetuneConfig, results: Mapping[str, Any]) -> list[tuple[
     for item in fields(config):  # what this method has no use for
         if item.metadata.get("by_method") and values[item.name] is None:
             del values[item.name]
+    for trial in results["density_trials"]:
+        if trial["chosen"]:
+            values["density"] = f"{trial['density']:g} (chosen by auto)"
+            values["lr"] = f"{trial['lr']:.3g} ({values['lr']:g} at density 0.001)"
     if config.mask is not None:  # --density had no say
         share = results["trained"] / results["parameters"]
         values["density"] = f"{share:.3g} (of the given mask)"

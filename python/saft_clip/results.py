@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from saft_clip.auto_density import DENSITY_TRIALS
 from saft_clip.errors import CheckpointError
 from saft_clip.forms import (
     Form,
@@ -57,6 +58,7 @@ _FORM: Form = {
         }
     ],
     **{"seconds": {str: is_number}, "environment": {str: is_text}},
+    "density_trials": DENSITY_TRIALS,
     "cost": {"step_seconds": optional(is_number), "peak_memory_bytes": optional(is_count)},
 }
 
@@ -68,6 +70,8 @@ def read_results(path: Path) -> dict[str, Any]:
         CheckpointError: if the file is missing, broken, or not what this release writes.
     """
     results: dict[str, Any] = read_json(path)
+    if isinstance(results, dict):
+        results.setdefault("density_trials", [])  # which releases before had not
     require_form(results, _FORM, str(path))
     specs = {when: set[str]() for when in WHEN}
     for line in results["evaluations"]:

@@ -3,6 +3,7 @@
 =================== ==========================================================================
 config.yaml         the settings
 inputs.json         fingerprints of the data and the pretrained weights
+density/            the trials of ``--density auto``, each in a folder of its own
 mask.safetensors    the selected entries (saft and other sparse methods)
 probe.safetensors   the first classifier (lp-ft)
 metrics.jsonl       one line per step and evaluation
@@ -37,10 +38,13 @@ from saft_kernels.untrusted import parse_json, shown
 #: The classifier that lp-ft trains first; a run that is stopped later finds it here.
 PROBE = "probe.safetensors"
 
+#: The trials of ``--density auto``.
+TRIALS = "density"
+
 _OURS = (
     *("config.yaml", "inputs.json", "mask.safetensors", "metrics.jsonl", "results.json"),
     *("delta.safetensors", "model.safetensors", "adapter.safetensors", PROBE),
-    *("report.html", "demo.json"),
+    *("report.html", "demo.json", TRIALS),
 )
 
 
@@ -112,11 +116,16 @@ class RunFolder:
         # The one that makes it a run last.
         for path in (self.path / PROBE, self.metrics, self.inputs, self.config):
             path.unlink(missing_ok=True)
-        shutil.rmtree(self.checkpoints, ignore_errors=True)
+        for folder in (self.checkpoints, self.path / TRIALS):
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _has_results(self) -> bool:
-        """Whether something has been selected or trained here."""
-        return (self.path / "mask.safetensors").exists() or any(self.checkpoints.glob("*"))
+        """Whether something has been selected or trained here, in a trial maybe."""
+        return (
+            (self.path / "mask.safetensors").exists()
+            or any(self.checkpoints.glob("*"))
+            or any(RunFolder(trial)._has_results() for trial in (self.path / TRIALS).glob("*"))
+        )
 
     def start(self, config: FinetuneConfig, inputs: dict[str, dict[str, Any]]) -> None:
         """Lock the folder and write settings and fingerprints, or compare those of a resumed run.

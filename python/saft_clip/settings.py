@@ -6,13 +6,15 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
 from rich.markup import escape
 
-from saft_clip.config import FinetuneConfig, dashed
+from saft_clip.config import FinetuneConfig, as_typed, dashed
 from saft_clip.errors import ConfigError
+
+_HINTS = get_type_hints(FinetuneConfig)
 
 #: Headings of the help page, by the first option under each.
 _PANELS = {
@@ -46,7 +48,11 @@ def run_with_settings(
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
     def command(config: Path | None = None, **options: Any) -> None:
-        given = {key: _as_field(value) for key, value in options.items() if value not in (None, [])}
+        given = {
+            key: as_typed(value, _HINTS[key])
+            for key, value in options.items()
+            if value not in (None, [])
+        }
         run(_configure(config, given))
 
     command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
@@ -65,10 +71,6 @@ def _configure(file: Path | None, given: dict[str, Any]) -> FinetuneConfig:
     if "train_data" not in given:
         raise ConfigError("nothing to train on: give --train-data, or a --config that names it")
     return FinetuneConfig(**given)
-
-
-def _as_field(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
 
 
 def _fields_with_panels() -> Iterator[tuple[Field[Any], str]]:
@@ -92,10 +94,11 @@ def _config_option() -> inspect.Parameter:
 
 def _option(item: Field[Any], panel: str) -> inspect.Parameter:
     """A field as an option that is None unless the user gives it."""
-    kind = _plain_type(get_type_hints(FinetuneConfig)[item.name])
+    kind = _plain_type(_HINTS[item.name])
     flag = f"--{dashed(item.name)}"
     info = typer.Option(
         f"{flag}/--no-{dashed(item.name)}" if item.default is True else flag,
+        metavar=_metavar(_HINTS[item.name]),
         help=escape(item.metadata["help"] + _default(item)),
         rich_help_panel=panel,
     )
@@ -108,11 +111,21 @@ def _option(item: Field[Any], panel: str) -> inspect.Parameter:
 
 
 def _plain_type(hint: Any) -> Any:
-    """``str | None`` -> str; ``tuple[str, ...]`` -> list[str]."""
+    """``str | None`` -> str; ``tuple[str, ...]`` -> list[str]; a number or a word -> str."""
     if get_origin(hint) is tuple:
         return list[get_args(hint)[0]]  # type: ignore[misc]
+    if any(get_origin(kind) is Literal for kind in get_args(hint)):
+        return str
     kinds = [kind for kind in get_args(hint) if kind is not type(None)]
     return kinds[0] if kinds else hint
+
+
+def _metavar(hint: Any) -> str | None:
+    """What a number or a word is called; all others Typer knows."""
+    words = [
+        word for kind in get_args(hint) if get_origin(kind) is Literal for word in get_args(kind)
+    ]
+    return " or ".join(["<float>", *words]) if words else None
 
 
 def _default(item: Field[Any]) -> str:

@@ -7,7 +7,7 @@ import json
 import math
 import shlex
 import time
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,9 +16,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from saft_clip.auto_density import (
+    DensityTrial,
+    chosen_config,
+    no_validation_images,
+    to_dicts,
+    try_densities,
+)
 from saft_clip.batches import TrainingBatches, ordered_batches
 from saft_clip.checkpoint import find_checkpoints, load_latest, save_checkpoint
-from saft_clip.config import FinetuneConfig
+from saft_clip.config import AUTO, FinetuneConfig
 from saft_clip.console import progress, say, warn
 from saft_clip.data import (
     ImageDataset,
@@ -81,17 +88,11 @@ def finetune(config: FinetuneConfig, known: Known | None = None) -> FinetuneResu
         SaftError: whatever is wrong with settings, data, model or output folder, in one sentence.
         KeyboardInterrupt: after Ctrl-C; a message has said how to continue.
     """
-    make_method = find_method(config.method)
+    artefact = find_method(config.method).artefact
     folder = RunFolder(config.output)
-    if config.resume and folder.complete():  # maybe on a disk that is read-only by now
-        folder.check(config)
-        say(f"the run in {folder.path} is finished already")
-        folder.tidy()
-    else:
-        with _saying_how_to_go_on(folder), explained_shortages(), folder.lock:
-            _work_in(folder, config, make_method, {} if known is None else known)
-    artefact = folder.path / make_method.artefact
-    return FinetuneResult(folder.path, artefact, read_results(folder.results))
+    with _saying_how_to_go_on(folder):
+        results = _carry_out(config, {} if known is None else known)
+    return FinetuneResult(folder.path, folder.path / artefact, results)
 
 
 @contextmanager
@@ -111,10 +112,21 @@ def _saying_how_to_go_on(folder: RunFolder) -> Iterator[None]:
         raise
 
 
-def _work_in(
-    folder: RunFolder, config: FinetuneConfig, make_method: type[Method], known: Known
-) -> None:
-    """Start the run in a folder, or go on with it, to its end."""
+def _carry_out(config: FinetuneConfig, known: Known) -> dict[str, Any]:
+    """Start a run, or go on with it, to its end; its results."""
+    folder = RunFolder(config.output)
+    if config.resume and folder.complete():  # maybe on a disk that is read-only by now
+        folder.check(config)
+        say(f"the run in {folder.path} is finished already")
+        folder.tidy()
+    else:
+        with explained_shortages(), folder.lock:
+            _work_in(folder, config, known)
+    return read_results(folder.results)
+
+
+def _work_in(folder: RunFolder, config: FinetuneConfig, known: Known) -> None:
+    make_method = find_method(config.method)
     if folder.path.exists():
         folder.lock.acquire()
     folder.check(config)
@@ -132,6 +144,8 @@ def _work_in(
     if reason is not None:
         say(f"the class prompts are encoded with their padding: {reason}")
     method = make_method(clip, prompts, config)
+    if config.density == AUTO and data.validation is None:
+        raise no_validation_images(config)
     fresh = not folder.started()
     folder.start(
         config,
@@ -139,7 +153,12 @@ def _work_in(
     )
     run: Run | None = None
     try:
-        run = Run(config, folder, clip, data, method, known)
+        trials = []
+        if config.density == AUTO:
+            trials = try_densities(config, lambda trial: _carry_out(trial, known))
+            config = chosen_config(config, trials)
+            method = make_method(clip, prompts, config)
+        run = Run(config, folder, clip, data, method, known, trials)
         run.prepare()
         run.train()
         run.finish()
@@ -257,8 +276,10 @@ class Run:
         data: RunData,
         method: Method,
         known: Known,
+        trials: Sequence[DensityTrial] = (),
     ) -> None:
         self.known = known
+        self.trials = trials
         self.config = config
         self.folder = folder
         self.clip = clip
@@ -454,7 +475,8 @@ class Run:
         if self.config.eval_train:
             self._evaluate_training_images()
         lines = read_metrics(self.folder.metrics)
-        self.folder.finish(summarize(self.method, artefact, lines, self.seconds, peak))
+        results = summarize(self.method, artefact, lines, self.seconds, peak)
+        self.folder.finish(results | {"density_trials": list(to_dicts(self.trials))})
         write_report(self.folder.path)
         say(f"wrote {artefact} and {self.folder.report}")
 

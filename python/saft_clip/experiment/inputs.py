@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from saft_clip.config import AUTO
 from saft_clip.console import say, warn
 from saft_clip.data import (
     ImageDataset,
@@ -50,11 +51,12 @@ def check_inputs(plan: Plan) -> None:
         return listed[data, split]
 
     shots = max(*plan.shots, plan.tuning.shots if plan.tuning else 0)
+    choosing = plan.tuning is not None or any(config.density == AUTO for config in configs)
     for task in tasks(plan):
         trained = load(task.train, "train")
         require_classes(trained)
         _require_images(trained, shots)
-        _require_splits(task.train, plan)
+        _require_splits(task.train, choosing)
         for data, role in task.roles.items():
             dataset = load(data, "test")
             if role == "shifted":
@@ -65,17 +67,17 @@ def check_inputs(plan: Plan) -> None:
             raise DataError(f"no data set of the plan has the class {name!r} of its retrieval")
 
 
-def _require_splits(data: str, plan: Plan) -> None:
+def _require_splits(data: str, choosing: bool) -> None:
     splits = available_splits(data)
     if "test" not in splits:
         raise DataError(
             f"{data} has no test images, and would be tested on what it was trained on: divide it "
             "into train and test folders"
         )
-    if plan.tuning is not None and "val" not in splits:
+    if choosing and "val" not in splits:
         raise DataError(
             f"{data} has no validation images, by which settings could be chosen: add a val "
-            "split, or leave tuning out of the plan"
+            "split, or leave tuning and the density auto out of the plan"
         )
 
 

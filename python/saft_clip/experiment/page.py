@@ -11,6 +11,7 @@ import yaml
 from markupsafe import Markup
 
 from saft_clip import figures
+from saft_clip.config import AUTO
 from saft_clip.experiment import formats, pictures
 from saft_clip.experiment.bound import DELTA, gaps
 from saft_clip.experiment.paper import PAPER
@@ -87,7 +88,7 @@ def page_content(record: Record, tables: list[Table]) -> dict[str, Any]:
         "tradeoffs": _each(present, lambda m: pictures.tradeoff_figure(record, m, shots)),
         "alphas": bool(plan.alphas),
         "densities": _each(present, lambda m: pictures.density_figure(record, m, shots))
-        if sum("density" in entry.settings for entry in plan.methods) > 1
+        if sum(entry.settings.get("density", AUTO) != AUTO for entry in plan.methods) > 1
         else [],
         "blocks": _blocks(record),
         "bound": _bound(record),

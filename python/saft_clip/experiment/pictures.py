@@ -9,6 +9,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from saft_clip.config import AUTO
 from saft_clip.experiment.bound import Gap
 from saft_clip.experiment.cells import tasks
 from saft_clip.experiment.protocols import OTHERS, OWN
@@ -114,7 +115,7 @@ def density_figure(record: Record, model: str, shots: int) -> str:
     panels = _panels(record)
     kinds: dict[str, list[tuple[float, str]]] = {}
     for entry in record.plan.methods:
-        if "density" in entry.settings:
+        if entry.settings.get("density", AUTO) != AUTO:
             kinds.setdefault(entry.settings["method"], []).append(
                 (entry.settings["density"], entry.name)
             )

@@ -181,7 +181,7 @@ class Plan:
         values = {
             key: tuple(value) if isinstance(value, list) else value
             for key, value in values.items()
-            if key in own or has_setting(kind, key)
+            if key in own or _has_a_say(kind, key)
         }
         try:
             return FinetuneConfig(train_data=train, shots=shots, seed=seed, **values)
@@ -323,13 +323,12 @@ def _number(value: Any, hint: Any) -> Any:
     return value
 
 
-#: Settings that others than these methods take without their having a say.
-_SPARSE = ("saft", "saft-fisher", "random", "magnitude")
-_ONLY = {"density": _SPARSE, "mask": _SPARSE}
+#: Settings that every method takes, though they have a say only where entries are selected.
+_OF_SELECTION = ("density", "mask")
 
 
 def _has_a_say(method: str, name: str) -> bool:
-    return has_setting(method, name) and method in _ONLY.get(name, (method,))
+    return has_setting(method, name) and (find(method).selects or name not in _OF_SELECTION)
 
 
 def _texts(value: Any, what: str) -> tuple[str, ...]:

@@ -31,6 +31,7 @@ class MethodEntry:
         where: its module here and its class.
         defaults: settings whose defaults are its own, among them those that only it has.
         trains: whether there is anything to train.
+        selects: whether it selects entries, so that ``--density`` has a say.
         source: where the definition and the defaults come from.
     """
 
@@ -41,6 +42,7 @@ class MethodEntry:
     source: str
     defaults: Mapping[str, Any] = field(default_factory=dict)
     trains: bool = True
+    selects: bool = False
 
 
 _SAFT = "SAFT, arXiv 2407.03036"
@@ -55,19 +57,20 @@ _ENTRIES = (
     ),
     MethodEntry(
         "saft", "SAFT", "the entries with the largest mean gradient",
-        ("saft", "Saft"), _SAFT, {"alpha": 1.0},
+        ("saft", "Saft"), _SAFT, {"alpha": 1.0}, selects=True,
     ),
     MethodEntry(
         "saft-fisher", "SAFT†", "the entries with the largest Fisher information",
         ("saft_fisher", "SaftFisher"), f"{_SAFT}, Eq. 7; Sung et al. 2021", {"alpha": 1.0},
+        selects=True,
     ),
     MethodEntry(
         "random", "random entries", "entries drawn at random",
-        ("random", "RandomEntries"), f"{_SAFT}, Table 4", {"alpha": 1.0},
+        ("random", "RandomEntries"), f"{_SAFT}, Table 4", {"alpha": 1.0}, selects=True,
     ),
     MethodEntry(
         "magnitude", "smallest weights", "the entries with the smallest absolute values",
-        ("magnitude", "SmallestWeights"), f"{_SAFT}, Table 4", {"alpha": 1.0},
+        ("magnitude", "SmallestWeights"), f"{_SAFT}, Table 4", {"alpha": 1.0}, selects=True,
     ),
     MethodEntry(
         "full", "full fine-tuning", "all parameters of both encoders",

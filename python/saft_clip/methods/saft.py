@@ -72,13 +72,15 @@ class Saft(Method):
         )
 
     def _select(self, batches: Batches) -> CooMask:
+        density = self.config.density
+        assert not isinstance(density, str), "auto has been decided by now"
         self.model.eval()
         with progress("selecting", len(batches), unit="batches") as advance:
             mask = select(
                 self.model,
                 lambda model, batch: self.loss(*batch),
                 batches,
-                density=self.config.density,
+                density=density,
                 score=self.score,
                 exclude=FROZEN,
                 progress=lambda done, total, what: advance(),
