@@ -286,6 +286,7 @@ class Run:
         self.data = data
         self.method = method
         self.seconds = {"preparation": 0.0, "training": 0.0}
+        self._found: dict[tuple[float | None, str], Evaluation] = {}
         batches = TrainingBatches(
             data.train,
             batch_size=config.batch_size,
@@ -357,7 +358,7 @@ class Run:
         """
         trainer, config = self.trainer, self.config
         if trainer.step == 0:
-            self._evaluate("before")
+            self._evaluate("before", self._zero_shot)
         if not find(self.config.method).trains:
             return
         total, per_epoch = trainer.batches.steps, trainer.batches.steps_per_epoch
@@ -405,12 +406,12 @@ class Run:
             found = self._evaluate_on(self.data.validation, show_progress=epoch == 0)
             self.log.write("validation", self.trainer.step, epoch=epoch, **_brief(found))
 
-    def _evaluate(self, when: str, **more: Any) -> None:
+    def _evaluate(
+        self, when: str, find: Callable[[str, ImageDataset], Evaluation], **more: Any
+    ) -> None:
         for spec, dataset in self.data.evaluation.items():
-            before = when == "before"
-            found = self._zero_shot(spec, dataset) if before else self._evaluate_on(dataset)
             self._log_evaluation(
-                found,
+                find(spec, dataset),
                 when=when,
                 spec=spec,
                 shifted=self.data.is_shifted(spec),
@@ -459,8 +460,16 @@ class Run:
         go = self.method.way(base)
         for alpha in self.config.alphas:
             go(alpha)
-            self._evaluate("along", alpha=alpha)
+            # The way begins at the pretrained model, which has been evaluated.
+            find = functools.partial(self._at, alpha) if alpha else self._zero_shot
+            self._evaluate("along", find, alpha=alpha)
         go(1.0)
+
+    def _at(self, alpha: float | None, spec: str, dataset: ImageDataset) -> Evaluation:
+        """At a share of the way, where the model is; the result's own share is met twice."""
+        if (alpha, spec) not in self._found:
+            self._found[alpha, spec] = self._evaluate_on(dataset)
+        return self._found[alpha, spec]
 
     def finish(self) -> None:
         """Write the result, evaluate it, and write the report."""
@@ -471,7 +480,7 @@ class Run:
         self.method.finish(base)
         self.method.require_finite()
         artefact = self.method.export(self.folder.path, base)
-        self._evaluate("after")
+        self._evaluate("after", functools.partial(self._at, self.config.alpha))
         if self.config.eval_train:
             self._evaluate_training_images()
         lines = read_metrics(self.folder.metrics)
