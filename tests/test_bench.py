@@ -361,6 +361,10 @@ def test_load_of_other_programs_is_a_share() -> None:
 @pytest.fixture
 def memory_of_this_process(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Runs the work whose memory is asked for here, which is faster; the functions asked for."""
+    return measure_memory_here(monkeypatch)
+
+
+def measure_memory_here(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     asked: list[str] = []
 
     def stand_in(function: str, **arguments: Any) -> Memory:
@@ -510,9 +514,29 @@ def nothing_shared_changes() -> Iterator[None]:
     assert work.masks["uniform"] == uniform_mask(work.task.model, SMOKE.density)
 
 
-def test_sampled_steps_are_held_to_their_rivals(memory_of_this_process: list[str]) -> None:
+@pytest.fixture(scope="module")
+def whole_steps() -> Outcome:
+    """Of all ways to take a training step: a minute's work."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        measure_memory_here(monkeypatch)
+        return run_on_a_tiny_model("clip_step")
+
+
+def test_rows_say_what_a_method_trains(whole_steps: Outcome) -> None:
+    noted = [f.what for f in whole_steps.figures if f.what.endswith(" measured")]
+    left_out = {what.removesuffix(" measured") for what in noted}
+    assert left_out <= {clip_step.ADAMW_8BIT}  # whose library few have
+    timed = {timing.name for timing in whole_steps.timings}
+    assert timed == clip_step.WAYS.keys() - left_out
+    bf16 = {timing.name for timing in whole_steps.timings if "amp_bf16" in timing.group}
+    assert bf16 == set(clip_step.HELD_IN_BF16)
+    for row in (*whole_steps.timings, *whole_steps.memory):
+        assert row.covers == clip_step.WAYS[row.name].covers
+
+
+def test_sampled_steps_are_held_to_their_rivals(whole_steps: Outcome) -> None:
     """To the faster LoRA, and to index-and-hook with the same mask."""
-    outcome = run_on_a_tiny_model("clip_step")
+    outcome = whole_steps
     held = [f for f in outcome.figures if f.check.endswith("/lora")]
     assert [figure.bar for figure in held] == [1.0] * 6  # three masks, two precisions
     for precision in ("fp32", "amp_bf16"):

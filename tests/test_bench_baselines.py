@@ -470,17 +470,6 @@ def no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clip_step, "peak_memory", lambda *_, **__: Memory(peak=1 << 20))
 
 
-@pytest.mark.usefixtures("no_processes", "bitsandbytes")
-def test_rows_say_what_a_method_trains() -> None:
-    outcome = clip_step.run(SMOKE)
-    assert {timing.name for timing in outcome.timings} == clip_step.WAYS.keys()
-    bf16 = {timing.name for timing in outcome.timings if "amp_bf16" in timing.group}
-    assert bf16 == set(clip_step.HELD_IN_BF16)
-    for row in (*outcome.timings, *outcome.memory):
-        assert row.covers == clip_step.WAYS[row.name].covers
-    assert not any(figure.what.endswith(" measured") for figure in outcome.figures)
-
-
 @pytest.mark.usefixtures("no_processes")
 def test_methods_without_their_library_are_left_out_of_the_case(
     monkeypatch: pytest.MonkeyPatch,
