@@ -7,6 +7,7 @@ import io
 import itertools
 import math
 import statistics
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +68,17 @@ def test_a_plan_is_what_its_file_says(tmp_path):
     assert made.methods[1].settings == {"method": "full", "lr": 1e-4}  # YAML takes 1e-4 for text
     assert made.tuning is not None
     assert made.tuning.tried["FT"] == ({"lr": 1e-5}, {"lr": 1e-4})
+
+
+def test_a_density_that_each_run_chooses():
+    """It passes methods that select nothing by, if the plan sets it for all."""
+    made = plan(settings={"density": "auto"})
+    assert Plan.from_dict(made.to_dict()) == made
+    configs = {c.config.method: c.config for c in final_cells(made, Path("x"), {})}
+    assert configs["saft"].density == "auto"
+    assert configs["full"].density == 1e-3
+    with pytest.raises(ConfigError, match="full with saft-tiny: --method full selects nothing"):
+        plan(methods=[{"method": "full", "density": "auto"}])
 
 
 def test_a_grid_is_every_combination_in_order():
@@ -554,6 +566,25 @@ def test_every_method_looks_different():
     looks = pictures.looks(Record(made, Path("x")))
     kinds = [tuple(look.values()) for look in looks.values()]
     assert len(set(kinds)) == len(METHODS)
+
+
+def test_a_density_without_a_number_is_no_point_of_the_curve():
+    """Of a method whose runs choose it themselves: it is drawn as a line across."""
+    record = made_record(
+        methods=[
+            *({"name": n, "method": "saft", "density": d} for n, d in (("a", 0.001), ("b", 0.01))),
+            {"name": "c", "method": "saft", "density": "auto"},
+        ]
+    )
+    template = record.rows[0]
+    record.rows = [
+        replace(template, method=name, data=data, role=role, top1=0.5)
+        for name in "abc"
+        for data, role in (("builtin:mnist", "in"), ("builtin:uci", "shifted"))
+    ]
+    picture = pictures.density_figure(record, "saft-tiny", template.shots)
+    assert [picture.count(f">{label}<") for label in ("saft", "a", "b", "c")] == [1, 0, 0, 1]
+    assert page.page_content(record, accuracy_tables(record))["densities"]
 
 
 # Best images --------------------------------------------------------------------------------------

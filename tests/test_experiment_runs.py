@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import multiprocessing
 import os
@@ -142,6 +143,18 @@ def test_the_page_is_whole(finished, tmp_path):
         assert text in found.text
     for name in ("tables.md", "tables.tex", "tables.csv", "results.csv"):
         assert (finished / name).stat().st_size > 100
+
+
+def test_every_trial_is_on_record(finished):
+    record = write_answers(finished)
+    with (finished / "trials.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert len(lines) == sum(map(len, record.trials.values())) == 8
+    for line in lines:
+        contest = (line["model"], line["train"], line["method"])
+        tried = json.loads(line["settings"])
+        assert (tried, float(line["top1"]) if line["top1"] else None) in record.trials[contest]
+        assert (line["chosen"] == "yes") == (record.chosen.get(contest) == tried)
 
 
 def test_what_is_there_is_not_run_again_and_a_plan_may_grow(finished, capsys):
@@ -329,6 +342,10 @@ def test_data_are_looked_at_before_anything_runs(tmp_path, capsys):
         "has no validation images": {
             "train": [str(pets)],
             "tuning": {"shots": 1, "try": {"saft": {"lr": [1e-4]}}},
+        },
+        "leave tuning and the density auto out of the plan": {
+            "train": [str(pets)],
+            "methods": [{"method": "saft", "density": "auto"}],
         },
         "fine-tuning needs at least two classes": {
             "train": [str(write_folder(tmp_path / "one", {"cat": 3}))]

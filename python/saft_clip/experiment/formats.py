@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from rich.markup import escape
 from rich.table import Table as RichTable
@@ -159,40 +161,57 @@ def _tex(text: str) -> str:
 
 def comma_separated(tables: Sequence[Table]) -> str:
     """One line per entry of every table: numbers as fractions of 1."""
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(
-        (
+    return _csv(
+        [
             *("table", "model", "shots", "method", "column", "mean", "standard_error", "seeds"),
             *("place", *(f"p_{reference}" for reference in REFERENCES)),
-        )
+        ],
+        (
+            (
+                *(table.title, table.model, table.shots, name, column, value.estimate.mean),
+                value.estimate.error if is_known(value.estimate.error) else "",
+                *(value.estimate.n, value.place),
+                *(value.p_values.get(reference, "") for reference in REFERENCES),
+            )
+            for table in tables
+            for name, values in table.rows.items()
+            for column, value in zip(table.columns, values, strict=True)
+            if value is not None
+        ),
     )
-    for table in tables:
-        for name, values in table.rows.items():
-            for column, value in zip(table.columns, values, strict=True):
-                if value is not None:
-                    error = value.estimate.error
-                    writer.writerow(
-                        [table.title, table.model, table.shots, name, column, value.estimate.mean]
-                        + [error if is_known(error) else "", value.estimate.n, value.place]
-                        + [value.p_values.get(reference, "") for reference in REFERENCES]
-                    )
-    return buffer.getvalue()
 
 
 def results_csv(record: Record) -> str:
     """Every evaluation, one a line, for programs of your own."""
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(
-        ["model", "method", "train", "shots", "seed", "data", "role", "alpha", "top1", "images"]
-    )
-    for row in record.rows:
-        alpha = "" if row.alpha is None else row.alpha
-        writer.writerow(
+    heads = ["model", "method", "train", "shots", "seed", "data", "role", "alpha", "top1", "images"]
+    return _csv(
+        heads,
+        (
             (
                 *(row.model, row.method, row.train, row.shots, row.seed, row.data, row.role),
-                *(alpha, row.top1, row.n),
+                *("" if row.alpha is None else row.alpha, row.top1, row.n),
             )
-        )
+            for row in record.rows
+        ),
+    )
+
+
+def trials_csv(record: Record) -> str:
+    """Every trial: what it tried, and its accuracy on validation images, if it has run."""
+    return _csv(
+        ["model", "method", "train", "settings", "top1", "chosen"],
+        (
+            (
+                *(model, method, train, json.dumps(tried), "" if top1 is None else top1),
+                "yes" if record.chosen.get((model, train, method)) == tried else "",
+            )
+            for (model, train, method), trials in record.trials.items()
+            for tried, top1 in trials
+        ),
+    )
+
+
+def _csv(heads: Sequence[str], lines: Iterable[Sequence[Any]]) -> str:
+    buffer = io.StringIO()
+    csv.writer(buffer, lineterminator="\n").writerows([heads, *lines])
     return buffer.getvalue()

@@ -54,6 +54,7 @@ def write_answers(folder: Path, report: Path | None = None) -> Record:
     tables = accuracy_tables(record)
     texts = {
         "results.csv": formats.results_csv(record),
+        "trials.csv": formats.trials_csv(record),
         "tables.csv": formats.comma_separated(tables),
         "tables.md": formats.markdown(tables, record),
         "tables.tex": formats.latex(tables, record),

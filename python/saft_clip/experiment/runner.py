@@ -6,7 +6,7 @@ An experiment's folder::
     trials/, cells/     the runs: what ``saft finetune`` writes, but for weights of whole models
     failures/           for each run that failed: why
     logs/               what the runs said
-    report.html, results.csv, tables.md, tables.tex, tables.csv
+    report.html, results.csv, trials.csv, tables.md, tables.tex, tables.csv
 """
 
 from __future__ import annotations
