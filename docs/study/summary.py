@@ -1,0 +1,405 @@
+"""Writes the tables and figures of README.md from the results beside it.
+
+    python docs/study/summary.py
+
+``NAME/results.csv`` and ``NAME/trials.csv`` are what ``saft experiment`` wrote for ``NAME.yaml``.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import sys
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path(__file__).parent
+sys.path.append(str(HERE.parent.parent))  # for bench, which is no package that is installed
+
+from bench.readme_figures import Picture, standalone, themes  # noqa: E402
+from bench.result_file import update_block  # noqa: E402
+from saft_clip.auto_density import DensityTrial, best  # noqa: E402
+from saft_clip.experiment.statistics import Estimate, estimate, holm, p_value  # noqa: E402
+from saft_clip.figures import PLACEHOLDERS, figure, inline_svg  # noqa: E402
+from saft_kernels.files import atomic_write  # noqa: E402
+
+PAGE = HERE / "README.md"
+FIGURES = HERE / "figures"
+
+#: Roles of what was trained on and of what was not.
+OWN, OTHERS = {"in", "base", "source"}, {"shifted", "new", "target"}
+
+#: (seed, data) -> top-1 accuracy
+Scores = Mapping[tuple[str, str], float]
+
+
+@dataclass(frozen=True)
+class Study:
+    """What one experiment found.
+
+    Attributes:
+        rows: of ``results.csv``, without those on training images; ``alpha`` is empty in those of
+            results, and a share in those along the way from the pretrained to the trained weights.
+        trials: of ``trials.csv``.
+    """
+
+    rows: list[dict[str, str]]
+    trials: list[dict[str, str]]
+
+    @classmethod
+    def load(cls, name: str) -> Study:
+        """Read the two files."""
+        rows = [r for r in _read(HERE / name / "results.csv") if r["role"] != "train"]
+        return cls(rows, _read(HERE / name / "trials.csv"))
+
+    def values(self, column: str) -> list[str]:
+        """The different values of a column, in order."""
+        return list(dict.fromkeys(row[column] for row in self.rows))
+
+    def scores(self, roles: set[str], **where: str) -> Scores:
+        """The accuracies of some rows; of results, unless another ``alpha`` is given."""
+        where = {"alpha": ""} | where
+        return {
+            (row["seed"], f"{row['train']} {row['data']}"): float(row["top1"])
+            for row in self.rows
+            if row["role"] in roles and all(row[key] == value for key, value in where.items())
+        }
+
+    def mean(self, roles: set[str], **where: str) -> Estimate:
+        """Over data, then over seeds."""
+        per_seed = defaultdict(list)
+        for (seed, _), top1 in self.scores(roles, **where).items():
+            per_seed[seed].append(top1)
+        return estimate([sum(values) / len(values) for values in per_seed.values()])
+
+
+def _read(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+# Tables -------------------------------------------------------------------------------------------
+
+
+def table(heads: Sequence[str], lines: Iterator[Sequence[str]]) -> str:
+    """Of Markdown, the first column to the left."""
+    marks = ["---"] + ["---:"] * (len(heads) - 1)
+    return "".join(f"| {' | '.join(line)} |\n" for line in [heads, marks, *lines])
+
+
+def change(now: Estimate, before: Estimate) -> str:
+    """In points, with the standard error over seeds."""
+    error = f" ± {100 * now.error:.1f}" if now.n > 1 else ""
+    return f"{100 * (now.mean - before.mean):+.1f}{error}"
+
+
+def of_methods(study: Study, train: str) -> str:
+    """Every method trained on one domain: changes from zero-shot, and OOD against full."""
+    zero = {roles: study.mean(set(roles), method="zero-shot", train=train) for roles in _BOTH}
+    methods = _by_others(study, train)
+    against = _against_full(study, methods, train=train)
+
+    def lines() -> Iterator[Sequence[str]]:
+        for method in methods:
+            own, other = (study.mean(set(roles), method=method, train=train) for roles in _BOTH)
+            difference, p = against.get(method, (0.0, 1.0))
+            verdict = f"{difference:+.1f} (p = {p:.2g})" if method in against else ""
+            yield (
+                method,
+                change(own, zero[_BOTH[0]]),
+                change(other, zero[_BOTH[1]]),
+                verdict,
+                settings_of(study, train, method),
+            )
+
+    heads = ["method", "in distribution", "shifted", "shifted, against full", "chosen settings"]
+    return table(heads, lines())
+
+
+def of_ways(study: Study, train: str) -> str:
+    """Accuracies on the way back to the pretrained weights."""
+    alphas = sorted(set(study.values("alpha")) - {""}, key=float)
+
+    def lines() -> Iterator[Sequence[str]]:
+        for method in study.values("method"):
+            where = {"method": method, "train": train}
+            if not study.scores(OTHERS, alpha=alphas[0], **where):
+                continue
+            cells = []
+            for alpha in alphas:
+                own, other = (study.mean(set(r), alpha=alpha, **where) for r in _BOTH)
+                cells.append(f"{100 * own.mean:.1f} / {100 * other.mean:.1f}")
+            yield method, *cells
+
+    return table(["in distribution / shifted", *(f"alpha {float(a):g}" for a in alphas)], lines())
+
+
+#: Own data and others.
+_BOTH = (tuple(sorted(OWN)), tuple(sorted(OTHERS)))
+
+
+def _by_others(study: Study, train: str) -> list[str]:
+    methods = [m for m in study.values("method") if m != "zero-shot"]
+    return sorted(methods, key=lambda m: -study.mean(OTHERS, method=m, train=train).mean)
+
+
+def _against_full(
+    study: Study, methods: Sequence[str], **where: str
+) -> dict[str, tuple[float, float]]:
+    """On other data: points above full fine-tuning, and p with Holm's correction."""
+    full = study.scores(OTHERS, method="full", **where)
+    scores = {m: study.scores(OTHERS, method=m, **where) for m in methods if m != "full"}
+    p = holm({m: p_value(found, full) or 1.0 for m, found in scores.items()})
+    return {
+        m: (100 * sum(found[key] - full[key] for key in found) / len(found), p[m])
+        for m, found in scores.items()
+    }
+
+
+def settings_of(study: Study, train: str, method: str) -> str:
+    """What the trials have chosen."""
+    for trial in study.trials:
+        if (trial["train"], trial["method"], trial["chosen"]) == (train, method, "yes"):
+            return ", ".join(f"{k} {v:g}" for k, v in json.loads(trial["settings"]).items())
+    return ""
+
+
+SPARSE = {"saft 0.1%": 1e-3, "saft 1%": 1e-2, "saft 10%": 1e-1}
+
+
+def of_bases(study: Study, train: str) -> str:
+    """Every base trained on one domain: zero-shot accuracy, and changes in both places."""
+
+    def lines() -> Iterator[Sequence[str]]:
+        for model in study.values("model"):
+            where = {"model": model, "train": train}
+            zero = [study.mean(set(roles), method="zero-shot", **where) for roles in _BOTH]
+            cells = [f"{100 * each.mean:.1f}" for each in zero]
+            against = _against_full(study, list(SPARSE), **where)
+            for method in ("full", *SPARSE):
+                now = [study.mean(set(roles), method=method, **where) for roles in _BOTH]
+                mark = _mark(*against.get(method, (0.0, 1.0)))
+                own, other = (change(*pair) for pair in zip(now, zero, strict=True))
+                cells.append(f"{own} / {other}{mark}")
+            yield model, *cells
+
+    heads = ["base", "zero-shot", "shifted", "full", *SPARSE]
+    return table(heads, lines())
+
+
+def _mark(difference: float, p: float) -> str:
+    """Whether it is above or below full fine-tuning, beyond chance."""
+    if p >= 0.05:
+        return ""
+    return " ↑" if difference > 0 else " ↓"
+
+
+def of_rules(study: Study) -> str:
+    """What comes of ways to choose a density, over all bases and both domains."""
+    contests = [(m, t) for m in study.values("model") for t in study.values("train")]
+    rules = {
+        **{
+            f"always {name.removeprefix('saft ')}": lambda found, name=name: name for name in SPARSE
+        },
+        "the best on validation images": _best,
+        "the sparsest within one standard error of it": _sparsest,
+    }
+
+    def lines() -> Iterator[Sequence[str]]:
+        for name, rule in rules.items():
+            picked = {c: rule(_validation(study, *c)) for c in contests}
+            yield name, *_outcome(study, picked), _counted(picked.values())
+        yield "full fine-tuning", *_outcome(study, dict.fromkeys(contests, "full")), ""
+        yield "zero-shot", *_outcome(study, dict.fromkeys(contests, "zero-shot")), ""
+
+    heads = ["density", "in distribution", "shifted", "mean of both", "0.1% / 1% / 10% chosen"]
+    return table(heads, lines())
+
+
+def _validation(study: Study, model: str, train: str) -> dict[str, float]:
+    """The best accuracy on validation images at each density."""
+    found: dict[str, float] = {}
+    for t in study.trials:
+        if (t["model"], t["train"]) == (model, train) and t["method"] in SPARSE:
+            found[t["method"]] = max(found.get(t["method"], 0.0), float(t["top1"]))
+    return found
+
+
+def _best(found: Mapping[str, float]) -> str:
+    return max(found, key=found.__getitem__)  # of equals, the sparsest
+
+
+#: Validation images of each trial.
+_IMAGES = 300
+
+
+def _sparsest(found: Mapping[str, float]) -> str:
+    """What ``--density auto`` chooses."""
+    trials = {
+        DensityTrial(
+            density=SPARSE[name],
+            lr=1.0,
+            top1=top1,
+            top1_stderr=math.sqrt(top1 * (1 - top1) / _IMAGES),
+        ): name
+        for name, top1 in found.items()
+    }
+    return trials[best(list(trials))]
+
+
+def _outcome(study: Study, picked: Mapping[tuple[str, str], str]) -> list[str]:
+    means = [
+        [study.mean(set(roles), model=m, train=t, method=method).mean for roles in _BOTH]
+        for (m, t), method in picked.items()
+    ]
+    own, other = (100 * sum(values) / len(values) for values in zip(*means, strict=True))
+    return [f"{own:.1f}", f"{other:.1f}", f"{(own + other) / 2:.1f}"]
+
+
+def _counted(picked: Sequence[str]) -> str:
+    return " / ".join(str(list(picked).count(name)) for name in SPARSE)
+
+
+def of_rates(study: Study) -> str:
+    """How good a learning rate for 1% and 10% is that follows from the best one for 0.1%."""
+    tried = _tried(study)
+    exponents = {
+        "the same": 0.0,
+        "by the root: lr · √(0.001 / density)": 0.5,
+        "lr · 0.001 / density": 1.0,
+    }
+
+    def lines() -> Iterator[Sequence[str]]:
+        for name, exponent in exponents.items():
+            cells = []
+            for method in list(SPARSE)[1:]:
+                losses = [_loss(found, method, exponent) for found in tried.values()]
+                known = [loss for loss in losses if loss is not None]
+                missing = f" (of {len(known)} of {len(losses)})" if len(known) < len(losses) else ""
+                cells.append(f"{100 * sum(known) / len(known):.1f}{missing}" if known else "–")  # noqa: RUF001
+            yield name, *cells
+
+    return table(["learning rate", "at 1%", "at 10%"], lines())
+
+
+Tried = dict[str, dict[float, float]]
+
+
+def _tried(study: Study) -> dict[tuple[str, str], Tried]:
+    """(model, train) -> density -> learning rate -> accuracy on validation images."""
+    found: dict[tuple[str, str], Tried] = defaultdict(lambda: defaultdict(dict))
+    for t in study.trials:
+        if t["method"] in SPARSE:
+            lr = json.loads(t["settings"])["lr"]
+            found[t["model"], t["train"]][t["method"]][lr] = float(t["top1"])
+    return found
+
+
+def _loss(found: Tried, method: str, exponent: float) -> float | None:
+    """Accuracy below the best tried at that density; None if that learning rate was not tried."""
+    sparsest = found["saft 0.1%"]
+    anchor = max(sparsest, key=sparsest.__getitem__)
+    wanted = anchor * (1e-3 / SPARSE[method]) ** exponent
+    # Rates that were tried are a factor of three apart: 3 stands for the root of ten.
+    near = [lr for lr in found[method] if 0.8 < lr / wanted < 1.25]
+    return max(found[method].values()) - found[method][near[0]] if near else None
+
+
+# Figures ------------------------------------------------------------------------------------------
+
+
+def changes_figure(study: Study, train: str) -> str:
+    """Two dots for each method: its change in distribution, and elsewhere."""
+    methods = _by_others(study, train)[::-1]
+    with figure(7.6, 0.27 * len(methods) + 1.0) as (drawing, axes):
+        for roles, colour, label in zip(
+            _BOTH, ("s2", "after"), ("in distribution", "mean of shifted"), strict=True
+        ):
+            zero = study.mean(set(roles), method="zero-shot", train=train).mean
+            found = [study.mean(set(roles), method=m, train=train) for m in methods]
+            axes.errorbar(
+                [100 * (each.mean - zero) for each in found], range(len(methods)),
+                xerr=[100 * each.error for each in found], fmt="o", markersize=5.5, capsize=2,
+                color=PLACEHOLDERS[colour], label=label,
+            )  # fmt: skip
+        axes.axvline(0, color=PLACEHOLDERS["ink"], linewidth=1)
+        axes.set_yticks(range(len(methods)), methods)
+        axes.set_xlabel("change from zero-shot, in points (± standard error over five seeds)")
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=2)
+        return inline_svg(drawing, "changes", "Change of accuracy from zero-shot, by method")
+
+
+def bases_figure(study: Study, train: str) -> str:
+    """A panel for each base: changes over the density, up to all parameters."""
+    models = study.values("model")
+    with figure(2.2 * len(models), 3.1, ncols=len(models), sharey=True) as (drawing, grid):
+        for axes, model in zip(grid, models, strict=True):
+            for roles, colour, label in zip(
+                _BOTH, ("s2", "after"), ("in distribution", "mean of shifted"), strict=True
+            ):
+                where = {"model": model, "train": train}
+                zero = study.mean(set(roles), method="zero-shot", **where).mean
+                found = [study.mean(set(roles), method=m, **where) for m in (*SPARSE, "full")]
+                axes.errorbar(
+                    [*SPARSE.values(), 1.0], [100 * (each.mean - zero) for each in found],
+                    yerr=[100 * each.error for each in found], marker="o", markersize=5, capsize=2,
+                    color=PLACEHOLDERS[colour], label=label,
+                )  # fmt: skip
+            axes.axhline(0, color=PLACEHOLDERS["ink"], linewidth=1)
+            axes.set_xscale("log")
+            axes.set_xticks([1e-3, 1e-2, 1e-1, 1], ["0.1%", "1%", "10%", "all"])
+            axes.minorticks_off()
+            axes.set_title(model)
+        grid[0].set_ylabel("change from zero-shot, points")
+        drawing.legend(*grid[0].get_legend_handles_labels(), loc="outside upper left", ncols=2)
+        return inline_svg(drawing, "bases", "Change of accuracy over density, by pretrained model")
+
+
+# The page -----------------------------------------------------------------------------------------
+
+
+def blocks() -> dict[str, str]:
+    """What stands between the markers of the page, by their name."""
+    shift, scale = Study.load("shift"), Study.load("scale")
+    return {
+        "noisy": of_methods(shift, "builtin:noisy"),
+        "way": of_ways(shift, "builtin:noisy"),
+        "mnist": of_methods(shift, "builtin:mnist"),
+        "bases-noisy": of_bases(scale, "builtin:noisy"),
+        "bases-mnist": of_bases(scale, "builtin:mnist"),
+        "rules": of_rules(scale),
+        "rates": of_rates(scale),
+    }
+
+
+def pictures() -> list[Picture]:
+    """The figures of the page."""
+    shift, scale = Study.load("shift"), Study.load("scale")
+    train = "builtin:noisy"
+    return [
+        Picture("changes", "Changes by method", changes_figure(shift, train)),
+        Picture("bases", "Changes by base and density", bases_figure(scale, train)),
+    ]
+
+
+def markers(name: str) -> tuple[str, str]:
+    """The lines around a block."""
+    return f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+
+
+def main() -> None:
+    """Write all of them."""
+    for name, text in blocks().items():
+        update_block(PAGE, text, markers(name))
+    FIGURES.mkdir(exist_ok=True)
+    for picture in pictures():
+        for theme, colours in themes().items():
+            with atomic_write(FIGURES / f"{picture.name}-{theme}.svg") as temporary:
+                temporary.write_text(standalone(picture.svg, colours), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
