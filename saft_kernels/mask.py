@@ -7,7 +7,6 @@ and ``fingerprint``.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import math
@@ -24,7 +23,15 @@ from torch import Tensor, nn
 from saft_kernels.errors import DeltaFormatError, MaskError
 from saft_kernels.files import atomic_write, sort_metadata
 from saft_kernels.layout import MAX_ELEMENTS, index_dtype
-from saft_kernels.untrusted import MAX_NAME, is_name, open_safetensors, parse_json, quoted, shown
+from saft_kernels.untrusted import (
+    MAX_NAME,
+    is_name,
+    near_matches,
+    open_safetensors,
+    parse_json,
+    quoted,
+    shown,
+)
 
 FORMAT = "saft-mask"
 VERSION = "1"
@@ -32,14 +39,6 @@ VERSION = "1"
 # A bound on what a file may hold, far above any model's.
 _MAX_DIMENSIONS = 64
 _INDEX_DTYPES = {"I32": torch.int32, "I64": torch.int64}
-
-
-def near_matches(name: str, known: Iterable[str]) -> str:
-    """The hint "; did you mean ...?" with known names that resemble ``name``; empty without any."""
-    if len(name) > MAX_NAME:
-        return ""
-    close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.6)
-    return f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
 
 
 class CooMask:

@@ -25,8 +25,9 @@ from saft_kernels.gradient_pass import (
     cut_into_chunks,
 )
 from saft_kernels.layout import index_dtype
-from saft_kernels.mask import CooMask, near_matches
+from saft_kernels.mask import CooMask
 from saft_kernels.topk import StreamingTopK
+from saft_kernels.untrusted import near_matches
 
 Score = Literal["mean_grad", "fisher", "random", "magnitude"]
 Memory = Literal["full", "chunked"]

@@ -6,12 +6,13 @@ what of it ends up in a message is cut short and cannot steer a terminal.
 
 from __future__ import annotations
 
+import difflib
 import errno
 import json
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from zipfile import ZIP_STORED, ZipFile
@@ -105,6 +106,14 @@ def is_file(path: str | os.PathLike[str]) -> bool:
 def is_name(text: object) -> bool:
     """Whether this can be the name of a parameter, of a length that messages can show."""
     return isinstance(text, str) and len(text) <= MAX_NAME and len(repr(text)) <= MAX_NAME + 2
+
+
+def near_matches(name: str, known: Iterable[str]) -> str:
+    """The hint "; did you mean ...?" with known names that resemble ``name``; empty without any."""
+    if len(name) > MAX_NAME:
+        return ""
+    close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.6)
+    return f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
 
 
 def quoted(text: str | None) -> str:

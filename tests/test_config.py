@@ -61,7 +61,7 @@ def test_yaml_takes_a_number_without_a_point(tmp_path):
     [
         ("lr: 1e-5\n", "does not say what to train on"),
         ("train_data: x\nlearning: 1\n", "unknown setting 'learning'"),
-        ("train_data: x\nepoch: 1\n", "did you mean epochs?"),
+        ("train_data: x\nepoch: 1\n", "did you mean 'epochs'?"),
         ("- x\n", "is not a list of settings"),
         ("train_data: [", "is not valid YAML"),
         ("train_data: x\nlr: -1\n", r"config.yaml is wrong: --lr must be above 0"),

@@ -391,7 +391,7 @@ def test_the_command_line(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["shifts"], "did you mean shift"),
+        (["shifts"], "did you mean 'shift'"),
         (["shift", "--config", "nowhere.yaml"], "nowhere.yaml cannot be read"),
         (["shift", "--model", "ViT-B-16"], "nothing to train ViT-B-16 on"),
         (["shift", "--report-only", "--output", "nowhere"], "holds no experiment"),

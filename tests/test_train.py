@@ -291,7 +291,9 @@ def test_a_class_name_that_a_method_cannot_use_is_found_before_anything_is_done(
 
 
 def test_unknown_method():
-    with pytest.raises(ConfigError, match=r"did you mean saft\? the methods are zero-shot, saft,"):
+    with pytest.raises(
+        ConfigError, match=r"did you mean 'saft'.*\? the methods are zero-shot, saft,"
+    ):
         find_method("saff")
 
 

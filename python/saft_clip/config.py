@@ -11,7 +11,6 @@ Other methods than SAFT have other defaults, and some have settings of their own
 
 from __future__ import annotations
 
-import difflib
 import math
 import os
 import shlex
@@ -26,7 +25,7 @@ import yaml
 from saft_clip.errors import ConfigError
 from saft_clip.methods import METHODS, find
 from saft_kernels.files import atomic_write
-from saft_kernels.untrusted import shown
+from saft_kernels.untrusted import near_matches, shown
 
 #: The most that a file of settings may take; what a run writes has some 1,000 bytes.
 _MAX_FILE = 1 << 16
@@ -312,8 +311,7 @@ class FinetuneConfig:
         known = [item.name for item in fields(cls)]
         for name in values:
             if name not in known:
-                near = difflib.get_close_matches(str(name), known, n=1)
-                hint = f"; did you mean {near[0]}?" if near else ""
+                hint = near_matches(str(name), known)
                 raise ConfigError(f"{source} has an unknown setting {shown(repr(name))}{hint}")
         if "train_data" not in values:
             raise ConfigError(f"{source} does not say what to train on (train_data)")

@@ -10,7 +10,7 @@ from saft_kernels.delta.file import TensorRecord
 from saft_kernels.delta.places import Target, is_sharded, least_of_all, tensors_of, whole
 from saft_kernels.errors import DeltaError
 from saft_kernels.fingerprint import fingerprint, fingerprints
-from saft_kernels.mask import near_matches
+from saft_kernels.untrusted import near_matches
 
 
 class Base:

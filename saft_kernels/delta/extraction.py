@@ -17,9 +17,9 @@ from saft_kernels.delta.sparse_delta import SparseDelta, release, require_texts
 from saft_kernels.errors import DeltaError, NonFiniteGradientError
 from saft_kernels.fingerprint import count_different_bits, fingerprints, same_bits
 from saft_kernels.layout import index_dtype
-from saft_kernels.mask import near_matches
 from saft_kernels.select import number_of_entries
 from saft_kernels.topk import StreamingTopK
+from saft_kernels.untrusted import near_matches
 
 #: Elements that are compared at a time, in double precision.
 PIECE = 1 << 18

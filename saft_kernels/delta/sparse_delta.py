@@ -27,7 +27,8 @@ from saft_kernels.delta.places import (
 from saft_kernels.errors import DeltaError
 from saft_kernels.fingerprint import count_different_bits, fingerprints, same_bits
 from saft_kernels.layout import index_dtype
-from saft_kernels.mask import CooMask, near_matches
+from saft_kernels.mask import CooMask
+from saft_kernels.untrusted import near_matches
 
 _APPLIED = "the delta is applied to this model already; revert_ it first"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -17,7 +16,7 @@ from saft_clip.errors import ConfigError
 from saft_clip.experiment.protocols import find_protocol
 from saft_clip.methods import find
 from saft_kernels.files import atomic_write
-from saft_kernels.untrusted import shown
+from saft_kernels.untrusted import near_matches, shown
 
 #: What an experiment itself decides for every cell.
 _OURS = frozenset(
@@ -376,6 +375,5 @@ def _require_known(
             raise ConfigError(f"{source} cannot set the method: list it under methods")
         if of_cells and name in _OURS:
             raise ConfigError(f"{source} sets {name}, which an experiment decides itself")
-        near = difflib.get_close_matches(str(name), sorted(known), n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        hint = near_matches(str(name), sorted(known))
         raise ConfigError(f"{source} has an unknown setting {shown(repr(name))}{hint}")

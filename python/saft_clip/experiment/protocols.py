@@ -7,13 +7,12 @@ is evaluated on, each in a role: ``in`` (in distribution), ``shifted``, ``base``
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from saft_clip.data import BUILTIN, divided, parse_spec, resolved
 from saft_clip.errors import ConfigError
-from saft_kernels.untrusted import shown
+from saft_kernels.untrusted import near_matches, shown
 
 #: Roles of what was trained on, and of everything else.
 OWN = ("in", "source", "base")
@@ -121,10 +120,9 @@ def find_protocol(name: str) -> Protocol:
         ConfigError: if there is none; the message names them all.
     """
     if name not in PROTOCOLS:
-        near = difflib.get_close_matches(str(name), PROTOCOLS, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
+        hint = near_matches(str(name), PROTOCOLS) or ":"
         raise ConfigError(
-            f"there is no protocol {shown(repr(name))}: {hint}they are {', '.join(PROTOCOLS)}"
+            f"there is no protocol {shown(repr(name))}{hint} they are {', '.join(PROTOCOLS)}"
         )
     return PROTOCOLS[name]
 

@@ -6,13 +6,13 @@ list it here. A method is imported when it is used: some need packages that othe
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from saft_clip.errors import ConfigError
+from saft_kernels.untrusted import near_matches, shown
 
 if TYPE_CHECKING:
     from saft_clip.methods.base import Method
@@ -155,10 +155,9 @@ def find(name: str) -> MethodEntry:
         ConfigError: if there is none; the message names them all.
     """
     if name not in METHODS:
-        near = difflib.get_close_matches(str(name), METHODS, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
+        hint = near_matches(str(name), METHODS) or ":"
         raise ConfigError(
-            f"there is no --method {name!r}: {hint}the methods are {', '.join(METHODS)}"
+            f"there is no --method {shown(repr(name))}{hint} the methods are {', '.join(METHODS)}"
         )
     return METHODS[name]
 
