@@ -21,7 +21,7 @@ sys.path.append(str(HERE.parent.parent))  # for bench, which is no package that 
 
 from bench.readme_figures import Picture, standalone, themes  # noqa: E402
 from bench.result_file import update_block  # noqa: E402
-from saft_clip.auto_density import DensityTrial, best  # noqa: E402
+from saft_clip.auto_density import DENSITIES, DensityTrial, best  # noqa: E402
 from saft_clip.experiment.statistics import Estimate, estimate, holm, p_value  # noqa: E402
 from saft_clip.figures import PLACEHOLDERS, figure, inline_svg  # noqa: E402
 from saft_kernels.files import atomic_write  # noqa: E402
@@ -167,7 +167,11 @@ def settings_of(study: Study, train: str, method: str) -> str:
     return ""
 
 
-SPARSE = {"saft 0.1%": 1e-3, "saft 1%": 1e-2, "saft 10%": 1e-1}
+#: The methods of ``scale.yaml`` that select, and their densities.
+SPARSE = {"saft 0.01%": 1e-4, "saft 0.1%": 1e-3, "saft 1%": 1e-2, "saft 10%": 1e-1}
+
+#: Those that ``--density auto`` chooses from.
+AUTOMATIC = [name for name, density in SPARSE.items() if density in DENSITIES]
 
 
 def of_bases(study: Study, train: str) -> str:
@@ -201,9 +205,7 @@ def of_rules(study: Study) -> str:
     """What comes of ways to choose a density, over all bases and both domains."""
     contests = [(m, t) for m in study.values("model") for t in study.values("train")]
     rules = {
-        **{
-            f"always {name.removeprefix('saft ')}": lambda found, name=name: name for name in SPARSE
-        },
+        **{f"always {_share(name)}": lambda found, name=name: name for name in SPARSE},
         "the best on validation images": _best,
         "the sparsest within one standard error of it": _sparsest,
     }
@@ -215,15 +217,20 @@ def of_rules(study: Study) -> str:
         yield "full fine-tuning", *_outcome(study, dict.fromkeys(contests, "full")), ""
         yield "zero-shot", *_outcome(study, dict.fromkeys(contests, "zero-shot")), ""
 
-    heads = ["density", "in distribution", "shifted", "mean of both", "0.1% / 1% / 10% chosen"]
+    counted = " / ".join(_share(name) for name in AUTOMATIC)
+    heads = ["density", "in distribution", "shifted", "mean of both", f"{counted} chosen"]
     return table(heads, lines())
+
+
+def _share(name: str) -> str:
+    return name.removeprefix("saft ")
 
 
 def _validation(study: Study, model: str, train: str) -> dict[str, float]:
     """The best accuracy on validation images at each density."""
     found: dict[str, float] = {}
     for t in study.trials:
-        if (t["model"], t["train"]) == (model, train) and t["method"] in SPARSE:
+        if (t["model"], t["train"]) == (model, train) and t["method"] in AUTOMATIC:
             found[t["method"]] = max(found.get(t["method"], 0.0), float(t["top1"]))
     return found
 
@@ -260,12 +267,13 @@ def _outcome(study: Study, picked: Mapping[tuple[str, str], str]) -> list[str]:
 
 
 def _counted(picked: Sequence[str]) -> str:
-    return " / ".join(str(list(picked).count(name)) for name in SPARSE)
+    return " / ".join(str(list(picked).count(name)) for name in AUTOMATIC)
 
 
 def of_rates(study: Study) -> str:
-    """How good a learning rate for 1% and 10% is that follows from the best one for 0.1%."""
+    """How good a learning rate is that follows from the best one for 0.1%."""
     tried = _tried(study)
+    others = [name for name in SPARSE if name != "saft 0.1%"]
     exponents = {
         "the same": 0.0,
         "by the root: lr · √(0.001 / density)": 0.5,
@@ -275,14 +283,14 @@ def of_rates(study: Study) -> str:
     def lines() -> Iterator[Sequence[str]]:
         for name, exponent in exponents.items():
             cells = []
-            for method in list(SPARSE)[1:]:
+            for method in others:
                 losses = [_loss(found, method, exponent) for found in tried.values()]
                 known = [loss for loss in losses if loss is not None]
                 missing = f" (of {len(known)} of {len(losses)})" if len(known) < len(losses) else ""
                 cells.append(f"{100 * sum(known) / len(known):.1f}{missing}" if known else "–")  # noqa: RUF001
             yield name, *cells
 
-    return table(["learning rate", "at 1%", "at 10%"], lines())
+    return table(["learning rate", *(f"at {_share(name)}" for name in others)], lines())
 
 
 Tried = dict[str, dict[float, float]]
@@ -350,9 +358,9 @@ def bases_figure(study: Study, train: str) -> str:
                 )  # fmt: skip
             axes.axhline(0, color=PLACEHOLDERS["ink"], linewidth=1)
             axes.set_xscale("log")
-            axes.set_xticks([1e-3, 1e-2, 1e-1, 1], ["0.1%", "1%", "10%", "all"])
+            axes.set_xticks([1e-4, 1e-3, 1e-2, 1e-1, 1], ["0.01", "0.1", "1", "10", "all"])
             axes.minorticks_off()
-            axes.set_title(model)
+            axes.set(title=model, xlabel="% of the parameters")
         grid[0].set_ylabel("change from zero-shot, points")
         drawing.legend(*grid[0].get_legend_handles_labels(), loc="outside upper left", ncols=2)
         return inline_svg(drawing, "bases", "Change of accuracy over density, by pretrained model")

@@ -99,18 +99,21 @@ def try_densities(
             trials.append(DensityTrial(density=density, lr=trial.lr, error=str(error)))
             last = error
         else:
-            trials.append(
-                DensityTrial(
-                    density=density,
-                    lr=trial.lr,
-                    top1=after["top1"],
-                    top1_stderr=after["top1_stderr"],
-                    images=after["n"],
-                )
-            )
+            trials.append(_found(density, trial.lr, after))
+            say(f"density {density:g}: {_percent(trials[-1])} of the validation images are right")
     if all(trial.top1 is None for trial in trials):
         raise last
     return trials
+
+
+def _found(density: float, lr: float, after: Mapping[str, Any]) -> DensityTrial:
+    found = {name: after[name] for name in ("top1", "top1_stderr")}
+    return DensityTrial(density=density, lr=lr, images=after["n"], **found)
+
+
+def _percent(trial: DensityTrial) -> str:
+    assert trial.top1_stderr is not None
+    return f"{100 * _accuracy(trial):.1f} ± {100 * trial.top1_stderr:.1f}%"
 
 
 def trial_config(config: FinetuneConfig, density: float) -> FinetuneConfig:
