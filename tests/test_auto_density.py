@@ -8,8 +8,6 @@ import shlex
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from clip_helpers import SMALL, small_checkpoint, write_folder
 from html_page import Page
@@ -67,29 +65,18 @@ def trial(density, right, images=100):
 @pytest.mark.parametrize(
     ("right", "chosen"),
     [
-        ((90, 91, 92), 1e-3),  # one standard error of 92 in 100 is 2.7
-        ((89, 90, 92), 1e-2),
-        ((50, 60, 92), 1e-1),
+        ((90, 91, 92), 1e-1),
+        ((89, 92, 91), 1e-2),
         ((92, 90, 50), 1e-3),
-        ((100, 100, 100), 1e-3),
-        ((99, 100, 100), 1e-2),  # all right has no error
+        ((50, 92, 92), 1e-2),
         ((0, 0, 0), 1e-3),
     ],
 )
-def test_the_sparsest_within_one_standard_error_is_chosen(right, chosen):
+def test_the_best_is_chosen_and_of_equals_the_sparsest(right, chosen):
     trials = [trial(density, count) for density, count in zip(DENSITIES, right, strict=True)]
     assert best(trials).density == chosen
+    assert best(trials[::-1]).density == chosen
     assert [line["density"] for line in to_dicts(trials) if line["chosen"]] == [chosen]
-
-
-@given(st.lists(st.integers(0, 40), min_size=1, max_size=6))
-def test_no_sparser_one_would_do(right):
-    trials = [trial(10.0 ** (i - 6), count, 40) for i, count in enumerate(right)]
-    top = max(trials, key=lambda t: t.top1)
-    chosen = best(trials)
-    assert chosen.top1 >= top.top1 - top.top1_stderr
-    sparser = trials[: trials.index(chosen)]
-    assert all(t.top1 < top.top1 - top.top1_stderr for t in sparser)
 
 
 def test_one_that_diverged_is_not_chosen():

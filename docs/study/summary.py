@@ -22,7 +22,13 @@ sys.path.append(str(HERE.parent.parent))  # for bench, which is no package that 
 from bench.readme_figures import Picture, standalone, themes  # noqa: E402
 from bench.result_file import update_block  # noqa: E402
 from saft_clip.auto_density import DENSITIES, DensityTrial, best  # noqa: E402
-from saft_clip.experiment.statistics import Estimate, estimate, holm, p_value  # noqa: E402
+from saft_clip.experiment.statistics import (  # noqa: E402
+    Estimate,
+    estimate,
+    harmonic_mean,
+    holm,
+    p_value,
+)
 from saft_clip.figures import PLACEHOLDERS, figure, inline_svg  # noqa: E402
 from saft_kernels.files import atomic_write  # noqa: E402
 
@@ -70,10 +76,14 @@ class Study:
 
     def mean(self, roles: set[str], **where: str) -> Estimate:
         """Over data, then over seeds."""
+        return estimate(self.per_seed(roles, **where))
+
+    def per_seed(self, roles: set[str], **where: str) -> list[float]:
+        """Means over data; seeds in order."""
         per_seed = defaultdict(list)
         for (seed, _), top1 in self.scores(roles, **where).items():
             per_seed[seed].append(top1)
-        return estimate([sum(values) / len(values) for values in per_seed.values()])
+        return [sum(values) / len(values) for _, values in sorted(per_seed.items())]
 
 
 def _read(path: Path) -> list[dict[str, str]]:
@@ -117,6 +127,31 @@ def of_methods(study: Study, train: str) -> str:
 
     heads = ["method", "in distribution", "shifted", "shifted, against full", "chosen settings"]
     return table(heads, lines())
+
+
+def of_new_classes(study: Study) -> str:
+    """Every method trained on half of the classes, over all domains."""
+
+    def lines() -> Iterator[Sequence[str]]:
+        found = {method: _base_and_new(study, method) for method in study.values("method")}
+        against = _against_full(study, list(found))
+        for method, (base, new, harmonic) in sorted(found.items(), key=lambda x: -x[1][2].mean):
+            difference, p = against.get(method, (0.0, 1.0))
+            verdict = f"{difference:+.1f} (p = {p:.2g})" if method in against else ""
+            yield method, *map(_percent, (base, new, harmonic)), verdict
+
+    return table(["method", "base", "new", "harmonic mean", "new, against full"], lines())
+
+
+def _base_and_new(study: Study, method: str) -> tuple[Estimate, Estimate, Estimate]:
+    base, new = (study.per_seed(set(roles), method=method) for roles in _BOTH)
+    both = [harmonic_mean(*pair) for pair in zip(base, new, strict=True)]
+    return estimate(base), estimate(new), estimate(both)
+
+
+def _percent(value: Estimate) -> str:
+    error = f" ± {100 * value.error:.1f}" if value.error > 0 else ""
+    return f"{100 * value.mean:.1f}{error}"
 
 
 def of_ways(study: Study, train: str) -> str:
@@ -206,19 +241,21 @@ def of_rules(study: Study) -> str:
     contests = [(m, t) for m in study.values("model") for t in study.values("train")]
     rules = {
         **{f"always {_share(name)}": lambda found, name=name: name for name in SPARSE},
-        "the best on validation images": _best,
+        "the best on validation images (`auto`)": _best,
         "the sparsest within one standard error of it": _sparsest,
     }
 
     def lines() -> Iterator[Sequence[str]]:
         for name, rule in rules.items():
             picked = {c: rule(_validation(study, *c)) for c in contests}
-            yield name, *_outcome(study, picked), _counted(picked.values())
-        yield "full fine-tuning", *_outcome(study, dict.fromkeys(contests, "full")), ""
-        yield "zero-shot", *_outcome(study, dict.fromkeys(contests, "zero-shot")), ""
+            halfway = _outcome(study, picked, alpha="0.5")
+            yield name, *_outcome(study, picked), _counted(picked.values()), *halfway
+        for name in ("full", "zero-shot"):
+            yield name, *_outcome(study, dict.fromkeys(contests, name)), *[""] * 4
 
     counted = " / ".join(_share(name) for name in AUTOMATIC)
-    heads = ["density", "in distribution", "shifted", "mean of both", f"{counted} chosen"]
+    heads = ["density", "in distribution", "shifted", "mean", f"{counted} chosen"]
+    heads += [f"alpha 0.5: {head}" for head in heads[1:4]]
     return table(heads, lines())
 
 
@@ -235,31 +272,25 @@ def _validation(study: Study, model: str, train: str) -> dict[str, float]:
     return found
 
 
-def _best(found: Mapping[str, float]) -> str:
-    return max(found, key=found.__getitem__)  # of equals, the sparsest
-
-
 #: Validation images of each trial.
 _IMAGES = 300
 
 
-def _sparsest(found: Mapping[str, float]) -> str:
+def _best(found: Mapping[str, float]) -> str:
     """What ``--density auto`` chooses."""
-    trials = {
-        DensityTrial(
-            density=SPARSE[name],
-            lr=1.0,
-            top1=top1,
-            top1_stderr=math.sqrt(top1 * (1 - top1) / _IMAGES),
-        ): name
-        for name, top1 in found.items()
-    }
+    trials = {DensityTrial(density=SPARSE[n], lr=1.0, top1=top1): n for n, top1 in found.items()}
     return trials[best(list(trials))]
 
 
-def _outcome(study: Study, picked: Mapping[tuple[str, str], str]) -> list[str]:
+def _sparsest(found: Mapping[str, float]) -> str:
+    top = max(found.values())
+    least = top - math.sqrt(top * (1 - top) / _IMAGES)
+    return next(name for name in AUTOMATIC if found[name] >= least)
+
+
+def _outcome(study: Study, picked: Mapping[tuple[str, str], str], alpha: str = "") -> list[str]:
     means = [
-        [study.mean(set(roles), model=m, train=t, method=method).mean for roles in _BOTH]
+        [study.mean(set(r), model=m, train=t, method=method, alpha=alpha).mean for r in _BOTH]
         for (m, t), method in picked.items()
     ]
     own, other = (100 * sum(values) / len(values) for values in zip(*means, strict=True))
@@ -343,7 +374,7 @@ def changes_figure(study: Study, train: str) -> str:
 def bases_figure(study: Study, train: str) -> str:
     """A panel for each base: changes over the density, up to all parameters."""
     models = study.values("model")
-    with figure(2.2 * len(models), 3.1, ncols=len(models), sharey=True) as (drawing, grid):
+    with figure(2.4 * len(models), 3.1, ncols=len(models)) as (drawing, grid):
         for axes, model in zip(grid, models, strict=True):
             for roles, colour, label in zip(
                 _BOTH, ("s2", "after"), ("in distribution", "mean of shifted"), strict=True
@@ -376,6 +407,7 @@ def blocks() -> dict[str, str]:
         "noisy": of_methods(shift, "builtin:noisy"),
         "way": of_ways(shift, "builtin:noisy"),
         "mnist": of_methods(shift, "builtin:mnist"),
+        "new": of_new_classes(Study.load("base-to-new")),
         "bases-noisy": of_bases(scale, "builtin:noisy"),
         "bases-mnist": of_bases(scale, "builtin:mnist"),
         "rules": of_rules(scale),

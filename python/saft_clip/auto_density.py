@@ -138,21 +138,12 @@ def _folder(config: FinetuneConfig, density: float) -> Path:
 
 
 def best(trials: Sequence[DensityTrial]) -> DensityTrial:
-    """The sparsest that is within one standard error of the best.
-
-    The rule of one standard error is that of Breiman et al. (Classification and Regression Trees,
-    1984, section 3.4.3): among those that the images do not tell apart, take the simplest.
-    """
-    done = [trial for trial in trials if trial.top1 is not None]
-    top = max(done, key=_accuracy)
-    assert top.top1_stderr is not None
-    least = _accuracy(top) - top.top1_stderr
-    return next(trial for trial in done if _accuracy(trial) >= least)
+    """The most accurate on the validation images; of equals the sparsest."""
+    return max(trials, key=lambda trial: (_accuracy(trial), -trial.density))
 
 
 def _accuracy(trial: DensityTrial) -> float:
-    assert trial.top1 is not None
-    return trial.top1
+    return -1.0 if trial.top1 is None else trial.top1
 
 
 def chosen_config(config: FinetuneConfig, trials: Sequence[DensityTrial]) -> FinetuneConfig:
