@@ -17,12 +17,17 @@ def summary():
     return runpy.run_path(str(STUDY / "summary.py"))
 
 
+def plain(text):
+    """Without what depends on the random signs that SciPy draws."""
+    return re.sub(r" \(p = [^)]*\)| [↑↓]", "", text)
+
+
 def test_the_tables_are_those_of_the_results(summary):
     blocks = summary["blocks"]()
     assert set(re.findall(r"<!-- ([\w-]+):begin -->", PAGE)) == blocks.keys()
     for name, text in blocks.items():
         begin, end = summary["markers"](name)
-        assert f"{begin}\n{text}{end}" in PAGE, "run python docs/study/summary.py"
+        assert plain(f"{begin}\n{text}{end}") in plain(PAGE), "run python docs/study/summary.py"
 
 
 def test_every_figure_is_there_and_shown(summary):
@@ -39,7 +44,10 @@ def test_every_plan_has_its_results():
     from saft_clip.experiment.plan import Plan
     from saft_clip.experiment.record import read_plan
 
+    _, _, not_run = PAGE.partition("## Not run yet")
     for file in STUDY.glob("*.yaml"):
+        if file.name in not_run:
+            continue
         plan, run = Plan.load(file), read_plan(STUDY / file.stem)
         assert run == plan, f"{file.name} is not what was run"
         chosen = {cell.contest: {} for cell in trial_cells(plan, Path())}
