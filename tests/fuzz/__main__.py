@@ -23,7 +23,7 @@ from fuzz.children import (
     scratch_folder,
     warm_up,
 )
-from fuzz.oracles import guard_kernels
+from fuzz.oracles import guarded_kernels
 from fuzz.targets import Target, all_targets
 
 #: Where a run keeps what it has done, and the inputs that failed.
@@ -181,10 +181,10 @@ def _one(known: Mapping[str, Target], options: argparse.Namespace) -> int:
     with scratch_folder() as folder:
         warm_up(known[name], folder)
         print(f"{len(content):,} bytes: {content[:300]!r}")
-        guard_kernels()
         path = folder / f"input{known[name].suffix}"
         path.write_bytes(content)
-        print(known[name].read(path))
+        with guarded_kernels():
+            print(known[name].read(path))
     return 0
 
 

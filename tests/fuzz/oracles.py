@@ -127,6 +127,17 @@ def guard_kernels() -> None:
     ops.scatter_ = _guarded(ops.scatter_)
 
 
+@contextmanager
+def guarded_kernels() -> Iterator[None]:
+    """The same, within the block only."""
+    usual = ops.gather, ops.scatter_
+    guard_kernels()
+    try:
+        yield
+    finally:
+        ops.gather, ops.scatter_ = usual
+
+
 #: What no file may bring about: foreign code in a pickle, commands, connections, lost files.
 _FORBIDDEN = (
     *("pickle.find_class", "ctypes.dlopen"),
