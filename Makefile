@@ -11,6 +11,7 @@ export SAFT_CUDA ?= AUTO
 NATIVE := $(shell find csrc cmake -type f) CMakeLists.txt setup.py pyproject.toml
 
 # One OpenMP thread per test process: several processes share the cores. Tests that need more ask for them.
+# worksteal keeps neighbouring tests in one process, where they share what their module sets up, until another has none left.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 .PHONY: help demo test bench bench-docs lint sanitize wheel test-gpu bench-gpu build clean

@@ -22,6 +22,7 @@ sys.path.append(str(HERE.parent.parent))  # for bench, which is no package that 
 from bench.readme_figures import Picture, standalone, themes  # noqa: E402
 from bench.result_file import update_block  # noqa: E402
 from saft_clip.auto_density import DENSITIES, DensityTrial, best  # noqa: E402
+from saft_clip.experiment.protocols import OTHERS, OWN  # noqa: E402
 from saft_clip.experiment.statistics import (  # noqa: E402
     Estimate,
     estimate,
@@ -35,8 +36,8 @@ from saft_kernels.files import atomic_write  # noqa: E402
 PAGE = HERE / "README.md"
 FIGURES = HERE / "figures"
 
-#: Roles of what was trained on and of what was not.
-OWN, OTHERS = {"in", "base", "source"}, {"shifted", "new", "target"}
+#: What was trained on, and everything else.
+_BOTH = (OWN, OTHERS)
 
 #: (seed, data) -> top-1 accuracy
 Scores = Mapping[tuple[str, str], float]
@@ -65,7 +66,7 @@ class Study:
         """The different values of a column, in order."""
         return list(dict.fromkeys(row[column] for row in self.rows))
 
-    def scores(self, roles: set[str], **where: str) -> Scores:
+    def scores(self, roles: Sequence[str], **where: str) -> Scores:
         """The accuracies of some rows; of results, unless another ``alpha`` is given."""
         where = {"alpha": ""} | where
         return {
@@ -74,11 +75,11 @@ class Study:
             if row["role"] in roles and all(row[key] == value for key, value in where.items())
         }
 
-    def mean(self, roles: set[str], **where: str) -> Estimate:
+    def mean(self, roles: Sequence[str], **where: str) -> Estimate:
         """Over data, then over seeds."""
         return estimate(self.per_seed(roles, **where))
 
-    def per_seed(self, roles: set[str], **where: str) -> list[float]:
+    def per_seed(self, roles: Sequence[str], **where: str) -> list[float]:
         """Means over data; seeds in order."""
         per_seed = defaultdict(list)
         for (seed, _), top1 in self.scores(roles, **where).items():
@@ -108,20 +109,18 @@ def change(now: Estimate, before: Estimate) -> str:
 
 def of_methods(study: Study, train: str) -> str:
     """Every method trained on one domain: changes from zero-shot, and OOD against full."""
-    zero = {roles: study.mean(set(roles), method="zero-shot", train=train) for roles in _BOTH}
+    zero = {roles: study.mean(roles, method="zero-shot", train=train) for roles in _BOTH}
     methods = _by_others(study, train)
     against = _against_full(study, methods, train=train)
 
     def lines() -> Iterator[Sequence[str]]:
         for method in methods:
-            own, other = (study.mean(set(roles), method=method, train=train) for roles in _BOTH)
-            difference, p = against.get(method, (0.0, 1.0))
-            verdict = f"{difference:+.1f} (p = {p:.2g})" if method in against else ""
+            own, other = (study.mean(roles, method=method, train=train) for roles in _BOTH)
             yield (
                 method,
                 change(own, zero[_BOTH[0]]),
                 change(other, zero[_BOTH[1]]),
-                verdict,
+                _verdict(against.get(method)),
                 settings_of(study, train, method),
             )
 
@@ -136,15 +135,13 @@ def of_new_classes(study: Study) -> str:
         found = {method: _base_and_new(study, method) for method in study.values("method")}
         against = _against_full(study, list(found))
         for method, (base, new, harmonic) in sorted(found.items(), key=lambda x: -x[1][2].mean):
-            difference, p = against.get(method, (0.0, 1.0))
-            verdict = f"{difference:+.1f} (p = {p:.2g})" if method in against else ""
-            yield method, *map(_percent, (base, new, harmonic)), verdict
+            yield method, *map(_percent, (base, new, harmonic)), _verdict(against.get(method))
 
     return table(["method", "base", "new", "harmonic mean", "new, against full"], lines())
 
 
 def _base_and_new(study: Study, method: str) -> tuple[Estimate, Estimate, Estimate]:
-    base, new = (study.per_seed(set(roles), method=method) for roles in _BOTH)
+    base, new = (study.per_seed(roles, method=method) for roles in _BOTH)
     both = [harmonic_mean(*pair) for pair in zip(base, new, strict=True)]
     return estimate(base), estimate(new), estimate(both)
 
@@ -165,15 +162,11 @@ def of_ways(study: Study, train: str) -> str:
                 continue
             cells = []
             for alpha in alphas:
-                own, other = (study.mean(set(r), alpha=alpha, **where) for r in _BOTH)
+                own, other = (study.mean(r, alpha=alpha, **where) for r in _BOTH)
                 cells.append(f"{100 * own.mean:.1f} / {100 * other.mean:.1f}")
             yield method, *cells
 
     return table(["in distribution / shifted", *(f"alpha {float(a):g}" for a in alphas)], lines())
-
-
-#: Own data and others.
-_BOTH = (tuple(sorted(OWN)), tuple(sorted(OTHERS)))
 
 
 def _by_others(study: Study, train: str) -> list[str]:
@@ -192,6 +185,10 @@ def _against_full(
         m: (100 * sum(found[key] - full[key] for key in found) / len(found), p[m])
         for m, found in scores.items()
     }
+
+
+def _verdict(against: tuple[float, float] | None) -> str:
+    return "" if against is None else f"{against[0]:+.1f} (p = {against[1]:.2g})"
 
 
 def settings_of(study: Study, train: str, method: str) -> str:
@@ -215,11 +212,11 @@ def of_bases(study: Study, train: str) -> str:
     def lines() -> Iterator[Sequence[str]]:
         for model in study.values("model"):
             where = {"model": model, "train": train}
-            zero = [study.mean(set(roles), method="zero-shot", **where) for roles in _BOTH]
+            zero = [study.mean(roles, method="zero-shot", **where) for roles in _BOTH]
             cells = [f"{100 * each.mean:.1f}" for each in zero]
             against = _against_full(study, list(SPARSE), **where)
             for method in ("full", *SPARSE):
-                now = [study.mean(set(roles), method=method, **where) for roles in _BOTH]
+                now = [study.mean(roles, method=method, **where) for roles in _BOTH]
                 mark = _mark(*against.get(method, (0.0, 1.0)))
                 own, other = (change(*pair) for pair in zip(now, zero, strict=True))
                 cells.append(f"{own} / {other}{mark}")
@@ -237,11 +234,14 @@ def _mark(difference: float, p: float) -> str:
 
 
 def of_rules(study: Study) -> str:
-    """What comes of ways to choose a density, over all bases and both domains."""
+    """What comes of ways to choose a density, over all bases and both domains.
+
+    At each density with the best of four learning rates, where ``--density auto`` tries one.
+    """
     contests = [(m, t) for m in study.values("model") for t in study.values("train")]
     rules = {
         **{f"always {_share(name)}": lambda found, name=name: name for name in SPARSE},
-        "the best on validation images (`auto`)": _best,
+        "the best on validation images": _best,
         "the sparsest within one standard error of it": _sparsest,
     }
 
@@ -277,7 +277,7 @@ _IMAGES = 300
 
 
 def _best(found: Mapping[str, float]) -> str:
-    """What ``--density auto`` chooses."""
+    """By the rule of ``--density auto``."""
     trials = {DensityTrial(density=SPARSE[n], lr=1.0, top1=top1): n for n, top1 in found.items()}
     return trials[best(list(trials))]
 
@@ -290,7 +290,7 @@ def _sparsest(found: Mapping[str, float]) -> str:
 
 def _outcome(study: Study, picked: Mapping[tuple[str, str], str], alpha: str = "") -> list[str]:
     means = [
-        [study.mean(set(r), model=m, train=t, method=method, alpha=alpha).mean for r in _BOTH]
+        [study.mean(r, model=m, train=t, method=method, alpha=alpha).mean for r in _BOTH]
         for (m, t), method in picked.items()
     ]
     own, other = (100 * sum(values) / len(values) for values in zip(*means, strict=True))
@@ -357,8 +357,8 @@ def changes_figure(study: Study, train: str) -> str:
         for roles, colour, label in zip(
             _BOTH, ("s2", "after"), ("in distribution", "mean of shifted"), strict=True
         ):
-            zero = study.mean(set(roles), method="zero-shot", train=train).mean
-            found = [study.mean(set(roles), method=m, train=train) for m in methods]
+            zero = study.mean(roles, method="zero-shot", train=train).mean
+            found = [study.mean(roles, method=m, train=train) for m in methods]
             axes.errorbar(
                 [100 * (each.mean - zero) for each in found], range(len(methods)),
                 xerr=[100 * each.error for each in found], fmt="o", markersize=5.5, capsize=2,
@@ -380,8 +380,8 @@ def bases_figure(study: Study, train: str) -> str:
                 _BOTH, ("s2", "after"), ("in distribution", "mean of shifted"), strict=True
             ):
                 where = {"model": model, "train": train}
-                zero = study.mean(set(roles), method="zero-shot", **where).mean
-                found = [study.mean(set(roles), method=m, **where) for m in (*SPARSE, "full")]
+                zero = study.mean(roles, method="zero-shot", **where).mean
+                found = [study.mean(roles, method=m, **where) for m in (*SPARSE, "full")]
                 axes.errorbar(
                     [*SPARSE.values(), 1.0], [100 * (each.mean - zero) for each in found],
                     yerr=[100 * each.error for each in found], marker="o", markersize=5, capsize=2,

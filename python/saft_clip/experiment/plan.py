@@ -7,11 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import product
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_type_hints
 
 import yaml
 
-from saft_clip.config import FinetuneConfig, has_setting, read_yaml
+from saft_clip.config import FinetuneConfig, as_typed, has_setting, read_yaml
 from saft_clip.errors import ConfigError
 from saft_clip.experiment.protocols import find_protocol
 from saft_clip.methods import find
@@ -311,15 +311,10 @@ def _mapping(value: Any, what: str) -> dict[str, Any]:
 
 
 def _number(value: Any, hint: Any) -> Any:
-    """``5e-6``, which YAML takes for text, becomes a number where one is expected."""
+    """Like a single run's settings, but that a list may be of values to try."""
     if isinstance(value, list):
         return [_number(one, hint) for one in value]
-    if isinstance(value, str) and (hint is float or float in get_args(hint)):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
+    return as_typed(value, hint)
 
 
 #: Settings that every method takes, though they have a say only where entries are selected.
