@@ -108,13 +108,18 @@ def tried(monkeypatch):
     return made
 
 
-def test_the_result_is_that_of_a_run_with_the_chosen_density(config, tmp_path, tried):
+@pytest.mark.parametrize("place", range(len(DENSITIES)))
+def test_the_result_is_that_of_a_run_with_the_chosen_density(
+    config, tmp_path, tried, monkeypatch, place
+):
+    monkeypatch.setattr(auto_density, "best", lambda trials: trials[place])
     result = finetune(config)
     lines = result.results["density_trials"]
     assert [line["density"] for line in lines] == list(DENSITIES)
     assert [line["lr"] for line in lines] == [lr_for(d, config.lr) for d in DENSITIES]
     assert all(line["images"] == 12 for line in lines)
     (chosen,) = (line for line in lines if line["chosen"])
+    assert chosen == lines[place]
     assert tried == [*DENSITIES, chosen["density"]]
 
     settings = {"density": chosen["density"], "lr": chosen["lr"]}

@@ -718,6 +718,23 @@ def test_so_many_images_the_training_images_and_the_way(config):
     assert lines["along", 1.0] == lines["after", None]
 
 
+def test_the_ends_of_the_way_are_evaluated_once(config, monkeypatch):
+    made, original = [], train.evaluate
+
+    def numbered(*arguments, **options):
+        made.append(original(*arguments, **options))
+        return replace(made[-1], top1=len(made) / 100)
+
+    monkeypatch.setattr(train, "evaluate", numbered)
+    ours = config.changed(epochs=1, val_frequency=0, alphas=(0.0, 0.25, 0.5, 1.0))
+    lines = finetune(ours).results["evaluations"]
+    found = {(line["when"], line.get("alpha")): line["top1"] for line in lines}
+    assert len(made) == 3
+    assert [found["along", alpha] for alpha in (0.25, 0.5, 1.0)] == [0.01, 0.02, 0.03]
+    assert found["along", 0.0] == found["before", None]
+    assert found["after", None] == found["along", 1.0]
+
+
 def test_the_way_changes_no_result(config, tmp_path):
     plain = SparseDelta.load(finetune(config.changed(epochs=1)).artefact)
     other = config.changed(epochs=1, alphas=(0.3,), output=str(tmp_path / "other"))
