@@ -105,6 +105,14 @@ def test_an_epoch_is_every_image_once_in_a_new_order(config, pets):
     assert len({tuple(index for _, index in epoch) for epoch in epochs}) == 3
 
 
+@pytest.mark.parametrize(("min_steps", "epochs"), [(0, 3), (5, 3), (6, 3), (7, 4), (8, 4), (9, 5)])
+def test_there_are_as_many_epochs_as_the_steps_take(pets, min_steps, epochs):
+    dataset = load_dataset(str(pets), "train", lambda image: image)
+    options = {"batch_size": 4, "accum_freq": 2, "epochs": 3, "seed": 1}
+    batches = TrainingBatches(dataset, **options, min_steps=min_steps)
+    assert (batches.epochs, batches.steps) == (epochs, 2 * epochs)
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_do_not_depend_on_the_past(config, workers):
     """Any start and any number of workers give the same crops, and no global state moves."""
@@ -326,6 +334,15 @@ def test_run_writes_everything(config, pets, capsys):
     blocks = result.results["blocks"]
     assert result.results["trained"] == mask.nnz == sum(block["trained"] for block in blocks)
     assert result.results["parameters"] == sum(block["parameters"] for block in blocks)
+
+
+def test_a_run_goes_on_until_its_steps_are_taken(config):
+    """Four epochs of two steps for the seven asked for; the last one is validated, too."""
+    result = finetune(config.changed(epochs=1, accum_freq=2, min_steps=7, val_frequency=3))
+    lines = read_metrics(result.output / "metrics.jsonl")
+    assert [line["step"] for line in lines if line["kind"] == "train"] == [*range(1, 9)]
+    assert [line["epoch"] for line in lines if line["kind"] == "validation"] == [0, 3, 4]
+    assert "1 epochs (at least 7 steps)" in (result.output / "report.html").read_text()
 
 
 def test_a_given_mask_is_trained_instead_of_a_selected_one(config, tmp_path):

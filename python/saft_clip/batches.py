@@ -42,6 +42,7 @@ class TrainingBatches:
         batch_size: images per forward pass.
         accum_freq: forward passes per optimizer step.
         epochs: passes over the data.
+        min_steps: as many more epochs as it takes for so many optimizer steps.
         seed: of the order and the augmentation.
         workers: processes that load images; 0 loads them in this one.
     """
@@ -53,6 +54,7 @@ class TrainingBatches:
         batch_size: int,
         accum_freq: int,
         epochs: int,
+        min_steps: int = 0,
         seed: int,
         workers: int = 0,
     ) -> None:
@@ -62,7 +64,8 @@ class TrainingBatches:
         self.seed = seed
         self.workers = workers
         self.steps_per_epoch = ceil(len(dataset) / self.step_size)
-        self.steps = epochs * self.steps_per_epoch
+        self.epochs = max(epochs, ceil(min_steps / self.steps_per_epoch))
+        self.steps = self.epochs * self.steps_per_epoch
 
     def images_in(self, step: int) -> int:
         """The number of images of one step."""

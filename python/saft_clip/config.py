@@ -159,6 +159,9 @@ class FinetuneConfig:
     epochs: int = option(
         10, "passes over the training data", at_least=1, source=OURS, by_method=True
     )
+    min_steps: int = option(
+        0, "optimizer steps at least: as many more epochs as they take", at_least=0, source=OURS
+    )
     batch_size: int = option(32, "images per forward pass", at_least=1, source=OURS, by_method=True)
     accum_freq: int = option(1, "forward passes per optimizer step", at_least=1, source=OURS)
     optimizer: str = option(

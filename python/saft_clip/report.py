@@ -167,9 +167,10 @@ def _lead(config: FinetuneConfig, results: Mapping[str, Any]) -> str:
     if config.method == "zero-shot":
         return f"Nothing was trained: the weights {results['pretrained']!r} as they are."
     images = f"{config.shots} images per class" if config.shots else "all images"
+    steps = f" (at least {config.min_steps:,} steps)" if config.min_steps else ""
     return (
-        f"Trained on {images} of {config.train_data}, {config.epochs} epochs, seed {config.seed}, "
-        f"starting from the weights {results['pretrained']!r}."
+        f"Trained on {images} of {config.train_data}, {config.epochs} epochs{steps}, "
+        f"seed {config.seed}, starting from the weights {results['pretrained']!r}."
     )
 
 

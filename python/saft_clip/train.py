@@ -292,6 +292,7 @@ class Run:
             batch_size=config.batch_size,
             accum_freq=config.accum_freq,
             epochs=config.epochs,
+            min_steps=config.min_steps,
             seed=config.seed,
             workers=config.workers,
         )
@@ -402,7 +403,7 @@ class Run:
         every, epoch = self.config.val_frequency, self._epoch
         if self.data.validation is None or every == 0:
             return
-        if epoch % every == 0 or epoch == self.config.epochs:
+        if epoch % every == 0 or epoch == self.trainer.batches.epochs:
             found = self._evaluate_on(self.data.validation, show_progress=epoch == 0)
             self.log.write("validation", self.trainer.step, epoch=epoch, **_brief(found))
 
