@@ -501,7 +501,25 @@ def results(method, trained=1000):
         **{"method": method, "trained": trained, "parameters": 10_000, "artefact_bytes": 4000},
         "cost": {"step_seconds": None if method == "zero-shot" else 0.1, "peak_memory_bytes": None},
         **{"blocks": [block], "environment": {"torch": "2"}, "evaluations": []},
+        "density_trials": [],
     }
+
+
+def test_densities_that_runs_chose():
+    trial = {"density": 0.001, "lr": 0.003, "top1": 0.75, "top1_stderr": 0.1, "images": 20}
+    tried = [
+        {**trial, "error": None, "chosen": True},
+        {**trial, "density": 0.01, "top1": None, "error": "diverged", "chosen": False},
+    ]
+    record = made_record(1, methods=["zero-shot", {"name": "auto", "method": "saft"}])
+    assert formats.densities_csv(with_runs(record)) == ""
+    record.runs[-1].results["density_trials"] = tried
+    lines = list(csv.DictReader(io.StringIO(formats.densities_csv(record))))
+    assert [line["method"] for line in lines] == ["auto", "auto"]
+    assert [line["seed"] for line in lines] == ["0", "0"]
+    assert [line["density"] for line in lines] == ["0.001", "0.01"]
+    assert [line["top1"] for line in lines] == ["0.75", ""]
+    assert [line["chosen"] for line in lines] == ["yes", ""]
 
 
 def with_runs(record):

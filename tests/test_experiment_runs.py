@@ -300,6 +300,16 @@ def test_processes_take_turns_with_the_gpus(monkeypatch):
     assert gpus() == []
 
 
+@pytest.mark.parametrize(("asked", "share", "used"), [(1, 2, 1), (2, 1, 1), (3, 2, 2)])
+def test_a_process_takes_no_more_threads_than_asked_for(monkeypatch, asked, share, used):
+    taken = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: asked)
+    monkeypatch.setattr(torch, "set_num_threads", taken.append)
+    monkeypatch.setattr(threading.Thread, "start", lambda thread: None)
+    runner._start_worker(share, [], multiprocessing.Value("i", 0), os.getppid())
+    assert taken == [used]
+
+
 def test_a_worker_ends_with_its_parent(tmp_path):
     process, output = start(tmp_path, quick(methods=[{**SLOW, "epochs": 2000}]))
     worker = at_work(output, "slow")

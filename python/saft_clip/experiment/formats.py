@@ -211,6 +211,23 @@ def trials_csv(record: Record) -> str:
     )
 
 
+def densities_csv(record: Record) -> str:
+    """What each run with ``--density auto`` has tried, and which was best; "" without such runs."""
+    lines = []
+    for run in record.runs:
+        model, train, method = run.cell.contest
+        for trial in run.results["density_trials"]:
+            top1 = "" if trial["top1"] is None else trial["top1"]
+            lines.append(
+                (
+                    *(model, method, train, run.cell.shots, run.cell.seed),
+                    *(trial["density"], trial["lr"], top1, "yes" if trial["chosen"] else ""),
+                )
+            )
+    heads = ["model", "method", "train", "shots", "seed", "density", "lr", "top1", "chosen"]
+    return _csv(heads, lines) if lines else ""
+
+
 def _csv(heads: Sequence[str], lines: Iterable[Sequence[Any]]) -> str:
     buffer = io.StringIO()
     csv.writer(buffer, lineterminator="\n").writerows([heads, *lines])

@@ -55,11 +55,15 @@ def write_answers(folder: Path, report: Path | None = None) -> Record:
     texts = {
         "results.csv": formats.results_csv(record),
         "trials.csv": formats.trials_csv(record),
+        "densities.csv": formats.densities_csv(record),
         "tables.csv": formats.comma_separated(tables),
         "tables.md": formats.markdown(tables, record),
         "tables.tex": formats.latex(tables, record),
     }
     for name, text in texts.items():
+        if not text:
+            (folder / name).unlink(missing_ok=True)
+            continue
         with atomic_write(folder / name) as temporary:
             temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
     write_page(report or folder / REPORT, "experiment.html.j2", page_content(record, tables))

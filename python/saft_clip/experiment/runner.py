@@ -6,7 +6,7 @@ An experiment's folder::
     trials/, cells/     the runs: what ``saft finetune`` writes, but for weights of whole models
     failures/           for each run that failed: why
     logs/               what the runs said
-    report.html, results.csv, trials.csv, tables.md, tables.tex, tables.csv
+    report.html, results.csv, trials.csv, densities.csv, tables.md, tables.tex, tables.csv
 """
 
 from __future__ import annotations
@@ -242,7 +242,7 @@ _known: Known = {}
 
 def _start_worker(threads: int, devices: Sequence[str], started: Any, parent: int) -> None:
     """Prepare a process: its share of the cores, a GPU in turn, and an end with its parent."""
-    torch.set_num_threads(threads)
+    torch.set_num_threads(min(threads, torch.get_num_threads()))  # OMP_NUM_THREADS may be less
     with started.get_lock():
         number, started.value = started.value, started.value + 1
     if devices:  # before anything looks at the GPUs
