@@ -169,7 +169,7 @@ def test_what_is_no_plan_is_refused(tmp_path, text):
 
 
 def test_settings_for_all_pass_by_methods_that_have_none_such():
-    made = plan(settings={"alpha": 0.3, "penalty": 2.0}, methods=["saft", "kd", "full"])
+    made = plan(settings={"alpha": 0.3, "penalty": 2.0}, methods=["saft", "kd", "lora"])
     configs = {
         entry.settings["method"]: made.config(made.models[0], entry, "builtin:mnist", 1, 1, {})
         for entry in made.methods
@@ -177,7 +177,7 @@ def test_settings_for_all_pass_by_methods_that_have_none_such():
     assert configs["saft"].alpha == 0.3
     assert configs["saft"].penalty is None
     assert configs["kd"].penalty == 2.0
-    assert configs["full"].alpha is None
+    assert configs["lora"].alpha is None
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)

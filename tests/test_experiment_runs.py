@@ -114,7 +114,8 @@ def test_the_ends_of_the_way_are_the_models_themselves(finished):
     assert accuracy("saft", 0.0) == accuracy("zero-shot", None)
     assert accuracy("saft", 1.0) == accuracy("saft", None)
     assert set(accuracy("wise-ft", 0.0)) == tested
-    assert accuracy("full", 0.0) == {}  # has no way
+    assert accuracy("full", 0.0) == accuracy("zero-shot", None)
+    assert accuracy("full", 1.0) == accuracy("full", None)
 
 
 def test_weights_of_whole_models_are_not_kept_and_deltas_are(finished):

@@ -771,8 +771,8 @@ def test_validation_images_in_place_of_test_images(config):
 
 
 def test_methods_without_a_way_have_no_alphas(config):
-    with pytest.raises(ConfigError, match="--method full has no --alpha"):
-        config.changed(method="full", alphas=(0.5,))
+    with pytest.raises(ConfigError, match="--method lora has no --alpha"):
+        config.changed(method="lora", alphas=(0.5,))
     with pytest.raises(ConfigError, match="--alphas must be at least 0 and at most 1, not 2"):
         config.changed(alphas=(0.5, 2.0))
     with pytest.raises(ConfigError, match=r"--alphas cannot be .*: it must be a list of numbers"):

@@ -2,7 +2,8 @@
 
     python docs/study/summary.py
 
-``NAME/results.csv`` and ``NAME/trials.csv`` are what ``saft experiment`` wrote for ``NAME.yaml``.
+``NAME/results.csv``, ``NAME/trials.csv`` and ``NAME/densities.csv`` are what ``saft experiment``
+wrote for ``NAME.yaml``.
 """
 
 from __future__ import annotations
@@ -45,22 +46,27 @@ Scores = Mapping[tuple[str, str], float]
 
 @dataclass(frozen=True)
 class Study:
-    """What one experiment found.
+    """What one experiment found, or several together.
 
     Attributes:
         rows: of ``results.csv``, without those on training images; ``alpha`` is empty in those of
             results, and a share in those along the way from the pretrained to the trained weights.
         trials: of ``trials.csv``.
+        densities: of ``densities.csv``.
     """
 
     rows: list[dict[str, str]]
     trials: list[dict[str, str]]
+    densities: list[dict[str, str]]
 
     @classmethod
-    def load(cls, name: str) -> Study:
-        """Read the two files."""
-        rows = [r for r in _read(HERE / name / "results.csv") if r["role"] != "train"]
-        return cls(rows, _read(HERE / name / "trials.csv"))
+    def load(cls, *names: str) -> Study:
+        """Read the files of each."""
+        rows, trials, densities = (
+            [line for name in names for line in _read(HERE / name / f"{file}.csv")]
+            for file in ("results", "trials", "densities")
+        )
+        return cls([row for row in rows if row["role"] != "train"], trials, densities)
 
     def values(self, column: str) -> list[str]:
         """The different values of a column, in order."""
@@ -88,6 +94,8 @@ class Study:
 
 
 def _read(path: Path) -> list[dict[str, str]]:
+    if not path.exists():  # nothing was tuned, or no run chose its density
+        return []
     with path.open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
 
@@ -167,6 +175,25 @@ def of_ways(study: Study, train: str) -> str:
             yield method, *cells
 
     return table(["in distribution / shifted", *(f"alpha {float(a):g}" for a in alphas)], lines())
+
+
+def of_shots(study: Study) -> str:
+    """Accuracies over the number of training images; of the trained weights, then halfway."""
+    shots = study.values("shots")
+
+    def lines() -> Iterator[Sequence[str]]:
+        for method in study.values("method"):
+            for alpha in ("", "0.5"):
+                cells = []
+                for number in shots:
+                    where = {"method": method, "shots": number, "alpha": alpha}
+                    if study.scores(OTHERS, **where):
+                        own, other = (study.mean(roles, **where) for roles in _BOTH)
+                        cells.append(f"{100 * own.mean:.1f} / {100 * other.mean:.1f}")
+                if cells:
+                    yield f"{method}, alpha 0.5" if alpha else method, *cells
+
+    return table(["in distribution / shifted", *shots], lines())
 
 
 def _by_others(study: Study, train: str) -> list[str]:

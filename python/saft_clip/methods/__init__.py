@@ -74,19 +74,19 @@ _ENTRIES = (
     ),
     MethodEntry(
         "full", "full fine-tuning", "all parameters of both encoders",
-        ("full", "Full"), _SAFT,
+        ("full", "Full"), _SAFT, {"alpha": 1.0},
     ),
     MethodEntry(
         "visual", "image encoder", "all parameters of the image encoder",
-        ("visual", "Visual"), f"{_SAFT}, Table 10",
+        ("visual", "Visual"), f"{_SAFT}, Table 10", {"alpha": 1.0},
     ),
     MethodEntry(
         "text", "text encoder", "all parameters of the text encoder",
-        ("text", "Text"), f"{_SAFT}, Table 10",
+        ("text", "Text"), f"{_SAFT}, Table 10", {"alpha": 1.0},
     ),
     MethodEntry(
         "bitfit", "BitFit", "biases",
-        ("bitfit", "BitFit"), "Ben Zaken et al. 2022", {"lr": 1e-4},
+        ("bitfit", "BitFit"), "Ben Zaken et al. 2022", {"alpha": 1.0, "lr": 1e-4},
     ),
     MethodEntry(
         "lora", "LoRA", "low-rank changes of attention and MLP weights",
@@ -109,7 +109,7 @@ _ENTRIES = (
     ),
     MethodEntry(
         "flyp", "FLYP", "both encoders, by the contrastive loss on images and captions",
-        ("flyp", "Flyp"), "Goyal et al. 2023", {"lr": 1e-5},
+        ("flyp", "Flyp"), "Goyal et al. 2023", {"alpha": 1.0, "lr": 1e-5},
     ),
     MethodEntry(
         "clipood", "CLIPood", "the image encoder, with margins by meaning, averaged over its steps",
@@ -118,15 +118,16 @@ _ENTRIES = (
     ),
     MethodEntry(
         "l2sp", "L2-SP", "everything, near the pretrained weights (squared distance)",
-        ("l2sp", "L2SP"), "Li et al. 2018", {"penalty": 0.1, "wd": 0.0},
+        ("l2sp", "L2SP"), "Li et al. 2018", {"alpha": 1.0, "penalty": 0.1, "wd": 0.0},
     ),
     MethodEntry(
         "l1sp", "L1-SP", "everything, near the pretrained weights (absolute distance)",
-        ("l1sp", "L1SP"), "Li et al. 2018", {"penalty": 1e-4, "wd": 0.0},
+        ("l1sp", "L1SP"), "Li et al. 2018", {"alpha": 1.0, "penalty": 1e-4, "wd": 0.0},
     ),
     MethodEntry(
         "kd", "distillation", "everything, with answers near the pretrained model's",
-        ("kd", "Distillation"), "Hinton et al. 2015", {"penalty": 1.0, "temperature": 2.0},
+        ("kd", "Distillation"), "Hinton et al. 2015",
+        {"alpha": 1.0, "penalty": 1.0, "temperature": 2.0},
     ),
     MethodEntry(
         "coop", "CoOp", "the context vectors of the prompts",

@@ -90,6 +90,28 @@ class Dense(Method):
         for name, param in self.params.items():
             param.copy_(found[name])
 
+    def way(self, base: Callable[[], nn.Module]) -> Callable[[float], None]:
+        """Averages of everything that is trained."""
+        first = self.first(base)
+        ends = [(p, first[n].to(p), p.detach().clone()) for n, p in self.params.items()]
+
+        @torch.no_grad()
+        def go(alpha: float) -> None:
+            for param, before, after in ends:
+                param.copy_(torch.lerp(before, after, alpha))
+
+        return go
+
+    def first(self, base: Callable[[], nn.Module]) -> Mapping[str, Tensor]:
+        """What training started from, by name."""
+        return dict(base().named_parameters())
+
+    def finish(self, base: Callable[[], nn.Module]) -> None:
+        """Go back to ``--alpha`` of the way from the pretrained values, where there is one."""
+        alpha = self.config.alpha
+        if alpha is not None and alpha != 1:
+            self.way(base)(alpha)
+
     def _saved_moments(self, saved: Any) -> dict[int, dict[str, Tensor]]:
         """The optimizer's state of each parameter, by its number; torch itself takes any shapes."""
         found = saved.get("state") if isinstance(saved, Mapping) else None

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from saft_clip.batches import Batches
 from saft_clip.methods.head import HEAD, WithHead
@@ -31,22 +30,6 @@ class WiseFt(WithHead):
         super().prepare(batches, folder)
         self._first_head = self.head.detach().clone()
 
-    def way(self, base: Callable[[], nn.Module]) -> Callable[[float], None]:
-        """Averages of all that is trained."""
-        first = {**dict(base().named_parameters()), HEAD: self._first_head}
-        ends = {
-            name: (param, first[name].to(param), param.detach().clone())
-            for name, param in self.params.items()
-        }
-
-        @torch.no_grad()
-        def go(alpha: float) -> None:
-            for param, before, after in ends.values():
-                param.copy_(torch.lerp(before, after, alpha))
-
-        return go
-
-    def finish(self, base: Callable[[], nn.Module]) -> None:
-        """Average."""
-        assert self.config.alpha is not None
-        self.way(base)(self.config.alpha)
+    def first(self, base: Callable[[], nn.Module]) -> Mapping[str, Tensor]:
+        """The head that was made of the class embeddings, too."""
+        return {**super().first(base), HEAD: self._first_head}
