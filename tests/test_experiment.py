@@ -614,15 +614,23 @@ class Ones(torch.nn.Module):
 
 def test_the_best_images_of_each_class():
     images = [np.full((8, 8, 3), value, np.uint8) for value in (10, 200, 90, 200, 50, 60, 70)]
-    dataset = ImageDataset(
-        "grey", images, torch.tensor([0, 1, 0, 1, 0, 0, 0]), ("dark", "light"), ("{}",),
-        lambda image: torch.tensor(np.asarray(image)[0, 0, :1] / 255.0),
-    )  # fmt: skip
+    opened = []
+
+    def prepared(image):
+        opened.append(image)
+        return torch.tensor(np.asarray(image)[0, 0, :1] / 255.0)
+
+    labels = torch.tensor([0, 1, 0, 1, 0, 0, 0])
+    dataset = ImageDataset("grey", images, labels, ("dark", "light"), ("{}",), prepared)
     clip = type("Clip", (), {"model": Ones(), "tokenizer": None})()
     config = FinetuneConfig(train_data="x", model="saft-tiny", precision="fp32")
     scores = lambda prompts: lambda batch: torch.cat([-batch, batch], dim=1)  # noqa: E731
-    dark, light = retrieval.top_images(clip, scores, dataset, [0, 1], config)
-    assert retrieval.top_images(clip, scores, dataset, [1], config) == [light]
+    turned = lambda prompts: lambda batch: torch.cat([batch, -batch], dim=1)  # noqa: E731
+    models = [(clip, scores), (clip, turned)]
+    (dark, light), other = retrieval.top_images(models, dataset, [0, 1], config)
+    assert other == [light, dark]
+    assert len(opened) == len(dataset)  # once for both
+    assert retrieval.top_images(models[:1], dataset, [1], config) == [[light]]
     assert dark == [0, 4, 5, 6, 2]
     assert light == [1, 3, 2, 6, 5]  # of equal ones, the first
 

@@ -12,7 +12,7 @@ import csv
 import json
 import math
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,11 +34,15 @@ from saft_clip.experiment.statistics import (  # noqa: E402
 from saft_clip.figures import PLACEHOLDERS, figure, inline_svg  # noqa: E402
 from saft_kernels.files import atomic_write  # noqa: E402
 
+#: What was run on several bases.
+BASES = ("scale", "large", "auto")
+
 PAGE = HERE / "README.md"
 FIGURES = HERE / "figures"
 
 #: What was trained on, and everything else.
 _BOTH = (OWN, OTHERS)
+_EVERY = (*OWN, *OTHERS)
 
 #: (seed, data) -> top-1 accuracy
 Scores = Mapping[tuple[str, str], float]
@@ -260,10 +264,35 @@ def _mark(difference: float, p: float) -> str:
     return " ↑" if difference > 0 else " ↓"
 
 
+def of_shifts(study: Study, model: str, train: str) -> str:
+    """One base, evaluated on each domain: zero-shot accuracy, and changes by some methods."""
+    columns = [
+        (method, alpha) for alpha in ("", "0.5") for method in ("full", "saft 0.1%", "saft 1%")
+    ]
+
+    def lines() -> Iterator[Sequence[str]]:
+        where = {"model": model, "train": train}
+        before = {
+            data: study.mean(_EVERY, method="zero-shot", data=data, **where)
+            for data in study.values("data")
+        }
+        for data, zero in sorted(before.items(), key=lambda item: -item[1].mean):
+            trained = " (trained on)" if data == train else ""
+            cells = [
+                change(study.mean(_EVERY, method=m, alpha=a, data=data, **where), zero)
+                for m, a in columns
+            ]
+            yield f"{data.removeprefix('builtin:')}{trained}", _percent(zero), *cells
+
+    heads = [f"{method}, alpha {alpha}" if alpha else method for method, alpha in columns]
+    return table(["evaluated on", "zero-shot", *heads], lines())
+
+
 def of_rules(study: Study) -> str:
     """What comes of ways to choose a density, over all bases and both domains.
 
-    At each density with the best of four learning rates, where ``--density auto`` tries one.
+    At each density with the best of four learning rates; so is what ``--density auto`` chooses,
+    which tries each of them with three densities.
     """
     contests = [(m, t) for m in study.values("model") for t in study.values("train")]
     rules = {
@@ -277,8 +306,13 @@ def of_rules(study: Study) -> str:
             picked = {c: rule(_validation(study, *c)) for c in contests}
             halfway = _outcome(study, picked, alpha="0.5")
             yield name, *_outcome(study, picked), _counted(picked.values()), *halfway
-        for name in ("full", "zero-shot"):
-            yield name, *_outcome(study, dict.fromkeys(contests, name)), *[""] * 4
+        auto = dict.fromkeys(contests, "auto")
+        picked = Counter(float(d["density"]) for d in study.densities if d["chosen"])
+        halfway = _outcome(study, auto, alpha="0.5")
+        yield "`--density auto`", *_outcome(study, auto), _shares(picked), *halfway
+        full, zero = (dict.fromkeys(contests, name) for name in ("full", "zero-shot"))
+        yield "full", *_outcome(study, full), "", *_outcome(study, full, alpha="0.5")
+        yield "zero-shot", *_outcome(study, zero), *[""] * 4
 
     counted = " / ".join(_share(name) for name in AUTOMATIC)
     heads = ["density", "in distribution", "shifted", "mean", f"{counted} chosen"]
@@ -322,6 +356,12 @@ def _outcome(study: Study, picked: Mapping[tuple[str, str], str], alpha: str = "
     ]
     own, other = (100 * sum(values) / len(values) for values in zip(*means, strict=True))
     return [f"{own:.1f}", f"{other:.1f}", f"{(own + other) / 2:.1f}"]
+
+
+def _shares(picked: Mapping[float, int]) -> str:
+    """In percent: of all runs, each of which chooses for itself."""
+    total = sum(picked.values())
+    return " / ".join(f"{100 * picked[density] / total:.0f}%" for density in DENSITIES)
 
 
 def _counted(picked: Sequence[str]) -> str:
@@ -398,6 +438,57 @@ def changes_figure(study: Study, train: str) -> str:
         return inline_svg(drawing, "changes", "Change of accuracy from zero-shot, by method")
 
 
+def halfway_figure(study: Study, train: str) -> str:
+    """Accuracy here against elsewhere: each method's way from the pretrained weights."""
+    alphas = sorted(set(study.values("alpha")) - {""}, key=float)
+    shown = {
+        "full": ("s2", "s"), "visual": ("s3", "^"), "l2sp": ("s4", "v"), "flyp": ("s5", "P"),
+        "bitfit": ("bad", "X"), "saft": ("after", "o"), "saft-fisher": ("s1", "D"),
+    }  # fmt: skip
+    with figure(7.6, 4.4) as (drawing, axes):
+        for method, (colour, marker) in shown.items():
+            points = [
+                [100 * study.mean(roles, method=method, train=train, alpha=alpha).mean
+                 for roles in _BOTH]
+                for alpha in alphas
+            ]  # fmt: skip
+            axes.plot(
+                *zip(*points, strict=True), label=method, color=PLACEHOLDERS[colour],
+                marker=marker, markersize=5.5, linewidth=1.4,
+            )  # fmt: skip
+        axes.annotate("zero-shot", points[0], (6, 6), textcoords="offset points")
+        axes.set(xlabel="accuracy in distribution, %", ylabel="mean accuracy on shifted domains, %")
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=4)
+        return inline_svg(
+            drawing, "halfway", "Accuracy here against elsewhere, by share of the way"
+        )
+
+
+def shots_figure(study: Study) -> str:
+    """Accuracy over the number of training images, in distribution and elsewhere."""
+    shown = {
+        "full": ("s2", "s"), "saft": ("after", "o"), "saft-fisher": ("s1", "D"),
+        "lora": ("s4", "v"), "visual": ("s3", "^"), "zero-shot": ("before", ""),
+    }  # fmt: skip
+    shots = study.values("shots")
+    with figure(8.4, 3.6, ncols=2) as (drawing, grid):
+        titles = ("in distribution", "mean of shifted domains")
+        for axes, roles, title in zip(grid, _BOTH, titles, strict=True):
+            for method, (colour, marker) in shown.items():
+                found = [study.mean(roles, method=method, shots=number) for number in shots]
+                axes.errorbar(
+                    range(len(shots)), [100 * each.mean for each in found],
+                    yerr=[100 * each.error if each.n > 1 else 0 for each in found],
+                    label=method, color=PLACEHOLDERS[colour], marker=marker, markersize=5,
+                    linewidth=1.4, capsize=2,
+                )  # fmt: skip
+            axes.set_xticks(range(len(shots)), shots)
+            axes.set(title=title, xlabel="training images per class")
+        grid[0].set_ylabel("accuracy, %")
+        drawing.legend(*grid[0].get_legend_handles_labels(), loc="outside upper left", ncols=6)
+        return inline_svg(drawing, "shots", "Accuracy over the number of training images")
+
+
 def bases_figure(study: Study, train: str) -> str:
     """A panel for each base: changes over the density, up to all parameters."""
     models = study.values("model")
@@ -429,14 +520,17 @@ def bases_figure(study: Study, train: str) -> str:
 
 def blocks() -> dict[str, str]:
     """What stands between the markers of the page, by their name."""
-    shift, scale = Study.load("shift"), Study.load("scale")
+    shift, scale, noisy = Study.load("shift"), Study.load(*BASES), "builtin:noisy"
     return {
-        "noisy": of_methods(shift, "builtin:noisy"),
-        "way": of_ways(shift, "builtin:noisy"),
+        "noisy": of_methods(shift, noisy),
+        "way": of_ways(shift, noisy),
         "mnist": of_methods(shift, "builtin:mnist"),
         "new": of_new_classes(Study.load("base-to-new")),
-        "bases-noisy": of_bases(scale, "builtin:noisy"),
+        "cross": of_methods(Study.load("cross-dataset"), noisy),
+        "shots": of_shots(Study.load("shots")),
+        "bases-noisy": of_bases(scale, noisy),
         "bases-mnist": of_bases(scale, "builtin:mnist"),
+        "shifts": of_shifts(scale, "tiny", noisy),
         "rules": of_rules(scale),
         "rates": of_rates(scale),
     }
@@ -444,10 +538,11 @@ def blocks() -> dict[str, str]:
 
 def pictures() -> list[Picture]:
     """The figures of the page."""
-    shift, scale = Study.load("shift"), Study.load("scale")
-    train = "builtin:noisy"
+    shift, scale, train = Study.load("shift"), Study.load(*BASES), "builtin:noisy"
     return [
         Picture("changes", "Changes by method", changes_figure(shift, train)),
+        Picture("halfway", "The way back to the pretrained weights", halfway_figure(shift, train)),
+        Picture("shots", "Accuracy by number of images", shots_figure(Study.load("shots"))),
         Picture("bases", "Changes by base and density", bases_figure(scale, train)),
     ]
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from saft_clip.config import FinetuneConfig
@@ -31,6 +32,9 @@ TOP = 5
 
 #: Edge of an image in pages, in pixels.
 _EDGE = 72
+
+#: A model, and how it classifies, see :func:`saft_clip.evaluate.evaluate`.
+Classifier = tuple[ClipModel, Callable[[ClassPrompts], Scores]]
 
 _PREFIX = "data:image/png;base64,"
 
@@ -78,9 +82,9 @@ def save_retrieval(config: FinetuneConfig, result: FinetuneResult, names: Sequen
         shown = [name for name in names if name in dataset.class_names]
         if shown:
             labels = [dataset.class_names.index(name) for name in shown]
-            best = {
-                when: top_images(*model, dataset, labels, config) for when, model in models.items()
-            }
+            best = dict(
+                zip(models, top_images([*models.values()], dataset, labels, config), strict=True)
+            )
             found += [
                 {
                     "data": spec,
@@ -122,33 +126,44 @@ def has_retrieval(folder: Path, names: Sequence[str]) -> bool:
 
 
 def top_images(
-    clip: ClipModel,
-    scores: Callable[[ClassPrompts], Scores],
+    models: Sequence[Classifier],
     dataset: ImageDataset,
     labels: Sequence[int],
     config: FinetuneConfig,
-) -> list[list[int]]:
+) -> list[list[list[int]]]:
     """For each of these classes the positions of the images that score highest, best first.
 
     Args:
-        clip: the model, on ``config.device``.
-        scores: how it classifies, see :func:`saft_clip.evaluate.evaluate`.
-        dataset: N images.
+        models: that images are prepared for in the same way, on ``config.device``.
+        dataset: N images, each of which is read once.
         labels: C of its classes.
         config: for precision and loading.
 
     Returns:
-        C lists of min(5, N) positions; of equal scores, the first image.
+        For each model C lists of min(5, N) positions; of equal scores, the first image.
     """
-    clip.model.eval()
     loader = DataLoader(
         dataset, batch_size=64, num_workers=config.workers, generator=torch.Generator()
     )
+    columns = list(labels)
     with torch.inference_mode(), autocast(config.precision, config.device):
-        of = scores(ClassPrompts(dataset.class_names, dataset.templates, clip.tokenizer))
-        table = torch.cat([of(images)[:, list(labels)].float().cpu() for images, _ in loader])
+        scores = [_scores(*model, dataset) for model in models]
+        parts = [[of(images)[:, columns].float().cpu() for of in scores] for images, _ in loader]
+    return [_best(torch.cat(part)) for part in zip(*parts, strict=True)]
+
+
+def _scores(
+    clip: ClipModel, scores: Callable[[ClassPrompts], Scores], dataset: ImageDataset
+) -> Scores:
+    clip.model.eval()
+    return scores(ClassPrompts(dataset.class_names, dataset.templates, clip.tokenizer))
+
+
+def _best(table: Tensor) -> list[list[int]]:
+    """For each column of [N, C] the rows that it is largest in."""
     order = table.argsort(dim=0, descending=True, stable=True)[:TOP]
-    return order.T.tolist()
+    found: list[list[int]] = order.T.tolist()
+    return found
 
 
 def _described(dataset: ImageDataset, label: int, best: list[int]) -> list[dict[str, Any]]:
@@ -171,14 +186,12 @@ def data_uri(image: Image.Image) -> str:
     return f"{_PREFIX}{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def _pretrained(config: FinetuneConfig) -> tuple[ClipModel, Callable[[ClassPrompts], Scores]]:
+def _pretrained(config: FinetuneConfig) -> Classifier:
     clip = load_base(config)
     return clip, lambda prompts: zero_shot_scores(clip.model, prompts, config.device)
 
 
-def _tuned(
-    config: FinetuneConfig, result: FinetuneResult
-) -> tuple[ClipModel, Callable[[ClassPrompts], Scores]]:
+def _tuned(config: FinetuneConfig, result: FinetuneResult) -> Classifier:
     artefact = result.artefact
     whole = artefact.name == "model.safetensors"
     return load_tuned(
