@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import shlex
+import weakref
 
 import pytest
 import torch
@@ -281,3 +283,20 @@ def test_the_trials_of_another_run_are_not_used(config, tmp_path):
 
 def test_trials_are_listed_sparsest_first():
     assert list(auto_density.DENSITIES) == sorted(auto_density.DENSITIES)
+
+
+def test_the_run_s_own_model_is_not_kept_while_trials_run(config, monkeypatch):
+    """Whenever one is loaded there is one other at most: the one whose result is written."""
+    original, loaded, alive = train.load_base, [], []
+
+    def watched(settings):
+        gc.collect()
+        alive.append(sum(model() is not None for model in loaded))
+        clip = original(settings)
+        loaded.append(weakref.ref(clip.model))
+        return clip
+
+    monkeypatch.setattr(train, "load_base", watched)
+    finetune(config.changed(epochs=1))
+    assert len(alive) == 2 * (len(DENSITIES) + 1) + 1
+    assert max(alive) == 1

@@ -126,7 +126,6 @@ def _carry_out(config: FinetuneConfig, known: Known) -> dict[str, Any]:
 
 
 def _work_in(folder: RunFolder, config: FinetuneConfig, known: Known) -> None:
-    make_method = find_method(config.method)
     if folder.path.exists():
         folder.lock.acquire()
     folder.check(config)
@@ -137,13 +136,7 @@ def _work_in(folder: RunFolder, config: FinetuneConfig, known: Known) -> None:
         return
     if config.resume and not folder.started():
         say(f"there is no run in {folder.path} yet: starting from the beginning")
-    clip = load_base(config)
-    data = RunData(config, clip)
-    prompts = ClassPrompts(data.train.class_names, data.train.templates, clip.tokenizer)
-    reason = padding_reason(clip.model)
-    if reason is not None:
-        say(f"the class prompts are encoded with their padding: {reason}")
-    method = make_method(clip, prompts, config)
+    clip, data, method = _prepared(config)
     if config.density == AUTO and data.validation is None:
         raise no_validation_images(config)
     fresh = not folder.started()
@@ -155,9 +148,10 @@ def _work_in(folder: RunFolder, config: FinetuneConfig, known: Known) -> None:
     try:
         trials = []
         if config.density == AUTO:
+            del clip, data, method  # a trial has its own
             trials = try_densities(config, lambda trial: _carry_out(trial, known))
             config = chosen_config(config, trials)
-            method = make_method(clip, prompts, config)
+            clip, data, method = _prepared(config)
         run = Run(config, folder, clip, data, method, known, trials)
         run.prepare()
         run.train()
@@ -169,6 +163,17 @@ def _work_in(folder: RunFolder, config: FinetuneConfig, known: Known) -> None:
     finally:
         if run is not None:
             run.close()
+
+
+def _prepared(config: FinetuneConfig) -> tuple[ClipModel, RunData, Method]:
+    """The pretrained model, the data, and what will train the one on the other."""
+    clip = load_base(config)
+    data = RunData(config, clip)
+    prompts = ClassPrompts(data.train.class_names, data.train.templates, clip.tokenizer)
+    reason = padding_reason(clip.model)
+    if reason is not None:
+        say(f"the class prompts are encoded with their padding: {reason}")
+    return clip, data, find_method(config.method)(clip, prompts, config)
 
 
 def load_base(config: FinetuneConfig) -> ClipModel:
