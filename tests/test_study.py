@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import re
 import runpy
 from itertools import product
@@ -13,6 +14,7 @@ import pytest
 from saft_clip.experiment.cells import tasks
 from saft_clip.experiment.plan import Plan
 from saft_clip.experiment.record import read_plan
+from saft_clip.methods import find
 
 STUDY = Path(__file__).parent.parent / "docs" / "study"
 PAGE = (STUDY / "README.md").read_text(encoding="utf-8")
@@ -59,3 +61,33 @@ def test_every_plan_has_its_results():
             rows = csv.DictReader(lines)
             heads = ("model", "method", "train", "shots", "seed")
             assert {tuple(row[head] for head in heads) for row in rows} == asked
+
+
+def test_the_settings_for_all_shots_are_those_that_trials_chose(summary):
+    chosen = {
+        trial["method"]: json.loads(trial["settings"])
+        for trial in summary["Study"].load("shift").trials
+        if trial["chosen"] and trial["train"] == "builtin:noisy"
+    }
+    plan = Plan.load(STUDY / "shots.yaml")
+    assert len(plan.methods) > 4
+    for entry in plan.methods:
+        if find(entry.settings["method"]).trains:
+            ours = {key: value for key, value in entry.settings.items() if key != "method"}
+            assert ours == chosen[entry.name]
+
+
+def test_the_same_runs_come_out_the_same_in_both_plans(summary):
+    """At 16 images, shots.yaml has the settings that the trials of shift.yaml have chosen."""
+
+    def found(name, **where):
+        rows = summary["Study"].load(name).rows
+        return {
+            (row["method"], row["seed"], row["data"], row["alpha"]): row["top1"]
+            for row in rows
+            if all(row[key] == value for key, value in where.items())
+        }
+
+    ours, others = found("shots", shots="16"), found("shift", train="builtin:noisy")
+    assert len(ours) > 400
+    assert {key: others[key] for key in ours} == ours

@@ -140,6 +140,32 @@ def of_methods(study: Study, train: str) -> str:
     return table(heads, lines())
 
 
+def of_other_data(study: Study, train: str) -> str:
+    """Every method trained on one domain: changes there, on letters, and on other digits."""
+    letters = "builtin:letters"
+    digits = [data for data in study.values("data") if data not in (train, letters)]
+    methods = _by_others(study, train)
+    against = _against_full(study, methods, train=train)
+
+    def lines() -> Iterator[Sequence[str]]:
+        for method in methods:
+            cells = [
+                change(*(_over(study, data, method=m) for m in (method, "zero-shot")))
+                for data in ([train], [letters], digits)
+            ]
+            settings = settings_of(study, train, method)
+            yield method, *cells, _verdict(against.get(method)), settings
+
+    heads = ["method", "noisy digits", "letters", "other digits", "other data, against full"]
+    return table([*heads, "chosen settings"], lines())
+
+
+def _over(study: Study, names: Sequence[str], **where: str) -> Estimate:
+    """The mean over these data, then over seeds."""
+    per_seed = [study.per_seed(_EVERY, data=name, **where) for name in names]
+    return estimate([sum(values) / len(values) for values in zip(*per_seed, strict=True)])
+
+
 def of_new_classes(study: Study) -> str:
     """Every method trained on half of the classes, over all domains."""
 
@@ -457,7 +483,7 @@ def halfway_figure(study: Study, train: str) -> str:
                 marker=marker, markersize=5.5, linewidth=1.4,
             )  # fmt: skip
         axes.annotate("zero-shot", points[0], (6, 6), textcoords="offset points")
-        axes.set(xlabel="accuracy in distribution, %", ylabel="mean accuracy on shifted domains, %")
+        axes.set(xlabel="accuracy in distribution, %", ylabel="mean accuracy on other data, %")
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=4)
         return inline_svg(
             drawing, "halfway", "Accuracy here against elsewhere, by share of the way"
@@ -520,13 +546,15 @@ def bases_figure(study: Study, train: str) -> str:
 
 def blocks() -> dict[str, str]:
     """What stands between the markers of the page, by their name."""
-    shift, scale, noisy = Study.load("shift"), Study.load(*BASES), "builtin:noisy"
+    shift, cross, scale = Study.load("shift"), Study.load("cross-dataset"), Study.load(*BASES)
+    noisy = "builtin:noisy"
     return {
         "noisy": of_methods(shift, noisy),
         "way": of_ways(shift, noisy),
         "mnist": of_methods(shift, "builtin:mnist"),
         "new": of_new_classes(Study.load("base-to-new")),
-        "cross": of_methods(Study.load("cross-dataset"), noisy),
+        "cross": of_other_data(cross, noisy),
+        "cross-way": of_ways(cross, noisy),
         "shots": of_shots(Study.load("shots")),
         "bases-noisy": of_bases(scale, noisy),
         "bases-mnist": of_bases(scale, "builtin:mnist"),
@@ -538,10 +566,11 @@ def blocks() -> dict[str, str]:
 
 def pictures() -> list[Picture]:
     """The figures of the page."""
-    shift, scale, train = Study.load("shift"), Study.load(*BASES), "builtin:noisy"
+    shift, cross, scale = Study.load("shift"), Study.load("cross-dataset"), Study.load(*BASES)
+    train = "builtin:noisy"
     return [
         Picture("changes", "Changes by method", changes_figure(shift, train)),
-        Picture("halfway", "The way back to the pretrained weights", halfway_figure(shift, train)),
+        Picture("halfway", "The way back to the pretrained weights", halfway_figure(cross, train)),
         Picture("shots", "Accuracy by number of images", shots_figure(Study.load("shots"))),
         Picture("bases", "Changes by base and density", bases_figure(scale, train)),
     ]

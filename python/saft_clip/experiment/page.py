@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from saft_clip import figures
 from saft_clip.config import AUTO
 from saft_clip.experiment import formats, pictures
 from saft_clip.experiment.bound import DELTA, gaps
+from saft_clip.experiment.cells import Contest
 from saft_clip.experiment.paper import PAPER
 from saft_clip.experiment.protocols import find_protocol
 from saft_clip.experiment.record import PLAN, Record, Run, read_record
@@ -104,6 +106,7 @@ def page_content(record: Record, tables: list[Table]) -> dict[str, Any]:
             for model in present
         ],
         "trials": _trials(record, names),
+        "automatic": _automatic(record, names),
         "failures": record.failures,
         "missing": record.missing,
         "environment": record.runs[0].results["environment"].items() if record.runs else [],
@@ -244,6 +247,25 @@ def _trials(record: Record, names: Mapping[str, str]) -> list[dict[str, Any]]:
             "worst": _percent(min((s for _, s in trials if s is not None), default=None)),
         }
         for (model, train, method), trials in record.trials.items()
+    ]
+
+
+def _automatic(record: Record, names: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Of runs with ``--density auto``: how often each density was chosen."""
+    found: dict[Contest, Counter[float]] = {}
+    for run in record.runs:
+        for trial in run.results["density_trials"]:
+            counts = found.setdefault(run.cell.contest, Counter())
+            counts[trial["density"]] += trial["chosen"]
+    return [
+        {
+            "model": model,
+            "data": names.get(train, train),
+            "method": method,
+            "runs": counts.total(),
+            "chosen": ", ".join(f"{density:g}: {n}" for density, n in sorted(counts.items())),
+        }
+        for (model, train, method), counts in found.items()
     ]
 
 
