@@ -527,6 +527,17 @@ def test_densities_that_runs_chose():
     }
 
 
+def test_densities_have_a_file_and_a_table_where_there_are_any(tmp_path, monkeypatch):
+    record = with_runs(made_record(1, methods=["zero-shot", {"name": "auto", "method": "saft"}]))
+    monkeypatch.setattr(page, "read_record", lambda folder: record)
+    tried = {"density": 0.01, "lr": 0.001, "top1": 0.5, "chosen": True}
+    for trials, there in (([tried], True), ([], False)):
+        record.runs[-1].results["density_trials"] = trials
+        page.write_answers(tmp_path)
+        assert (tmp_path / "densities.csv").exists() == there
+        assert ("Densities that runs chose" in (tmp_path / "report.html").read_text()) == there
+
+
 def with_runs(record):
     for cell in final_cells(record.plan, record.folder, {}):
         record.runs.append(Run(cell, results(cell.config.method)))

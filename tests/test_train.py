@@ -342,7 +342,7 @@ def test_a_run_goes_on_until_its_steps_are_taken(config):
     lines = read_metrics(result.output / "metrics.jsonl")
     assert [line["step"] for line in lines if line["kind"] == "train"] == [*range(1, 9)]
     assert [line["epoch"] for line in lines if line["kind"] == "validation"] == [0, 3, 4]
-    assert "1 epochs (at least 7 steps)" in (result.output / "report.html").read_text()
+    assert "at least 1 epochs and 7 steps" in (result.output / "report.html").read_text()
 
 
 def test_a_given_mask_is_trained_instead_of_a_selected_one(config, tmp_path):

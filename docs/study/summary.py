@@ -66,11 +66,18 @@ class Study:
     @classmethod
     def load(cls, *names: str) -> Study:
         """Read the files of each."""
-        rows, trials, densities = (
-            [line for name in names for line in _read(HERE / name / f"{file}.csv")]
-            for file in ("results", "trials", "densities")
+        rows, trials, densities = [], [], []
+        for folder in (HERE / name for name in names):
+            rows += _read(folder / "results.csv")
+            if (folder / "trials.csv").exists():
+                trials += _read(folder / "trials.csv")
+            if (folder / "densities.csv").exists():
+                densities += _read(folder / "densities.csv")
+        return cls(
+            [row for row in rows if row["role"] != "train"],
+            [trial for trial in trials if trial["top1"]],  # others have diverged
+            densities,
         )
-        return cls([row for row in rows if row["role"] != "train"], trials, densities)
 
     def values(self, column: str) -> list[str]:
         """The different values of a column, in order."""
@@ -98,8 +105,6 @@ class Study:
 
 
 def _read(path: Path) -> list[dict[str, str]]:
-    if not path.exists():  # nothing was tuned, or no run chose its density
-        return []
     with path.open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
 
@@ -317,8 +322,8 @@ def of_shifts(study: Study, model: str, train: str) -> str:
 def of_rules(study: Study) -> str:
     """What comes of ways to choose a density, over all bases and both domains.
 
-    At each density with the best of four learning rates; so is what ``--density auto`` chooses,
-    which tries each of them with three densities.
+    Each density has the best of four learning rates. ``--density auto`` tries three densities at
+    each of four learning rates, which are chosen from in the same way.
     """
     contests = [(m, t) for m in study.values("model") for t in study.values("train")]
     rules = {
@@ -550,7 +555,6 @@ def blocks() -> dict[str, str]:
     noisy = "builtin:noisy"
     return {
         "noisy": of_methods(shift, noisy),
-        "way": of_ways(shift, noisy),
         "mnist": of_methods(shift, "builtin:mnist"),
         "new": of_new_classes(Study.load("base-to-new")),
         "cross": of_other_data(cross, noisy),

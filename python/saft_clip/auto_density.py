@@ -97,7 +97,7 @@ def try_densities(
         except NonFiniteGradientError as error:
             warn(f"density {density:g}: {error}")
             trials.append(DensityTrial(density=density, lr=trial.lr, error=str(error)))
-            last = error
+            last = error.with_traceback(None)  # whose frames would keep the trial's model
         else:
             trials.append(_found(density, trial.lr, after))
             say(f"density {density:g}: {_percent(trials[-1])} of the validation images are right")

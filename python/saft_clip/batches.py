@@ -42,7 +42,7 @@ class TrainingBatches:
         batch_size: images per forward pass.
         accum_freq: forward passes per optimizer step.
         epochs: passes over the data.
-        min_steps: as many more epochs as it takes for so many optimizer steps.
+        min_steps: least number of optimizer steps; epochs are added until there are as many.
         seed: of the order and the augmentation.
         workers: processes that load images; 0 loads them in this one.
     """

@@ -2,8 +2,8 @@
 
 From the paper (SAFT, arXiv 2407.03036): ViT-B/16 with OpenAI's weights, 16 images per class,
 density 1e-3, AdamW with learning rate 5e-6 and weight decay 0.1, a cosine schedule with warm-up,
-bf16 autocast. Ours, because the paper's values are not known to us: batch size, epochs, length of
-the warm-up, augmentation, gradient clipping, the seed. AdamW's betas and eps are torch's.
+bf16 autocast. Ours, because the paper's values are not known to us: batch size, epochs and steps,
+length of the warm-up, augmentation, gradient clipping, the seed. AdamW's betas and eps are torch's.
 
 Other methods than SAFT have other defaults, and some have settings of their own
 (:data:`saft_clip.methods.METHODS`).
@@ -160,7 +160,7 @@ class FinetuneConfig:
         10, "passes over the training data", at_least=1, source=OURS, by_method=True
     )
     min_steps: int = option(
-        0, "optimizer steps at least: as many more epochs as they take", at_least=0, source=OURS
+        0, "least number of optimizer steps: epochs are added for it", at_least=0, source=OURS
     )
     batch_size: int = option(32, "images per forward pass", at_least=1, source=OURS, by_method=True)
     accum_freq: int = option(1, "forward passes per optimizer step", at_least=1, source=OURS)

@@ -167,9 +167,11 @@ def _lead(config: FinetuneConfig, results: Mapping[str, Any]) -> str:
     if config.method == "zero-shot":
         return f"Nothing was trained: the weights {results['pretrained']!r} as they are."
     images = f"{config.shots} images per class" if config.shots else "all images"
-    steps = f" (at least {config.min_steps:,} steps)" if config.min_steps else ""
+    length = f"{config.epochs} epochs"
+    if config.min_steps:
+        length = f"at least {length} and {config.min_steps:,} steps"
     return (
-        f"Trained on {images} of {config.train_data}, {config.epochs} epochs{steps}, "
+        f"Trained on {images} of {config.train_data}, {length}, "
         f"seed {config.seed}, starting from the weights {results['pretrained']!r}."
     )
 

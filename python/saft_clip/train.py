@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import json
 import math
 import shlex
@@ -136,7 +137,12 @@ def _work_in(folder: RunFolder, config: FinetuneConfig, known: Known) -> None:
         return
     if config.resume and not folder.started():
         say(f"there is no run in {folder.path} yet: starting from the beginning")
-    clip, data, method = _prepared(config)
+    clip = load_base(config)
+    data = RunData(config, clip)
+    reason = padding_reason(clip.model)
+    if reason is not None:
+        say(f"the class prompts are encoded with their padding: {reason}")
+    method = _method(config, clip, data)
     if config.density == AUTO and data.validation is None:
         raise no_validation_images(config)
     fresh = not folder.started()
@@ -148,10 +154,11 @@ def _work_in(folder: RunFolder, config: FinetuneConfig, known: Known) -> None:
     try:
         trials = []
         if config.density == AUTO:
-            del clip, data, method  # a trial has its own
+            del clip, method  # a trial has its own
             trials = try_densities(config, lambda trial: _carry_out(trial, known))
             config = chosen_config(config, trials)
-            clip, data, method = _prepared(config)
+            clip = load_base(config)
+            method = _method(config, clip, data)
         run = Run(config, folder, clip, data, method, known, trials)
         run.prepare()
         run.train()
@@ -165,19 +172,14 @@ def _work_in(folder: RunFolder, config: FinetuneConfig, known: Known) -> None:
             run.close()
 
 
-def _prepared(config: FinetuneConfig) -> tuple[ClipModel, RunData, Method]:
-    """The pretrained model, the data, and what will train the one on the other."""
-    clip = load_base(config)
-    data = RunData(config, clip)
+def _method(config: FinetuneConfig, clip: ClipModel, data: RunData) -> Method:
     prompts = ClassPrompts(data.train.class_names, data.train.templates, clip.tokenizer)
-    reason = padding_reason(clip.model)
-    if reason is not None:
-        say(f"the class prompts are encoded with their padding: {reason}")
-    return clip, data, find_method(config.method)(clip, prompts, config)
+    return find_method(config.method)(clip, prompts, config)
 
 
 def load_base(config: FinetuneConfig) -> ClipModel:
     """The pretrained model; the same bits each time, random weights included."""
+    gc.collect()  # an attached model is in a reference cycle: what is done with goes first
     torch.manual_seed(config.seed)
     return load_model(
         config.model,

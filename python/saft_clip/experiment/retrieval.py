@@ -148,7 +148,7 @@ def top_images(
     columns = list(labels)
     with torch.inference_mode(), autocast(config.precision, config.device):
         scores = [_scores(*model, dataset) for model in models]
-        parts = [[of(images)[:, columns].float().cpu() for of in scores] for images, _ in loader]
+        parts = [[f(images)[:, columns].float().cpu() for f in scores] for images, _ in loader]
     return [_best(torch.cat(part)) for part in zip(*parts, strict=True)]
 
 

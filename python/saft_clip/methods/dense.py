@@ -91,9 +91,9 @@ class Dense(Method):
             param.copy_(found[name])
 
     def way(self, base: Callable[[], nn.Module]) -> Callable[[float], None]:
-        """Averages of everything that is trained."""
-        first = self.first(base)
-        ends = [(p, first[n].to(p), p.detach().clone()) for n, p in self.params.items()]
+        """Averages of everything that is trained, where that is weights of the model."""
+        start = self.starting_values(base)
+        ends = [(p, start[n].to(p), p.detach().clone()) for n, p in self.params.items()]
 
         @torch.no_grad()
         def go(alpha: float) -> None:
@@ -102,8 +102,8 @@ class Dense(Method):
 
         return go
 
-    def first(self, base: Callable[[], nn.Module]) -> Mapping[str, Tensor]:
-        """What training started from, by name."""
+    def starting_values(self, base: Callable[[], nn.Module]) -> Mapping[str, Tensor]:
+        """What training started from, by name; see :meth:`way`."""
         return dict(base().named_parameters())
 
     def finish(self, base: Callable[[], nn.Module]) -> None:

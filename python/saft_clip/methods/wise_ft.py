@@ -30,6 +30,6 @@ class WiseFt(WithHead):
         super().prepare(batches, folder)
         self._first_head = self.head.detach().clone()
 
-    def first(self, base: Callable[[], nn.Module]) -> Mapping[str, Tensor]:
+    def starting_values(self, base: Callable[[], nn.Module]) -> Mapping[str, Tensor]:
         """The head that was made of the class embeddings, too."""
-        return {**super().first(base), HEAD: self._first_head}
+        return {**super().starting_values(base), HEAD: self._first_head}
