@@ -563,6 +563,7 @@ def blocks() -> dict[str, str]:
         "bases-noisy": of_bases(scale, noisy),
         "bases-mnist": of_bases(scale, "builtin:mnist"),
         "shifts": of_shifts(scale, "tiny", noisy),
+        "shifts-large": of_shifts(scale, "large", noisy),
         "rules": of_rules(scale),
         "rates": of_rates(scale),
     }
