@@ -562,6 +562,7 @@ def blocks() -> dict[str, str]:
         "shots": of_shots(Study.load("shots")),
         "bases-noisy": of_bases(scale, noisy),
         "bases-mnist": of_bases(scale, "builtin:mnist"),
+        "large": of_methods(Study.load("large"), noisy),
         "shifts": of_shifts(scale, "tiny", noisy),
         "shifts-large": of_shifts(scale, "large", noisy),
         "rules": of_rules(scale),
