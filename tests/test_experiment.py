@@ -649,6 +649,8 @@ def test_the_best_images_of_each_class():
     assert retrieval.top_images(models[:1], dataset, [1], config) == [[light]]
     assert dark == [0, 4, 5, 6, 2]
     assert light == [1, 3, 2, 6, 5]  # of equal ones, the first
+    same = replace(dataset, images=[images[0]] * 1000, labels=torch.zeros(1000, dtype=torch.int64))
+    assert retrieval.top_images(models[:1], same, [0], config) == [[[0, 1, 2, 3, 4]]]
 
 
 def test_a_picture_is_small_and_whole():

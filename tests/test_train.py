@@ -96,6 +96,7 @@ def test_an_epoch_is_every_image_once_in_a_new_order(config, pets):
     assert (batches.steps_per_epoch, batches.steps) == (2, 6)
     assert [[len(b) for b in batches.plan(step)] for step in (0, 1)] == [[4, 4], [4, 3]]
     assert [batches.images_in(step) for step in (0, 1)] == [8, 7]
+    assert [batches.images_from(step) for step in range(7)] == [45, 37, 30, 22, 15, 7, 0]
     epochs = [
         [image for step in (2 * e, 2 * e + 1) for batch in batches.plan(step) for image in batch]
         for e in range(3)

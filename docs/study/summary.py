@@ -203,13 +203,14 @@ def of_ways(study: Study, train: str) -> str:
             where = {"method": method, "train": train}
             if not study.scores(OTHERS, alpha=alphas[0], **where):
                 continue
-            cells = []
-            for alpha in alphas:
-                own, other = (study.mean(r, alpha=alpha, **where) for r in _BOTH)
-                cells.append(f"{100 * own.mean:.1f} / {100 * other.mean:.1f}")
-            yield method, *cells
+            yield method, *(_accuracies(study, alpha=alpha, **where) for alpha in alphas)
 
     return table(["in distribution / shifted", *(f"alpha {float(a):g}" for a in alphas)], lines())
+
+
+def _accuracies(study: Study, **where: str) -> str:
+    own, other = (100 * study.mean(roles, **where).mean for roles in _BOTH)
+    return f"{own:.1f} / {other:.1f}"
 
 
 def of_shots(study: Study) -> str:
@@ -219,14 +220,10 @@ def of_shots(study: Study) -> str:
     def lines() -> Iterator[Sequence[str]]:
         for method in study.values("method"):
             for alpha in ("", "0.5"):
-                cells = []
-                for number in shots:
-                    where = {"method": method, "shots": number, "alpha": alpha}
-                    if study.scores(OTHERS, **where):
-                        own, other = (study.mean(roles, **where) for roles in _BOTH)
-                        cells.append(f"{100 * own.mean:.1f} / {100 * other.mean:.1f}")
-                if cells:
-                    yield f"{method}, alpha 0.5" if alpha else method, *cells
+                where = {"method": method, "alpha": alpha}
+                if study.scores(OTHERS, **where):
+                    cells = (_accuracies(study, shots=number, **where) for number in shots)
+                    yield f"{method}, alpha {alpha}" if alpha else method, *cells
 
     return table(["in distribution / shifted", *shots], lines())
 
@@ -469,7 +466,7 @@ def changes_figure(study: Study, train: str) -> str:
         return inline_svg(drawing, "changes", "Change of accuracy from zero-shot, by method")
 
 
-def halfway_figure(study: Study, train: str) -> str:
+def way_figure(study: Study, train: str) -> str:
     """Accuracy here against elsewhere: each method's way from the pretrained weights."""
     alphas = sorted(set(study.values("alpha")) - {""}, key=float)
     shown = {
@@ -490,9 +487,7 @@ def halfway_figure(study: Study, train: str) -> str:
         axes.annotate("zero-shot", points[0], (6, 6), textcoords="offset points")
         axes.set(xlabel="accuracy in distribution, %", ylabel="mean accuracy on other data, %")
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=4)
-        return inline_svg(
-            drawing, "halfway", "Accuracy here against elsewhere, by share of the way"
-        )
+        return inline_svg(drawing, "way", "Accuracy here against elsewhere, by share of the way")
 
 
 def shots_figure(study: Study) -> str:
@@ -558,7 +553,7 @@ def blocks() -> dict[str, str]:
         "mnist": of_methods(shift, "builtin:mnist"),
         "new": of_new_classes(Study.load("base-to-new")),
         "cross": of_other_data(cross, noisy),
-        "cross-way": of_ways(cross, noisy),
+        "way": of_ways(cross, noisy),
         "shots": of_shots(Study.load("shots")),
         "bases-noisy": of_bases(scale, noisy),
         "bases-mnist": of_bases(scale, "builtin:mnist"),
@@ -576,7 +571,7 @@ def pictures() -> list[Picture]:
     train = "builtin:noisy"
     return [
         Picture("changes", "Changes by method", changes_figure(shift, train)),
-        Picture("halfway", "The way back to the pretrained weights", halfway_figure(cross, train)),
+        Picture("way", "The way back to the pretrained weights", way_figure(cross, train)),
         Picture("shots", "Accuracy by number of images", shots_figure(Study.load("shots"))),
         Picture("bases", "Changes by base and density", bases_figure(scale, train)),
     ]

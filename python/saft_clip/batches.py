@@ -72,6 +72,11 @@ class TrainingBatches:
         begin = step % self.steps_per_epoch * self.step_size
         return min(self.step_size, len(self.dataset) - begin)
 
+    def images_from(self, step: int) -> int:
+        """The number of images of this step and all after it."""
+        epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
+        return (self.epochs - epoch) * len(self.dataset) - step_of_epoch * self.step_size
+
     def plan(self, step: int) -> list[list[tuple[int, int]]]:
         """The batches of one step, as (epoch, index of the image) for each image."""
         epoch, step_of_epoch = divmod(step, self.steps_per_epoch)

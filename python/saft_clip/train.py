@@ -370,10 +370,12 @@ class Run:
         if not find(self.config.method).trains:
             return
         total, per_epoch = trainer.batches.steps, trainer.batches.steps_per_epoch
-        images = sum(trainer.batches.images_in(step) for step in range(trainer.step, total))
         if trainer.step % per_epoch == 0:
             self._validate()
-        with progress("training", images) as advance, stop_requests() as stop:
+        with (
+            progress("training", trainer.batches.images_from(trainer.step)) as advance,
+            stop_requests() as stop,
+        ):
             clock = time.perf_counter()
             for taken in trainer.steps():
                 size, step = taken.pop("images"), trainer.step

@@ -307,13 +307,13 @@ def _mapping(value: Any, what: str) -> dict[str, Any]:
         return {}
     if not isinstance(value, dict):
         raise ConfigError(f"{what} must be settings (name: value), not {shown(repr(value))}")
-    return {str(key): _number(one, _HINTS.get(key)) for key, one in value.items()}
+    return {str(key): _typed(one, _HINTS.get(key)) for key, one in value.items()}
 
 
-def _number(value: Any, hint: Any) -> Any:
+def _typed(value: Any, hint: Any) -> Any:
     """Like a single run's settings, but that a list may be of values to try."""
     if isinstance(value, list):
-        return [_number(one, hint) for one in value]
+        return [_typed(one, hint) for one in value]
     return as_typed(value, hint)
 
 
