@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +136,24 @@ def test_refusals_are_one_sentence(
         HubError, match=r"could not be uploaded to 'a/b/c': Repo id must be 'name'$"
     ):
         hub.push(file, "a/b/c")
+
+
+def test_a_hub_that_cannot_be_reached_is_one_sentence(file: Path) -> None:
+    """The real client, which raises errors of its HTTP library then; nobody listens at the port."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{free.getsockname()[1]}"
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "TRANSFORMERS_"))}
+    done = subprocess.run(
+        [sys.executable, "-m", "saft_clip", "delta", "push", str(file), "me/birds"],
+        env={**kept, "HF_ENDPOINT": address, "HF_TOKEN": "none", "NO_PROXY": "127.0.0.1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "could not be uploaded to 'me/birds'" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_commands(

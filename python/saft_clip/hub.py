@@ -16,6 +16,10 @@ from saft_kernels.files import atomic_write
 #: The name of a delta in a repository, unless it is asked for otherwise.
 FILE = "delta.safetensors"
 
+#: The hub's answers, and what happens on the way to it: errors of the client's own library (httpx,
+#: httpx2 or requests, by its version), which the hub's derive from.
+_REFUSED: tuple[Any, ...] = (*HfHubHTTPError.__bases__, HFValidationError, OSError)
+
 
 def push(
     file: Path,
@@ -55,7 +59,7 @@ def push(
         commit = api.create_commit(
             repository, operations, commit_message=message or f"Delta of {delta.nnz:,} entries"
         )
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
+    except _REFUSED as error:
         raise HubError(
             f"{file} could not be uploaded to {repository!r}: {_reason(error)}"
         ) from error
@@ -78,7 +82,7 @@ def pull(repository: str, output: Path, *, name: str = FILE, revision: str | Non
     """
     try:
         cached = huggingface_hub.hf_hub_download(repository, name, revision=revision)
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
+    except _REFUSED as error:
         raise HubError(f"{name} could not be had from {repository!r}: {_reason(error)}") from error
     SparseDelta.load(cached)
     with atomic_write(output) as temporary:
